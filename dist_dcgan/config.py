@@ -1,0 +1,307 @@
+"""Typed configuration: a YAML preset, then the command line, into one frozen object.
+
+The only place that knows defaults, and they are the `paper` preset. `Config` says what a run computes and is stored
+with it; `Invocation` says how this process was started and is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, model_validator
+
+from shards.command_line import Options, build, nearest, parse_flags
+from shards.errors import UserError
+
+
+def _changeable(default: Any, **constraints: Any) -> Any:
+    """A field that may differ when a run is continued, because no trained value depends on it."""
+    return Field(default, json_schema_extra={"changeable": True}, **constraints)
+
+
+class DataOptions(Options):
+    """Where the images come from and in which order."""
+
+    path: Path = _changeable(Path("data/bedroom_train"))
+    """Folder of shards that `python -m shards convert` wrote (`--data` for short)."""
+    window_shards: int = Field(16, ge=1)
+    """Consecutive shards whose samples are shuffled together: more shuffles better, fewer reads a disk in sequence."""
+    random_flip: bool = False
+    """Mirror each image with probability 1/2. The paper does not."""
+    prefetch: int = _changeable(4, ge=1)
+    """Batches read ahead."""
+
+
+class ModelOptions(Options):
+    """What the networks look like, beside `width`; the image size is the data set's."""
+
+    latent_dim: int = Field(100, ge=1)
+    """Dimensions of z."""
+    latent: Literal["uniform", "normal"] = "uniform"
+    """Distribution of z: uniform in [-1, 1] as in the paper, or standard normal."""
+    kernel_size: Literal[4, 5] = 4
+    """Side of the strided convolutions: 4 as in most ports, 5 as in the paper's own code."""
+
+
+class NoiseOptions(Options):
+    """Instance noise: Gaussian noise on the discriminator's inputs, real and fake (Sonderby et al. 2017)."""
+
+    sigma: float = Field(0.3, ge=0)
+    """Standard deviation, where images span [-1, 1]; 0 turns it off."""
+
+
+class OptimizerOptions(Options):
+    """Adam for both networks (paper, section 4)."""
+
+    lr_g: float = Field(2e-4, gt=0)
+    """Learning rate of the generator."""
+    lr_d: float = Field(2e-4, gt=0)
+    """Learning rate of the discriminator."""
+    beta1: float = Field(0.5, ge=0, lt=1)
+    """Decay of the mean of gradients."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the mean of squared gradients."""
+
+
+class EmaOptions(Options):
+    """Moving average of the generator's weights, which is what is sampled, scored and exported."""
+
+    half_life_images: float = Field(10_000, gt=0)
+    """Training images in which a weight's share of the average halves."""
+    ramp_up: float = Field(0.05, gt=0)
+    """The half-life is at most this share of the images seen, so that a short run forgets its first weights."""
+    statistics_images: int = Field(512, ge=1)
+    """Fixed images over which batch-norm statistics are recomputed for the averaged weights."""
+
+
+class LogOptions(Options):
+    """What rank 0 writes, and how often."""
+
+    every_steps: int = _changeable(10, ge=1, le=10)
+    """Steps between rows of metrics.jsonl."""
+    samples_every_images: int = _changeable(100_000, ge=1)
+    """Training images between grids of samples."""
+    samples: int = _changeable(64, ge=1)
+    """Images in a grid."""
+
+
+class WandbOptions(Options):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = _changeable("auto")
+    """auto: online where a key is configured, else disabled (`--wandb` for short)."""
+    project: str = _changeable("dist_dcgan")
+    """Project that the run is listed under."""
+    name: str | None = _changeable(None)
+    """Name of the run; the run directory's where none is given."""
+
+
+class CheckpointOptions(Options):
+    """What is kept so that a run can go on."""
+
+    every_steps: int = _changeable(1000, ge=1)
+    """Steps between checkpoints; one is always written at the end and on a stop signal."""
+    keep: int = _changeable(3, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class DistributedOptions(Options):
+    """How the ranks work together."""
+
+    timeout_seconds: float = _changeable(60.0, gt=0)
+    """A collective that takes longer ends the run on all ranks."""
+    batchnorm: Literal["auto", "native", "portable"] = _changeable("auto")
+    """Cross-rank batch norm: torch's SyncBatchNorm (CUDA only) or this project's; auto takes native on CUDA."""
+
+
+class Config(Options):
+    """All that a run computes. The defaults are the `paper` preset."""
+
+    data: DataOptions = DataOptions()
+    """Data."""
+    run_dir: Path = _changeable(Path("runs/default"))
+    """Folder of the run: configuration, metrics, samples, checkpoints, exported generator."""
+    width: int = Field(128, ge=1)
+    """Channels of the last hidden layer: 128 is the paper's 1024-512-256-128, 64 the reduced 512-64."""
+    global_batch: int = Field(128, ge=2)
+    """Images per step over all ranks, whatever their number."""
+    batch_per_rank: int | None = Field(None, ge=1)
+    """Images per step and rank, instead of global_batch: the batch then grows with the ranks."""
+    epochs: float = _changeable(5.0, gt=0)
+    """Length of the run in passes over the data; the paper shows 5 of LSUN bedroom."""
+    max_steps: int | None = _changeable(None, ge=1)
+    """Length of the run in steps from its start, instead of epochs."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of everything random: weights, order, z, noise, flips."""
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on GPUs that have it, fp16 with loss scaling on older ones, fp32 on CPU."""
+    loss: Literal["logits", "sigmoid_bce"] = "logits"
+    """Cross-entropy on logits, or the literal sigmoid followed by cross-entropy (which dies at paper width)."""
+    compile: bool = _changeable(False)
+    """Compile both networks with torch.compile."""
+    model: ModelOptions = ModelOptions()
+    """Networks."""
+    noise: NoiseOptions = NoiseOptions()
+    """Instance noise."""
+    optimizer: OptimizerOptions = OptimizerOptions()
+    """Optimizers."""
+    ema: EmaOptions = EmaOptions()
+    """Weight averaging."""
+    log: LogOptions = LogOptions()
+    """Logging."""
+    wandb: WandbOptions = WandbOptions()
+    """Weights & Biases."""
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    """Checkpoints."""
+    distributed: DistributedOptions = DistributedOptions()
+    """Ranks."""
+
+    @model_validator(mode="after")
+    def _one_batch(self) -> Config:
+        if self.batch_per_rank is not None and "global_batch" in self.model_fields_set:
+            raise ValueError("global_batch and batch_per_rank exclude each other: give one of them")
+        return self
+
+
+class Invocation(Options):
+    """How this process was started."""
+
+    preset: str | None = None
+    """Configuration that comes with the package: paper (the default), paper_literal, narrow or debug."""
+    config: Path | None = None
+    """Configuration from a YAML file, instead of a preset."""
+    world_size: int | None = Field(None, ge=1)
+    """Number of ranks expected: 1 without torchrun; with --dry-run any number, to check a plan."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues the run that is in run_dir; never refuses to touch one."""
+    dry_run: bool = False
+    """Print the resolved configuration and plan, create nothing, end."""
+
+
+class _CommandLine(Config, Invocation):
+    """Every flag of `dist_dcgan.train`."""
+
+
+SHORT_FLAGS = {"--data": "--data.path", "--wandb": "--wandb.mode"}
+
+
+def from_command_line(argv: Sequence[str]) -> tuple[Config, Invocation]:
+    """Resolve the preset or file and the flags of `argv`; raises UserError for whatever is wrong in them."""
+    flags = parse_flags(_CommandLine, argv, "python -m dist_dcgan.train", SHORT_FLAGS)
+    invocation = build(Invocation, {name: flags.pop(name) for name in Invocation.model_fields if name in flags})
+    if invocation.preset is not None and invocation.config is not None:
+        raise UserError(f"--preset {invocation.preset} and --config {invocation.config} exclude each other: give one")
+    if invocation.config is not None:
+        base, where = read_yaml(invocation.config), str(invocation.config)
+    else:
+        base, where = read_preset(invocation.preset or "paper"), f"preset {invocation.preset or 'paper'}"
+    build(Config, base, where)  # so that a mistake in the file is told apart from one in the flags
+    if "batch_per_rank" in flags and "global_batch" not in flags:
+        base.pop("global_batch", None)  # the command line's choice replaces the file's
+    if "global_batch" in flags and "batch_per_rank" not in flags:
+        base.pop("batch_per_rank", None)
+    return build(Config, _merge(base, flags)), invocation
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with the package."""
+    folder = resources.files("dist_dcgan") / "presets"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Return the keys that preset `name` sets; raises UserError with the nearest name for an unknown one."""
+    if name not in preset_names():
+        known = preset_names()
+        raise UserError(f"unknown preset {name!r}{nearest(name, known)} (there are: {', '.join(known)})")
+    return _parse_yaml((resources.files("dist_dcgan") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in the YAML file at `path`; object tags are refused, nothing in it can run code."""
+    try:
+        return _parse_yaml(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read configuration {path}: {error}") from None
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole configuration as YAML that `--config` reads back to the same object."""
+    content = config.model_dump(mode="json")
+    if config.batch_per_rank is not None:
+        del content["global_batch"]
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def differences(stored: Config, current: Config) -> list[str]:
+    """Return `key: stored -> current` for every key on which trained values depend."""
+    before, after = dict(_flatten(stored)), dict(_flatten(current))
+    return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run that follow from the configuration, the number of ranks and the data set."""
+
+    world_size: int
+    global_batch: int
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def batch_per_rank(self) -> int:
+        """Images per step and rank."""
+        return self.global_batch // self.world_size
+
+
+def make_plan(config: Config, world_size: int, samples: int) -> Plan:
+    """Return the plan for a data set of `samples` images; raises UserError where the sizes do not fit."""
+    global_batch = config.batch_per_rank * world_size if config.batch_per_rank else config.global_batch
+    if global_batch % world_size:
+        fitting = [batch for batch in (global_batch - global_batch % world_size,) if batch]
+        fitting.append(fitting[0] + world_size if fitting else world_size)
+        raise UserError(
+            f"global_batch {global_batch} is not divisible by {world_size} ranks: "
+            f"use --global-batch {' or '.join(map(str, fitting))}"
+        )
+    if global_batch < 2:
+        raise UserError(f"global batch {global_batch} is too small for batch norm: use at least 2")
+    if global_batch > samples:
+        raise UserError(f"global batch {global_batch} is larger than the data set of {samples} images: use less")
+    steps_per_epoch = samples // global_batch
+    total_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
+    return Plan(world_size, global_batch, steps_per_epoch, total_steps)
+
+
+def _parse_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not plain YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{where} must hold a mapping of configuration keys, not {type(content).__name__}")
+    return content
+
+
+def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _flatten(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("changeable")):
+            yield prefix + name, value

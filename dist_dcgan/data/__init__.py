@@ -1,0 +1,1 @@
+"""Which sample when, pixels from shards, batches on the device."""

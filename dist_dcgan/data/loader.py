@@ -1,0 +1,113 @@
+"""Batches for this rank, read ahead by a thread, from any step on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_dcgan.config import Config, Plan
+from dist_dcgan.data.order import Indices, SampleOrder, rank_slots
+from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.distributed import World
+from dist_dcgan.random_streams import stream_seed, uniform
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's slice of one global batch."""
+
+    step: int
+    samples: Indices
+    pixels: Tensor
+    """uint8, (batch_per_rank, size, size, 3), in host memory, pinned where the device is a GPU."""
+
+
+class BatchLoader:
+    """Iterates over the batches of steps [first_step, total_steps); a context manager that ends its thread.
+
+    `waited` counts the seconds that the consumer waited for data. An error of the thread is raised by the iteration.
+    """
+
+    def __init__(self, reader: ShardReader, config: Config, plan: Plan, world: World, first_step: int) -> None:
+        self._reader, self._plan = reader, plan
+        self._order = SampleOrder(reader.manifest, config.seed, config.data.window_shards)
+        self._slots = rank_slots(plan.global_batch, world.rank, world.world_size)
+        self._pin = world.device.type == "cuda"
+        self._first_step = first_step
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=config.data.prefetch)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="batch loader", daemon=True)
+        self.waited = 0.0
+
+    def samples(self, step: int) -> Indices:
+        """Return the samples of this rank at `step`."""
+        epoch, step_in_epoch = divmod(step, self._plan.steps_per_epoch)
+        start = step_in_epoch * self._plan.global_batch
+        return self._order.samples(epoch, start + self._slots.start, start + self._slots.stop)
+
+    def __enter__(self) -> BatchLoader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            started = time.perf_counter()
+            item = self._ready.get()
+            self.waited += time.perf_counter() - started
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _produce(self) -> None:
+        try:
+            for step in range(self._first_step, self._plan.total_steps):
+                if not self._hand_over(self._read(step)):
+                    return
+            self._hand_over(None)
+        except BaseException as error:  # handed to the consumer, which raises it
+            self._hand_over(error)
+
+    def _read(self, step: int) -> Batch:
+        samples, size = self.samples(step), self._reader.manifest.image_size
+        # Fresh memory for each batch: torch's pinned allocator reuses a block only after the copies out of it are
+        # done, whereas a ring of our own would have to track how far the GPU has come.
+        pixels = torch.empty((len(samples), size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
+        out: np.ndarray = pixels.numpy()
+        self._reader.gather(samples, out)
+        return Batch(step, samples, pixels)
+
+    def _hand_over(self, item: Batch | BaseException | None) -> bool:
+        """Queue `item`; return False where the consumer has gone."""
+        while not self._closing.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
+def to_images(batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the batch on `device` as (N, 3, size, size) in [-1, 1], channels_last as the pixels already lie."""
+    pixels = batch.pixels.to(device, non_blocking=True)
+    return pixels.permute(0, 3, 1, 2).to(dtype).mul_(2 / 255).sub_(1)
+
+
+def flip(images: Tensor, seed: int, step: int, slots: range) -> Tensor:
+    """Mirror each image with probability 1/2, by the coin of its slot."""
+    coins = uniform(stream_seed(seed, "flip", step), slots, 1, images.device) < 0.5
+    return torch.where(coins[:, :, None, None], images.flip(3), images)

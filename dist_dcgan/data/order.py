@@ -1,0 +1,64 @@
+"""Which sample stands at which position of an epoch: a pure function, so that resuming is a seek.
+
+Shards are permuted; then the samples inside each window of consecutive shards are. A cold disk is thus read nearly in
+sequence, while a sample's neighbours change from epoch to epoch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_dcgan.random_streams import permutation, stream_seed
+from shards.errors import UserError
+from shards.manifest import ORDER_VERSION, Manifest
+
+Indices: TypeAlias = NDArray[np.int64]
+"""Samples counted through all shards in the order of the manifest."""
+
+
+class SampleOrder:
+    """The order of all epochs of a data set, for one seed."""
+
+    def __init__(self, manifest: Manifest, seed: int, window_shards: int) -> None:
+        if manifest.order_version != ORDER_VERSION:
+            raise UserError(
+                f"the data set asks for order version {manifest.order_version}, this version knows {ORDER_VERSION}"
+            )
+        self._counts = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
+        self._firsts = np.cumsum(self._counts) - self._counts
+        self._seed, self._window_shards = seed, window_shards
+        self._window = lru_cache(maxsize=2)(self._permuted_window)  # a batch lies in one window, or in two
+
+    def samples(self, epoch: int, start: int, stop: int) -> Indices:
+        """Return the samples at positions [start, stop) of `epoch`, counted from 0."""
+        shards = self._permuted_shards(epoch)
+        window_ends = np.cumsum(np.add.reduceat(self._counts[shards], range(0, len(shards), self._window_shards)))
+        assert 0 <= start <= stop <= window_ends[-1]
+        parts = []
+        for window in range(np.searchsorted(window_ends, start, "right"), len(window_ends)):
+            first = 0 if window == 0 else window_ends[window - 1]
+            if first >= stop:
+                break
+            parts.append(self._window(epoch, window)[max(start - first, 0) : stop - first])
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def _permuted_shards(self, epoch: int) -> Indices:
+        return permutation(stream_seed(self._seed, "order of shards", epoch), len(self._counts)).numpy()
+
+    def _permuted_window(self, epoch: int, window: int) -> Indices:
+        first = window * self._window_shards
+        shards = self._permuted_shards(epoch)[first : first + self._window_shards]
+        samples = np.concatenate([self._firsts[s] + np.arange(self._counts[s]) for s in shards])
+        key = stream_seed(self._seed, f"order in window {window}", epoch)
+        shuffled: Indices = samples[permutation(key, len(samples)).numpy()]
+        return shuffled
+
+
+def rank_slots(global_batch: int, rank: int, world_size: int) -> range:
+    """Return the slots of the global batch that `rank` computes: a contiguous slice."""
+    per_rank = global_batch // world_size
+    return range(rank * per_rank, (rank + 1) * per_rank)

@@ -1,0 +1,129 @@
+"""Process group, rank and device, and the few collectives that the rest needs.
+
+Works the same without torchrun: one process is then a world of size 1, with a process group of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from shards.errors import UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes files."""
+        return self.rank == 0
+
+
+def world_size_of_launch(expected: int | None) -> int:
+    """Return the number of ranks that torchrun started, 1 without it; raises UserError where another is expected."""
+    started_by_torchrun = "WORLD_SIZE" in os.environ
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if expected is not None and expected != world_size:
+        found = f"torchrun started {world_size}" if started_by_torchrun else "this is one process without torchrun"
+        remedy = (
+            f"torchrun --nproc_per_node={expected} -m dist_dcgan.train"
+            if expected > 1
+            else "python -m dist_dcgan.train --world-size 1"
+        )
+        raise UserError(f"--world-size {expected}, but {found}: start it as `{remedy}`")
+    return world_size
+
+
+@contextmanager
+def process_group(timeout_seconds: float, device_type: str | None = None) -> Iterator[World]:
+    """Join the peers that torchrun started (or stand alone) and leave them at the end.
+
+    CPU tensors travel over gloo and CUDA tensors over NCCL, so that small decisions never wait for the GPU.
+    `device_type` is "cuda" or "cpu"; by default CUDA where there is a GPU for every local rank.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _pick_device(local_rank, device_type)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
+    if "WORLD_SIZE" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        options["device_id"] = device
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+    try:
+        yield World(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _pick_device(local_rank: int, device_type: str | None) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if device_type == "cpu" or gpus == 0:
+        return torch.device("cpu")
+    if local_rank >= gpus:
+        raise UserError(f"local rank {local_rank} has no GPU, there are {gpus}: use --nproc_per_node={gpus}")
+    return torch.device("cuda", local_rank)
+
+
+def from_rank_zero(function: Callable[[], Result]) -> Result:
+    """Call `function` on rank 0 and return its result on all ranks; its UserError is raised on all ranks.
+
+    Whatever rank 0 decides or finds wrong, no peer is left waiting for it. Any other exception of rank 0 is not
+    passed on: the peers then fail with the broken connection and the process group reports the rank.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    result: Result = outcome[0]
+    return result
+
+
+def require_same(value: str, what: str) -> None:
+    """Raise UserError on all ranks where `value` differs between them."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}")
+
+
+def broadcast_from_rank_zero(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite `tensors` on all ranks with those of rank 0, whatever their memory format."""
+    if dist.get_world_size() == 1:
+        return
+    for tensor in tensors:
+        content = tensor.detach().contiguous()  # a contiguous copy: ranks must agree on the order of elements
+        dist.broadcast(content, src=0)
+        tensor.detach().copy_(content)
+
+
+def average_across_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the mean over ranks of scalar tensors, as numbers: the one place where training waits for the device."""
+    packed = torch.stack([value.detach().double() for value in values.values()])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(packed)
+        packed /= dist.get_world_size()
+    return dict(zip(values, packed.tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""Networks, batch norm across ranks, losses."""

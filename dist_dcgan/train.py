@@ -1,0 +1,74 @@
+"""Train DCGAN.
+
+torchrun --nproc_per_node=8 -m dist_dcgan.train
+python -m dist_dcgan.train --world-size 1
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from dist_dcgan.config import Config, Invocation, Plan, from_command_line, make_plan, to_yaml
+from dist_dcgan.distributed import world_size_of_launch
+from dist_dcgan.models.networks import IMAGE_SIZES, Discriminator, Generator, count_parameters
+from dist_dcgan.training.loop import train
+from shards.command_line import run
+from shards.errors import UserError
+from shards.manifest import Manifest, read_manifest
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train, or with --dry-run print what would be trained."""
+    config, invocation = from_command_line(argv)
+    if not config.data.path.exists():
+        raise UserError(
+            f"no data set at {config.data.path}: make one with `python -m shards convert LMDB --out "
+            f"{config.data.path}`, or name another with --data"
+        )
+    manifest = read_manifest(config.data.path)
+    if manifest.image_size not in IMAGE_SIZES:
+        sizes = ", ".join(map(str, IMAGE_SIZES))
+        raise UserError(f"{config.data.path} has images of {manifest.image_size} pixels: convert to one of {sizes}")
+    if invocation.dry_run:
+        world_size = invocation.world_size or world_size_of_launch(None)
+        describe(config, make_plan(config, world_size, manifest.samples), manifest)
+        return
+    plan = make_plan(config, world_size_of_launch(invocation.world_size), manifest.samples)
+    train_or_explain(config, invocation, manifest, plan)
+
+
+def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
+    """Print the resolved configuration and what follows from it; nothing is created."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    with torch.device("meta"):
+        generator = Generator(config.width, manifest.image_size, config.model.latent_dim, config.model.kernel_size)
+        discriminator = Discriminator(config.width, manifest.image_size, config.model.kernel_size)
+    print(to_yaml(config))
+    print(f"data set:          {config.data.path}, {manifest.samples:,} images of {manifest.image_size} pixels")
+    print(f"generator:         {count_parameters(generator):,} parameters")
+    print(f"discriminator:     {count_parameters(discriminator):,} parameters")
+    print(f"ranks:             {plan.world_size}")
+    print(f"global batch:      {plan.global_batch}, {plan.batch_per_rank} per rank")
+    print(f"steps per epoch:   {plan.steps_per_epoch:,}")
+    print(f"steps in all:      {plan.total_steps:,} ({plan.total_steps / plan.steps_per_epoch:.2f} epochs)")
+
+
+def train_or_explain(config: Config, invocation: Invocation, manifest: Manifest, plan: Plan) -> None:
+    """Train; when memory runs out, say with which batch and what to try."""
+    try:
+        train(config, invocation, manifest)
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        raise UserError(
+            f"out of memory with {plan.batch_per_rank} images per rank at width {config.width}: use more ranks, or a "
+            f"smaller --global-batch or --width ({str(error).splitlines()[0]})"
+        ) from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""The loop, the step, what is saved and what is logged."""

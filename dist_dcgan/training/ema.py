@@ -1,0 +1,69 @@
+"""Moving average of the generator's weights (Karras et al. 2018, arXiv 1710.10196, section 7), and images from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dist_dcgan.config import Config
+from dist_dcgan.random_streams import normal, stream_seed, uniform
+
+_BATCH = 64  # images at a time outside training
+
+
+def draw_latents(config: Config, stream: str, step: int, slots: range, device: torch.device) -> Tensor:
+    """Return z for `slots` of the global batch, float32 (len(slots), latent_dim); uniform ones lie in [-1, 1]."""
+    key = stream_seed(config.seed, stream, step)
+    if config.model.latent == "normal":
+        return normal(key, slots, config.model.latent_dim, device)
+    return uniform(key, slots, config.model.latent_dim, device).mul_(2).sub_(1)
+
+
+def ema_decay(config: Config, images_seen: int, global_batch: int) -> float:
+    """Return the decay of one step.
+
+    The half-life grows with the images seen up to its full length: otherwise a run of a few hundred steps would
+    export its first weights.
+    """
+    half_life = min(config.ema.half_life_images, config.ema.ramp_up * images_seen)
+    decay: float = 0.5 ** (global_batch / max(half_life, 1e-8))
+    return decay
+    return decay
+
+
+@torch.no_grad()
+def update_ema(averaged: nn.Module, current: nn.Module, decay: float, finite: Tensor) -> None:
+    """Move the averaged parameters towards the current ones; not at all where `finite`, a scalar, is False.
+
+    Buffers are left: statistics of other weights would be wrong for the averaged ones (`recompute_statistics`).
+    """
+    for average, parameter in zip(averaged.parameters(), current.parameters(), strict=True):
+        average.lerp_(parameter, (finite * (1 - decay)).to(average.dtype))
+
+
+@torch.no_grad()
+def recompute_statistics(generator: nn.Module, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+    """Set the batch-norm statistics of `generator` to those of its own images from fixed z.
+
+    A pure function of the weights, the same on every rank without communication: `generator` has local batch norms.
+    """
+    norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # None accumulates the plain mean over batches
+    generator.train()
+    for first in range(0, config.ema.statistics_images, _BATCH):
+        slots = range(first, min(first + _BATCH, config.ema.statistics_images))
+        generator(draw_latents(config, "ema statistics", 0, slots, device).to(dtype))
+    generator.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def sample_images(generator: nn.Module, config: Config, count: int, device: torch.device) -> Tensor:
+    """Return `count` images (count, 3, size, size) in [-1, 1] from fixed z; `generator` is in eval mode."""
+    dtype = next(generator.parameters()).dtype
+    z = draw_latents(config, "samples", 0, range(count), device).to(dtype)
+    return torch.cat([generator(part) for part in z.split(_BATCH)])

@@ -1,0 +1,60 @@
+"""The averaged generator as a file of its own, with what is needed to rebuild it anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from dist_dcgan.config import Config
+from dist_dcgan.models.networks import Generator
+from dist_dcgan.training.checkpoint import file_sha256
+from shards.errors import UserError
+from shards.manifest import publish
+
+
+def export_generator(path: Path, generator: nn.Module, config: Config, image_size: int, step: int) -> None:
+    """Write the weights to `path` (float32, safetensors), and beside them a JSON with the architecture and the step.
+
+    `generator` must hold batch-norm statistics of its own weights (`recompute_statistics`).
+    """
+    weights = {name: _float32(tensor) for name, tensor in generator.state_dict().items()}
+    publish(path, save(weights))
+    description = {
+        "format_version": 1,
+        "step": step,
+        "latent": config.model.latent,
+        "architecture": {
+            "width": config.width,
+            "image_size": image_size,
+            "latent_dim": config.model.latent_dim,
+            "kernel_size": config.model.kernel_size,
+        },
+        "sha256": file_sha256(path),
+    }
+    publish(path.with_suffix(".json"), (json.dumps(description, indent=1) + "\n").encode())
+
+
+def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the exported generator in eval mode, and its description; raises UserError where it is not sound."""
+    if not path.is_file():
+        raise UserError(f"no exported generator at {path}: it is written at the end of a run and when it is stopped")
+    try:
+        description = json.loads(path.with_suffix(".json").read_bytes())
+        if description["sha256"] != file_sha256(path):
+            raise ValueError("the weights do not match their checksum")
+        generator = Generator(**description["architecture"])
+        generator.load_state_dict(load_file(path))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"exported generator {path} cannot be used: {' '.join(str(error).split())}") from None
+    return generator.eval().requires_grad_(False), description
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor

@@ -1,0 +1,282 @@
+"""What rank 0 tells the world: metrics.jsonl (the source of truth), Weights & Biases, the console, pictures.
+
+Nothing here may stop training: what fails is reported once and left. The other ranks hold a `NullLogger`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from dist_dcgan.config import Config, Plan
+from dist_dcgan.distributed import World
+from dist_dcgan.training.run_directory import RunDirectory
+from shards.manifest import publish
+
+Row = Mapping[str, float]
+
+
+class Logger(Protocol):
+    """Receives what happens in a run."""
+
+    def metrics(self, row: Row) -> None:
+        """Take the metrics of a step."""
+
+    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Take a grid: `draw` returns images (N, 3, size, size) in [-1, 1] and costs time."""
+
+    def close(self) -> None:
+        """Finish within seconds."""
+
+
+class NullLogger:
+    """The logger of every rank but 0."""
+
+    def metrics(self, row: Row) -> None:
+        """Do nothing."""
+
+    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class CompositeLogger:
+    """Passes on to several loggers; one that fails is reported and dropped."""
+
+    def __init__(self, loggers: list[Logger]) -> None:
+        self._loggers = loggers
+
+    def metrics(self, row: Row) -> None:
+        """Pass on."""
+        self._each("metrics", row)
+
+    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Pass on."""
+        self._each("samples", step, draw)
+
+    def close(self) -> None:
+        """Pass on."""
+        self._each("close")
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for logger in list(self._loggers):
+            try:
+                getattr(logger, method)(*arguments)
+            except Exception as error:  # whatever a logger meets, training goes on
+                warn(f"{type(logger).__name__} failed and is turned off: {error!r}")
+                self._loggers.remove(logger)
+
+
+class JsonlLogger:
+    """Appends a line to metrics.jsonl per row, after cutting off what lies behind `step`."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            publish(path, "".join(line + "\n" for line in kept).encode())
+        self._file = path.open("a", buffering=1)
+
+    def metrics(self, row: Row) -> None:
+        """Append the row."""
+        self._file.write(json.dumps(row) + "\n")
+
+    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class SampleFiles:
+    """Writes grids as PNG."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def metrics(self, row: Row) -> None:
+        """Do nothing."""
+
+    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Write the grid of this step."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        save_grid(draw(), self._directory / f"step-{step:08d}.png")
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class ConsoleLogger:
+    """One line of progress: live on a terminal; elsewhere plain lines, at most one a second."""
+
+    def __init__(self, plan: Plan, step: int) -> None:
+        self._plan, self._first_step, self._started = plan, step, time.perf_counter()
+        self._last_line = float("-inf")
+        self._bar = tqdm(total=plan.total_steps, initial=step, unit="step") if sys.stderr.isatty() else None
+
+    def metrics(self, row: Row) -> None:
+        """Show the row."""
+        step = int(row["step"])
+        text = (
+            f"{row['images_seen'] / 1000:.1f} kimg  {row['throughput/images_per_second']:.1f} images/s  "
+            f"loss D {row['loss/d']:.3f} G {row['loss/g']:.3f}  "
+            f"D(x) {row['score/real']:.2f} D(G(z)) {row['score/fake']:.2f}  "
+            f"data wait {100 * row['time/data_wait']:.0f}%"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.perf_counter()
+        if step < self._plan.total_steps and now - self._last_line < 1:
+            return
+        self._last_line = now
+        per_step = (now - self._started) / (step - self._first_step)
+        left = tqdm.format_interval((self._plan.total_steps - step) * per_step)
+        share = 100 * step / self._plan.total_steps
+        print(f"{share:5.1f}%  step {step}/{self._plan.total_steps}  {text}  ETA {left}", file=sys.stderr, flush=True)
+
+    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Leave the last line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class WandbLogger:
+    """Sends rows and grids from a thread of its own, so that nothing W&B does or fails to do holds up training."""
+
+    _INIT_SECONDS = 60
+    _CLOSE_SECONDS = 5
+
+    def __init__(self, config: Config, run: RunDirectory, run_id: str) -> None:
+        self._config, self._run, self._run_id = config, run, run_id
+        self._queue: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue(maxsize=1000)
+        self._thread = threading.Thread(target=self._send, name="wandb", daemon=True)
+        self._thread.start()
+
+    def metrics(self, row: Row) -> None:
+        """Queue the row."""
+        self._put((dict(row), None))
+
+    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Queue the grid that `SampleFiles` wrote."""
+        self._put(({"step": step}, self._run.samples / f"step-{step:08d}.png"))
+
+    def close(self) -> None:
+        """Send what is queued, for some seconds at most."""
+        self._put(None)
+        self._thread.join(self._CLOSE_SECONDS)
+        if self._thread.is_alive():
+            warn("W&B did not finish in time: what it had is in the run directory, see `wandb sync`")
+
+    def _put(self, item: tuple[dict[str, Any], Path | None] | None) -> None:
+        with contextlib.suppress(queue.Full):  # W&B is slower than training: metrics.jsonl has every row
+            self._queue.put_nowait(item)
+
+    def _send(self) -> None:
+        try:
+            self._send_all()
+        except BaseException as error:  # wandb raises errors of its own and of the network, and exits on some
+            warn(f"W&B is turned off: {error!r}")
+
+    def _send_all(self) -> None:
+        import wandb  # imported here: it takes seconds, and most runs of a test do without
+
+        options = self._config.wandb
+        mode = options.mode
+        if mode == "auto":
+            if not wandb.login(prompt=False, verify=False):
+                return
+            mode = "online"
+        settings = wandb.Settings(init_timeout=self._INIT_SECONDS, silent=True, disable_git=True, console="off")
+        wandb.init(
+            project=options.project,
+            name=options.name or self._run.path.resolve().name,
+            id=self._run_id,
+            resume="allow",
+            mode=mode,
+            dir=self._run.path,
+            config=self._config.model_dump(mode="json"),
+            settings=settings,
+        )
+        wandb.define_metric("*", step_metric="step")  # steps behind the last one logged would be dropped after a resume
+        for row, picture in iter(self._queue.get, None):
+            wandb.log(row if picture is None else {**row, "samples": wandb.Image(str(picture))})
+        wandb.finish()
+
+
+def make_logger(config: Config, plan: Plan, world: World, run: RunDirectory, step: int, wandb_run_id: str) -> Logger:
+    """Return the logger of this rank, which goes on after `step`."""
+    if not world.is_main:
+        return NullLogger()
+    loggers: list[Logger] = []
+    with _reported("metrics.jsonl"):
+        loggers.append(JsonlLogger(run.metrics, step))
+    loggers += [SampleFiles(run.samples), ConsoleLogger(plan, step)]
+    if config.wandb.mode != "disabled":
+        loggers.append(WandbLogger(config, run, wandb_run_id))
+    return CompositeLogger(loggers)
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """Write images (N, 3, size, size) in [-1, 1] as a PNG grid that is about square."""
+    columns = max(1, round(len(images) ** 0.5))
+    save_image(images.float(), path, nrow=columns, normalize=True, value_range=(-1, 1))
+
+
+def draw_curves(metrics: Path, path: Path) -> None:
+    """Plot losses, D's scores and gradient norms from metrics.jsonl into a PNG; a failure is reported, not raised."""
+    with _reported("curves"):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        figure, panels = pyplot.subplots(3, sharex=True, figsize=(9, 9), layout="constrained")
+        for panel, prefix in zip(panels, ("loss", "score", "grad_norm"), strict=True):
+            for key in (key for key in rows[0] if key.startswith(prefix + "/")):
+                panel.plot([row["images_seen"] / 1000 for row in rows], [row[key] for row in rows], label=key, lw=1)
+            panel.set_ylabel(prefix)
+            panel.grid(alpha=0.3)
+            panel.legend(loc="upper right")
+        panels[-1].set_xlabel("thousand images seen")
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+
+
+def warn(message: str) -> None:
+    """Print one line of warning."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside, off the critical path, into a warning."""
+    try:
+        yield
+    except Exception as error:  # a full disk, a missing font, ...: training has gone on or goes on
+        warn(f"{what}: {error!r}")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the torn last line of a killed process

@@ -1,0 +1,114 @@
+"""One training step: D learns from real and generated images, then G from what D now says.
+
+Cost in forward passes of one network: D on real 3 (forward, and backward twice that), D on fake 3, G 3, D under G 2.
+The usual loop spends one more, on weight gradients of D in G's turn that nobody uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dist_dcgan.models.losses import discriminator_loss_fake, discriminator_loss_real, generator_loss
+from dist_dcgan.random_streams import normal, stream_seed
+from dist_dcgan.training.ema import draw_latents, ema_decay, update_ema
+from dist_dcgan.training.train_state import TrainState
+
+Metrics = dict[str, Tensor]
+"""Scalars on the device, means over this rank's images."""
+
+
+def train_step(state: TrainState, real: Tensor) -> Metrics:
+    """Take one step on `real`, this rank's images (batch_per_rank, 3, size, size) in [-1, 1]; counts it in `state`.
+
+    G runs forward once: its images serve D's turn, cut from the graph, and then its own.
+    """
+    z = draw_latents(state.config, "z", state.step, state.slots, state.world.device).to(state.dtype)
+    with state.autocast():
+        fake = state.ddp_generator(z)
+    metrics = discriminator_step(state, real, fake.detach()) | generator_step(state, fake)
+    state.step += 1
+    decay = ema_decay(state.config, state.images_seen, state.plan.global_batch)
+    update_ema(state.generator_ema, state.generator, decay, torch.isfinite(metrics["grad_norm/g"]))
+    return metrics
+
+
+def discriminator_step(state: TrainState, real: Tensor, fake: Tensor) -> Metrics:
+    """Update D on real and generated images, as two batches with statistics of their own (paper, section 3).
+
+    The real half adds its gradients up locally; the fake half's backward then reduces the sum, once.
+    """
+    state.optimizer_d.zero_grad(set_to_none=True)
+    with state.ddp_discriminator.no_sync():  # forward and backward: DDP decides at the forward
+        with state.autocast():
+            logits_real = state.ddp_discriminator(_with_noise(state, real, "noise on real"))
+        loss_real = discriminator_loss_real(logits_real, state.config.loss)
+        state.scaler_d.scale(loss_real).backward()
+    with state.autocast():
+        logits_fake = state.ddp_discriminator(_with_noise(state, fake, "noise on fake"))
+    loss_fake = discriminator_loss_fake(logits_fake, state.config.loss)
+    state.scaler_d.scale(loss_fake).backward()
+    return {
+        "loss/d": (loss_real + loss_fake).detach(),
+        "score/real": _score(logits_real),
+        "score/fake": _score(logits_fake),
+        "grad_norm/d": _update(state.optimizer_d, state.scaler_d, state.discriminator),
+    }
+
+
+def generator_step(state: TrainState, fake: Tensor) -> Metrics:
+    """Update G by the gradient of its images under the updated D.
+
+    D is called raw and frozen: through DDP its gradients would be computed and reduced for nobody.
+    """
+    state.optimizer_g.zero_grad(set_to_none=True)
+    with _frozen(state.discriminator), state.autocast():
+        logits_fake = state.discriminator(_with_noise(state, fake, "noise under G"))
+    loss = generator_loss(logits_fake, state.config.loss)
+    state.scaler_g.scale(loss).backward()
+    return {
+        "loss/g": loss.detach(),
+        "score/fake_updated": _score(logits_fake),
+        "grad_norm/g": _update(state.optimizer_g, state.scaler_g, state.generator),
+    }
+
+
+def _with_noise(state: TrainState, images: Tensor, stream: str) -> Tensor:
+    """Return images with instance noise, drawn in the memory format of the images."""
+    sigma = state.config.noise.sigma
+    if sigma == 0:
+        return images
+    count, channels, height, width = images.shape
+    key = stream_seed(state.config.seed, stream, state.step)
+    noise = normal(key, state.slots, channels * height * width, images.device)
+    return images + noise.view(count, height, width, channels).permute(0, 3, 1, 2).to(state.dtype) * sigma
+
+
+def _update(optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler, network: nn.Module) -> Tensor:
+    """Apply the reduced gradients and return their norm; with loss scaling, infinite ones skip the step.
+
+    The gradients are equal on all ranks, an infinity on one of them included, so all ranks skip together.
+    """
+    scaler.unscale_(optimizer)
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    scaler.step(optimizer)
+    scaler.update()
+    return norm
+
+
+def _score(logits: Tensor) -> Tensor:
+    """Return D's mean probability of real."""
+    return logits.detach().float().sigmoid().mean()
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)

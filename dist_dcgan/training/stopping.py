@@ -1,0 +1,51 @@
+"""Ending at a step boundary, on all ranks at the same one, when a signal asks for it."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Turns signals into a flag that all ranks see at the same step.
+
+    The handler only sets the flag. `agreed` reduces the flags of all ranks over the CPU backend and reads the result
+    one step later, so that it waits neither for the peers nor for the GPU.
+    """
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._flag = torch.zeros(1)
+        self._reduction: dist.Work | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._reduction is not None:
+            self._reduction.wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def agreed(self) -> bool:
+        """Return whether a rank had been asked to stop by the previous step; call it once a step on all ranks."""
+        stopping = False
+        if self._reduction is not None:
+            self._reduction.wait()
+            stopping = bool(self._flag.item())
+        self._flag = torch.tensor([float(self._requested)])
+        self._reduction = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
+        return stopping
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+        if number == signal.SIGINT:  # a second Ctrl-C ends at once
+            signal.signal(number, signal.default_int_handler)

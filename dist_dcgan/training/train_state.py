@@ -1,0 +1,175 @@
+"""Everything that training changes, and the one registry of what a checkpoint holds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adam
+
+from dist_dcgan.config import Config, Plan
+from dist_dcgan.data.order import rank_slots
+from dist_dcgan.distributed import World, broadcast_from_rank_zero
+from dist_dcgan.models.batchnorm import make_norm
+from dist_dcgan.models.networks import Discriminator, Generator, init_weights
+from dist_dcgan.random_streams import stream_seed
+
+# torch renamed the argument and warns about the old name.
+_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers": False
+}
+
+
+class TrainState:
+    """Networks, their DDP wrappers, optimizers, loss scalers, averaged generator and the step reached."""
+
+    def __init__(self, config: Config, plan: Plan, world: World, image_size: int) -> None:
+        self.config, self.plan, self.world = config, plan, world
+        self.slots = rank_slots(plan.global_batch, world.rank, world.world_size)
+        self.precision = resolve_precision(config.precision, world.device)
+        self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
+        self.step = 0
+        self.wandb_run_id: str | None = None
+
+        norm = make_norm(config.distributed.batchnorm, world.device)
+        kernel_size, latent_dim = config.model.kernel_size, config.model.latent_dim
+        generator = Generator(config.width, image_size, latent_dim, kernel_size, norm)
+        discriminator = Discriminator(config.width, image_size, kernel_size, norm)
+        init_weights(generator, _weight_stream(config, "weights of G"))
+        init_weights(discriminator, _weight_stream(config, "weights of D"))
+        # The averaged generator has local batch norms, so that one rank can run it alone.
+        averaged = Generator(config.width, image_size, latent_dim, kernel_size)
+        averaged.load_state_dict(generator.state_dict())
+        self.generator, self.discriminator = self._place(generator), self._place(discriminator)
+        self.generator_ema = self._place(averaged).eval().requires_grad_(False)
+        if config.compile:
+            self.generator.compile()
+            self.discriminator.compile()
+
+        self.ddp_generator = self._wrap(self.generator)
+        self.ddp_discriminator = self._wrap(self.discriminator)
+        self.optimizer_g = _adam(self.generator, config, config.optimizer.lr_g)
+        self.optimizer_d = _adam(self.discriminator, config, config.optimizer.lr_d)
+        scaling = self.precision == "fp16"
+        self.scaler_g = torch.amp.GradScaler(world.device.type, enabled=scaling)
+        self.scaler_d = torch.amp.GradScaler(world.device.type, enabled=scaling)
+
+    @property
+    def images_seen(self) -> int:
+        """Training images that the steps so far have used."""
+        return self.step * self.plan.global_batch
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context in which the networks run: half precision for bf16 and fp16, else nothing."""
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.world.device.type, dtype=half, enabled=half is not None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the live tensors of a checkpoint by name; they are written in place by `load_tensors`."""
+        tensors: dict[str, Tensor] = {}
+        for prefix, network in self._networks():
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in network.state_dict().items()}
+        for prefix, network, optimizer in self._optimizers():
+            for name, parameter in network.named_parameters():
+                moments = optimizer.state[parameter]
+                tensors |= {f"{prefix}.{name}.{moment}": tensor for moment, tensor in moments.items()}
+        return tensors
+
+    def values(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside tensors, as JSON knows it."""
+        return {
+            "step": self.step,
+            "global_batch": self.plan.global_batch,
+            "wandb_run_id": self.wandb_run_id,
+            "scaler_g": self.scaler_g.state_dict(),
+            "scaler_d": self.scaler_d.state_dict(),
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of a checkpoint into the live ones, which keep their memory formats.
+
+        Keeping them matters: fused Adam silently updates wrong elements where strides of a parameter and its moments
+        differ.
+        """
+        live = self.tensors()
+        assert live.keys() == tensors.keys(), sorted(live.keys() ^ tensors.keys())[:4]
+        with torch.no_grad():
+            for name, tensor in live.items():
+                assert tensor.shape == tensors[name].shape, name
+                tensor.copy_(tensors[name])
+
+    def load_values(self, values: Mapping[str, Any]) -> None:
+        """Take over the values of a checkpoint."""
+        self.step, self.wandb_run_id = values["step"], values["wandb_run_id"]
+        if self.precision == "fp16":
+            self.scaler_g.load_state_dict(values["scaler_g"])
+            self.scaler_d.load_state_dict(values["scaler_d"])
+
+    def broadcast(self) -> None:
+        """Give all ranks the tensors of rank 0."""
+        broadcast_from_rank_zero(self.tensors().values())
+
+    def assert_equal_strides(self) -> None:
+        """Assert that parameters, their gradients and both moments lie alike in memory (see `load_tensors`)."""
+        for prefix, network, optimizer in self._optimizers():
+            for name, parameter in network.named_parameters():
+                state = optimizer.state[parameter]
+                alike = [state["exp_avg"], state["exp_avg_sq"]]
+                alike += [] if parameter.grad is None else [parameter.grad]
+                strides = {tensor.stride() for tensor in (parameter, *alike)}
+                assert len(strides) == 1, f"{prefix}.{name}: strides differ: {strides}"
+
+    def _networks(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "generator", self.generator
+        yield "discriminator", self.discriminator
+        yield "generator_ema", self.generator_ema
+
+    def _optimizers(self) -> Iterator[tuple[str, nn.Module, Adam]]:
+        yield "optimizer_g", self.generator, self.optimizer_g
+        yield "optimizer_d", self.discriminator, self.optimizer_d
+
+    def _place(self, network: nn.Module) -> nn.Module:
+        network = network.to(self.world.device, self.dtype)
+        return network.to(memory_format=torch.channels_last)
+
+    def _wrap(self, network: nn.Module) -> DistributedDataParallel:
+        # DDP would broadcast rank 0's batch-norm buffers before each forward; ours are equal on all ranks already,
+        # and writing them between two forwards and one backward breaks autograd (pytorch#22095).
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return what `auto` means on `device`, other names as they are."""
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _weight_stream(config: Config, stream: str) -> torch.Generator:
+    """Return the CPU generator of first weights; they are drawn there so that every device starts alike."""
+    return torch.Generator().manual_seed(stream_seed(config.seed, stream, 0))
+
+
+def _adam(network: nn.Module, config: Config, lr: float) -> Adam:
+    """Return a fused Adam whose moments exist from the start, so that a checkpoint is always copied into place."""
+    betas = (config.optimizer.beta1, config.optimizer.beta2)
+    optimizer = Adam(network.parameters(), lr=lr, betas=betas, fused=True)
+    state = {
+        index: {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+        for index, parameter in enumerate(network.parameters())
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return optimizer

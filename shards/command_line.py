@@ -1,0 +1,133 @@
+"""Command lines from typed models: flags, help and one-line errors, shared by every command of the project.
+
+pydantic-settings turns a model into flags and help; this module adds what it lacks: the nearest name for a
+misspelt flag or key, one line instead of a report, and exit status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_settings import CliSettingsSource, SettingsError
+
+from shards.errors import UserError
+
+
+class Options(BaseModel):
+    """Base of every typed set of options: frozen, closed, documented by the docstring under each field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+_MISTAKES_SHOWN = 5
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse_flags(
+    model: type[BaseModel], argv: Sequence[str], prog: str, short: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return what `argv` sets of `model`, nested by field and not yet validated.
+
+    `short` maps a flag to the longer one that it stands for. Raises UserError for an unknown flag or a
+    missing value; `--help` prints and exits.
+    """
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        model,  # type: ignore[arg-type]  # any pydantic model serves; the annotation asks for BaseSettings
+        cli_prog_name=prog,
+        cli_exit_on_error=False,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_enforce_required=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
+    try:
+        return dict(source(args=_expand(argv, short or {}))())
+    except SettingsError as error:
+        flags = [flag for flag in source.root_parser._option_string_actions if flag.startswith("--")]
+        raise UserError(_explain_flags(str(error), [*flags, *(short or {})])) from None
+
+
+def build(model: type[Model], values: Mapping[str, Any], where: str = "") -> Model:
+    """Validate `values` into `model`; raises UserError naming each key, its value and what is expected.
+
+    `where` says what the values come from (a file, a preset), for the message.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain_field(model, dict(detail)) for detail in error.errors(include_url=False)]
+        more = f"; and {len(lines) - _MISTAKES_SHOWN} more" if len(lines) > _MISTAKES_SHOWN else ""
+        raise UserError(
+            f"{where + ': ' if where else ''}{'; '.join(lines[:_MISTAKES_SHOWN])}{more}"
+        ) from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the known name nearest to `name`, or nothing where none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Run a command: a UserError becomes one line on stderr and exit status 2, an interrupt status 130.
+
+    Under torchrun every rank meets the same mistake of the user, so only rank 0 prints it.
+    """
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _expand(argv: Sequence[str], short: Mapping[str, str]) -> list[str]:
+    expanded = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        expanded.append(short.get(flag, flag) + equals + value)
+    return expanded
+
+
+def _explain_flags(message: str, flags: Iterable[str]) -> str:
+    message = re.sub(r"\s+", " ", message.removeprefix("error parsing CLI: "))
+    unknown = re.search(r"unrecognized arguments: (--?[^ =]+)", message)
+    if unknown:
+        return f"unknown option {unknown[1]}{nearest(unknown[1], flags)} (--help lists them all)"
+    return f"{message} (--help explains)"
+
+
+def _explain_field(model: type[BaseModel], detail: dict[str, Any]) -> str:
+    path = [str(part) for part in detail["loc"]]
+    name = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {name}{nearest(path[-1], _keys(model, path[:-1]))}"
+    if detail["type"] == "missing":
+        return f"{name} is missing"
+    reason: str = detail["msg"].removeprefix("Value error, ")
+    if not name:
+        return reason
+    reason = reason[0].lower() + reason[1:]
+    return f"{name}: {reason}, got {detail['input']!r}"
+
+
+def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

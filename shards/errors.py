@@ -1,0 +1,10 @@
+"""The one exception for what a person can mend."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake of the user: one line that names the thing, the value and the remedy.
+
+    Commands print it without a traceback and exit with status 2 (`shards.command_line.run`).
+    """

@@ -1,0 +1,239 @@
+"""The shard format: names, sizes, offsets and the manifest that lists the shards of a data set.
+
+A data set is `DIR/manifest.json` beside `shard-NNNNNN.tar`. Every shard is a plain USTAR archive of
+`<key>.ppm` members that all have the same size, so that sample `i` lies at a computable offset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import Field, model_validator
+
+from shards.command_line import Options, build
+from shards.errors import UserError
+
+FORMAT = "dist_dcgan-shards"
+FORMAT_VERSION = 1
+ORDER_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+TAR_BLOCK = 512
+TAR_END = 2 * TAR_BLOCK
+"""Two blocks of zeros end a tar archive."""
+
+_PLAIN_KEY = re.compile(rb"[A-Za-z0-9_-]{1,90}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the bytes of a sample lie in a shard, for one image size (pixels a side)."""
+
+    image_size: int
+
+    @property
+    def ppm_header(self) -> bytes:
+        """The PPM header before the pixels: 13 bytes at 64x64."""
+        return b"P6\n%d %d\n255\n" % (self.image_size, self.image_size)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of one image: height x width x RGB."""
+        return 3 * self.image_size * self.image_size
+
+    @property
+    def member_bytes(self) -> int:
+        """Bytes of one PPM file: 12,301 at 64x64."""
+        return len(self.ppm_header) + self.pixel_bytes
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one sample to the next: tar header, file, padding to whole blocks; 13,312 at 64x64."""
+        return TAR_BLOCK + -(-self.member_bytes // TAR_BLOCK) * TAR_BLOCK
+
+    @property
+    def pixel_offset(self) -> int:
+        """Offset of the first pixel in a sample's stride."""
+        return TAR_BLOCK + len(self.ppm_header)
+
+    def shard_bytes(self, samples: int) -> int:
+        """Size of a shard file that holds `samples` images."""
+        return samples * self.stride + TAR_END
+
+
+def member_key(key: bytes) -> str:
+    """Return the name that `key` has in a shard: itself where it is plain, else its SHA-1 in hex.
+
+    Plain means 1 to 90 of letters, digits, `_` and `-`: a dot would split the name in webdataset, and longer
+    or other names need extra tar blocks, which would break the constant stride.
+    """
+    return key.decode() if _PLAIN_KEY.fullmatch(key) else hashlib.sha1(key).hexdigest()
+
+
+def shard_name(index: int) -> str:
+    """Return the file name of shard `index`, counted from 0."""
+    return f"shard-{index:06d}.tar"
+
+
+class ShardEntry(Options):
+    """What the manifest says of one shard."""
+
+    name: str = Field(pattern=r"^shard-\d{6,}\.tar$")
+    """File name beside the manifest."""
+    samples: int = Field(ge=1)
+    """Images in the shard."""
+    bytes: int = Field(ge=1)
+    """Size of the file."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of the file, in hex."""
+
+
+class Preparation(Options):
+    """How the pixels were made from the source's images."""
+
+    crop: str = "center-square"
+    """Crop before resizing."""
+    filter: str = "lanczos"
+    """Resampling filter."""
+    decoder: str = ""
+    """Library that decoded the images, with its version."""
+
+
+class Manifest(Options):
+    """A data set: its shards, what they were made from and how. Lists no keys; those are in the shards."""
+
+    format: str = FORMAT
+    """Always `dist_dcgan-shards`."""
+    format_version: int = FORMAT_VERSION
+    """Version of the shard format."""
+    order_version: int = ORDER_VERSION
+    """Version of the rule that orders the samples in training."""
+    image_size: int = Field(ge=8, le=1024)
+    """Pixels a side."""
+    samples_per_shard: int = Field(ge=1)
+    """Source entries that went into each shard but the last; a shard holds fewer where some were rejected."""
+    source: Mapping[str, Any]
+    """What the images came from: kind, name, entries."""
+    preparation: Preparation = Preparation()
+    """How the pixels were made."""
+    rejected: int = Field(0, ge=0)
+    """Source entries left out; `rejected.jsonl` says which and why."""
+    shards: tuple[ShardEntry, ...] = Field(min_length=1)
+    """The shards in order."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        layout = Layout(self.image_size)
+        for index, shard in enumerate(self.shards):
+            if shard.name != shard_name(index):
+                raise ValueError(f"shard {index} is named {shard.name}, expected {shard_name(index)}")
+            if shard.bytes != layout.shard_bytes(shard.samples):
+                raise ValueError(
+                    f"{shard.name} says {shard.bytes} bytes, but {shard.samples} samples of "
+                    f"{self.image_size} pixels make {layout.shard_bytes(shard.samples)}"
+                )
+        return self
+
+    @property
+    def samples(self) -> int:
+        """Images in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the bytes of a sample lie."""
+        return Layout(self.image_size)
+
+    def digest(self) -> str:
+        """Return the identity of the data set: SHA-256, in hex, over the canonical JSON of its fields."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Publish the manifest as the last file of a data set: whole or not at all, and durable."""
+    content = manifest.model_dump(mode="json") | {"samples": manifest.samples, "digest": manifest.digest()}
+    publish(directory / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically and durably."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears at `path`, whole and durable, when the block ends, and not where it raises.
+
+    Until then it is `path` + `.tmp`, which only a killed process leaves behind.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest of the data set in `directory`; raises UserError, never anything else."""
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        raise UserError(f"no data set at {directory}: no such directory")
+    if not path.is_file():
+        raise UserError(
+            f"no data set at {directory}: it has no {MANIFEST_NAME} (python -m shards convert makes one)"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
+        found = f"{content.get('format')!r} version {content.get('format_version')!r}"
+        raise UserError(
+            f"{path} is {found}; this version reads {FORMAT!r} version {FORMAT_VERSION}: convert again"
+        )
+    digest, samples = content.pop("digest", None), content.pop("samples", None)
+    manifest = build(Manifest, content, where=str(path))
+    if manifest.digest() != digest or manifest.samples != samples:
+        raise UserError(f"{path} is damaged: its digest does not match its content")
+    return manifest
+
+
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """Check that every shard is there, in the manifest's size; raises UserError naming the first other."""
+    for shard in manifest.shards:
+        path = directory / shard.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(
+                f"shard {path} {found}, the manifest says {shard.bytes} bytes: convert or copy it again"
+            )
