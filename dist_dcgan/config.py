@@ -172,7 +172,7 @@ class Invocation(Options):
     """How this process was started."""
 
     preset: str | None = None
-    """Configuration that comes with the package: paper (the default), paper_literal, narrow or debug."""
+    """Configuration that comes with the package: paper (the default), paper_literal, narrow, quickstart or debug."""
     config: Path | None = None
     """Configuration from a YAML file, instead of a preset."""
     world_size: int | None = Field(None, ge=1)

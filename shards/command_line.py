@@ -65,9 +65,7 @@ def build(model: type[Model], values: Mapping[str, Any], where: str = "") -> Mod
     except ValidationError as error:
         lines = [_explain_field(model, dict(detail)) for detail in error.errors(include_url=False)]
         more = f"; and {len(lines) - _MISTAKES_SHOWN} more" if len(lines) > _MISTAKES_SHOWN else ""
-        raise UserError(
-            f"{where + ': ' if where else ''}{'; '.join(lines[:_MISTAKES_SHOWN])}{more}"
-        ) from None
+        raise UserError(f"{where + ': ' if where else ''}{'; '.join(lines[:_MISTAKES_SHOWN])}{more}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from shards.command_line import Options, build
 from shards.errors import UserError
+from shards.files import publish
 
 FORMAT = "dist_dcgan-shards"
 FORMAT_VERSION = 1
@@ -164,49 +163,13 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     publish(directory / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def publish(path: Path, content: bytes) -> None:
-    """Write `content` to `path` atomically and durably."""
-    with atomic_file(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears at `path`, whole and durable, when the block ends, and not where it raises.
-
-    Until then it is `path` + `.tmp`, which only a killed process leaves behind.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make a rename in `directory` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_manifest(directory: Path) -> Manifest:
     """Read and check the manifest of the data set in `directory`; raises UserError, never anything else."""
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
         raise UserError(f"no data set at {directory}: no such directory")
     if not path.is_file():
-        raise UserError(
-            f"no data set at {directory}: it has no {MANIFEST_NAME} (python -m shards convert makes one)"
-        )
+        raise UserError(f"no data set at {directory}: it has no {MANIFEST_NAME} (python -m shards convert makes one)")
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
@@ -217,9 +180,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(f"{path} is damaged: {error}") from None
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         found = f"{content.get('format')!r} version {content.get('format_version')!r}"
-        raise UserError(
-            f"{path} is {found}; this version reads {FORMAT!r} version {FORMAT_VERSION}: convert again"
-        )
+        raise UserError(f"{path} is {found}; this version reads {FORMAT!r} version {FORMAT_VERSION}: convert again")
     digest, samples = content.pop("digest", None), content.pop("samples", None)
     manifest = build(Manifest, content, where=str(path))
     if manifest.digest() != digest or manifest.samples != samples:
@@ -234,6 +195,4 @@ def check_files(directory: Path, manifest: Manifest) -> None:
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(
-                f"shard {path} {found}, the manifest says {shard.bytes} bytes: convert or copy it again"
-            )
+            raise UserError(f"shard {path} {found}, the manifest says {shard.bytes} bytes: convert or copy it again")

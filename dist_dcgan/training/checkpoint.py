@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shards.command_line import Options, build, nearest, parse_flags, run
 from shards.errors import UserError
-from shards.manifest import publish, sync_directory
+from shards.files import file_sha256, publish, sync_directory
 
 FORMAT_VERSION = 1
 _TENSORS = "tensors.safetensors"
@@ -87,12 +87,6 @@ def list_checkpoints(directory: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json_sha256(content: Mapping[str, Any]) -> str:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from dist_dcgan.config import Config
 from dist_dcgan.models.networks import Generator
-from dist_dcgan.training.checkpoint import file_sha256
 from shards.errors import UserError
-from shards.manifest import publish
+from shards.files import file_sha256, publish
 
 
 def export_generator(path: Path, generator: nn.Module, config: Config, image_size: int, step: int) -> None:

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.distributed import World
 from dist_dcgan.training.run_directory import RunDirectory
-from shards.manifest import publish
+from shards.files import publish
 
 Row = Mapping[str, float]
 
@@ -236,6 +235,8 @@ def make_logger(config: Config, plan: Plan, world: World, run: RunDirectory, ste
 
 def save_grid(images: Tensor, path: Path) -> None:
     """Write images (N, 3, size, size) in [-1, 1] as a PNG grid that is about square."""
+    from torchvision.utils import save_image  # imported here: it takes seconds, and only one rank ever draws
+
     columns = max(1, round(len(images) ** 0.5))
     save_image(images.float(), path, nrow=columns, normalize=True, value_range=(-1, 1))
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from dist_dcgan.config import Config, differences, read_yaml, to_yaml
 from shards.command_line import build
 from shards.errors import UserError
-from shards.manifest import publish
+from shards.files import publish
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ def claimed(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
         raise UserError(f"run directory {run.path} holds files but no run: name an empty or new one with --run-dir")
     if is_run and resume == "never":
         raise UserError(f"run directory {run.path} holds a run already: name another with --run-dir, or drop --resume")
+    if is_run:
+        _require_same_run(run, config)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with _only_writer(run.path):
-            if is_run:
-                _require_same_run(run, config)
             publish(run.config, to_yaml(config).encode())
             run.stopped.unlink(missing_ok=True)
             yield

@@ -54,7 +54,7 @@ def test_each_sample_is_seen_once_in_an_epoch_part(alone: dict[str, Outcome]) ->
 
 def joined_keys(ranks: list[Outcome]) -> list[list[str]]:
     """The keys of each global batch, in the order of slots."""
-    return [sum((outcome.keys[step] for outcome in ranks), []) for step in range(STEPS)]
+    return [[key for outcome in ranks for key in outcome.keys[step]] for step in range(STEPS)]
 
 
 def largest_difference(a: Outcome, b: Outcome) -> float:

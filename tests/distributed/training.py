@@ -66,7 +66,7 @@ class _Raw(nn.Module):
 
 
 def _plain_batchnorm() -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.object(train_state, "make_norm", lambda kind, device: nn.BatchNorm2d)
+    return mock.patch.object(train_state, "make_norm", return_value=nn.BatchNorm2d)
 
 
 def _z_per_rank() -> contextlib.AbstractContextManager[Any]:

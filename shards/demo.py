@@ -1,0 +1,107 @@
+"""A demo data set that needs no download: rendered bedrooms in an LMDB like LSUN's."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import lmdb
+
+from shards.bedroom import render_bedroom
+from shards.errors import UserError
+from shards.files import sync_directory
+from shards.workers import Tick, map_in_order
+
+Record: TypeAlias = tuple[bytes, bytes]
+"""An LMDB key and its value."""
+
+CHUNK = 50  # pictures per task of a worker and per transaction
+MAP_BYTES_PER_PICTURE = 1 << 16  # far above any JPEG of this size; the file only grows to what it holds
+
+
+def write_demo(
+    out: Path,
+    images: int = 4000,
+    seed: int = 0,
+    workers: int = 0,
+    split: str = "train",
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Write `images` bedrooms to the LMDB `out`/demo_<split>_lmdb and return that path.
+
+    A seed gives the same pictures for any number of `workers` (0: one per core) and for any split.
+    `progress` is told how many pictures are done so far. The folder appears when it is complete; raises
+    UserError where it exists already.
+    """
+    target = Path(out) / f"demo_{split}_lmdb"
+    jobs = (range(start, min(start + CHUNK, images)) for start in range(0, images, CHUNK))
+    chunks = map_in_order(partial(_render_chunk, seed), jobs, workers, _Counter(progress))
+    with _new_folder(target) as folder, closing(chunks):
+        _write_lmdb(folder, images, chunks)
+    return target
+
+
+class _Counter:
+    """Tells how many pictures are done in all."""
+
+    def __init__(self, tell: Callable[[int], None] | None) -> None:
+        self._tell, self._done = tell, 0
+
+    def advance(self, images: int) -> None:
+        self._done += images
+        if self._tell:
+            self._tell(self._done)
+
+
+def _render_chunk(seed: int, indices: range, tick: Tick) -> list[Record]:
+    records = []
+    for index in indices:
+        buffer = io.BytesIO()
+        render_bedroom(seed, index).save(buffer, "JPEG", quality=75)
+        value = buffer.getvalue()
+        records.append((hashlib.sha1(value).hexdigest().encode("ascii"), value))
+        tick(1)
+    return records
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` at the end, and disappears where that is not reached."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    _refuse_existing(target)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {target.parent} ({error.strerror}): choose another folder") from None
+    try:
+        yield temporary
+        _refuse_existing(target)  # again: renaming would replace an empty folder
+        temporary.rename(target)
+        sync_directory(target.parent)
+    except lmdb.Error as error:
+        raise UserError(f"cannot write {target} ({error}): make room or choose another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already: move it away or choose another folder")
+
+
+def _write_lmdb(folder: Path, images: int, chunks: Iterable[list[Record]]) -> None:
+    map_size = (images + 1024) * MAP_BYTES_PER_PICTURE
+    with lmdb.open(str(folder), map_size=map_size, sync=False) as environment:
+        for records in chunks:
+            with environment.begin(write=True) as transaction:
+                for key, value in records:
+                    transaction.put(key, value)
+        environment.sync(True)
+        assert environment.stat()["entries"] == images, "two pictures have the same SHA-1"

@@ -1,0 +1,47 @@
+"""How far a command is, on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts images: a live bar on a terminal; elsewhere a plain line every ten seconds and at the end."""
+
+    def __init__(self, total: int, label: str) -> None:
+        self._total, self._label, self._done = total, label, 0
+        self._start = self._last_line = time.monotonic()
+        self._live = sys.stderr.isatty()
+        # nrows: tqdm would hide the bar on a terminal that does not tell its height, as in some containers
+        self._bar = tqdm(total=total, desc=label, unit="img", nrows=20, disable=not self._live)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if not self._live:
+            self._print_line()
+
+    def advance(self, images: int) -> None:
+        """Count `images` more."""
+        self.reach(self._done + images)
+
+    def reach(self, done: int) -> None:
+        """Take note that `done` images are done in all."""
+        self._bar.update(done - self._done)
+        self._done = done
+        if not self._live and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        meter = tqdm.format_meter(
+            self._done, self._total, self._last_line - self._start, ncols=0, prefix=self._label, unit="img"
+        )
+        print(meter, file=sys.stderr, flush=True)

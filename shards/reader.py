@@ -1,0 +1,51 @@
+"""One sample of a shard, by number: for tests and previews. Training reads through `dist_dcgan.data`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.errors import UserError
+from shards.manifest import TAR_BLOCK, Layout, Manifest
+
+NAME_FIELD = slice(0, 100)
+"""Where a tar header holds the member's name, filled up with zeros."""
+
+_MEMBER_NAME = re.compile(rb"([A-Za-z0-9_-]{1,90})\.ppm")
+
+
+def member_of(header: bytes) -> str | None:
+    """Return the key of the sample behind a tar header, or None where the format allows no such name."""
+    name = header[NAME_FIELD].rstrip(b"\0")
+    match = _MEMBER_NAME.fullmatch(name)
+    return match[1].decode() if match else None
+
+
+def read_sample(path: Path, layout: Layout, index: int) -> tuple[str, npt.NDArray[np.uint8]]:
+    """Return the key and the pixels, (height, width, RGB), of sample `index`, from 0, of the shard `path`.
+
+    Raises UserError where the shard is missing or has no intact sample there.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(index * layout.stride)
+            block = file.read(layout.stride)
+    except OSError as error:
+        raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+    key = member_of(block[:TAR_BLOCK])
+    if len(block) < layout.stride or key is None or block[TAR_BLOCK : layout.pixel_offset] != layout.ppm_header:
+        raise UserError(f"shard {path} has no intact sample {index}: python -m shards verify says what is wrong")
+    pixels = np.frombuffer(block, np.uint8, layout.pixel_bytes, layout.pixel_offset)
+    return key, pixels.reshape(layout.image_size, layout.image_size, 3)
+
+
+def locate(manifest: Manifest, position: int) -> tuple[str, int]:
+    """Return the shard's name, and the number in it, of sample `position` of the data set, from 0."""
+    for shard in manifest.shards:
+        if position < shard.samples:
+            return shard.name, position
+        position -= shard.samples
+    raise IndexError(position)

@@ -1,0 +1,129 @@
+"""Jobs over worker processes: results in order, bounded memory, and a clean end whatever ends it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+from shards.errors import UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+Tick = Callable[[int], None]
+"""What a task calls to say that so many more images are done; it raises where the task is to give up."""
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+
+class Counter(Protocol):
+    """What is told of progress."""
+
+    def advance(self, images: int) -> None:
+        """Count `images` more."""
+
+
+class StoppedError(Exception):
+    """Raised in a worker whose result nobody waits for any more."""
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use: a cluster may give it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_order(
+    task: Callable[[Job, Tick], Result], jobs: Iterable[Job], workers: int, progress: Counter
+) -> Generator[Result, None, None]:
+    """Yield `task(job, tick)` for every job, in the order of the jobs, drawing jobs only as workers get free.
+
+    `workers` 0 means all available cores; 1 runs in this process, for a debugger. `task` must pickle; each
+    worker gets one copy of it. Close the generator (contextlib.closing) to stop the workers early. Raises
+    what a task raises, and UserError where a worker dies.
+    """
+    workers = workers or available_cores()
+    if workers == 1:
+        yield from (task(job, progress.advance) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # fork would copy locks and open environments
+    done, stop = context.Value("q", 0), context.Event()
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(task, done, stop))
+    try:
+        for future in _submit_in_order(pool, jobs, 2 * workers):
+            _follow(future, done, progress)
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError("a worker process died, perhaps for lack of memory: try fewer --workers") from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _submit_in_order(pool: ProcessPoolExecutor, jobs: Iterable[Any], limit: int) -> Iterator[Future[Any]]:
+    """Yield the future of every job in order, with at most `limit` of them submitted ahead."""
+    pending: deque[Future[Any]] = deque()
+    for job in jobs:
+        with _interrupts_held():
+            pending.append(pool.submit(_run, job))
+        if len(pending) >= limit:
+            yield pending.popleft()
+    yield from pending
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back: processes started meanwhile never see it, so that only the parent answers to it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _follow(future: Future[Any], done: Any, progress: Counter) -> None:
+    """Wait for `future` and pass on to `progress` what all workers have counted meanwhile."""
+    unfinished = True
+    while unfinished:
+        unfinished = bool(wait([future], timeout=_SECONDS_BETWEEN_LOOKS).not_done)
+        with done.get_lock():
+            images, done.value = done.value, 0
+        progress.advance(images)
+
+
+_task: Callable[[Any, Tick], Any]
+_done: Any
+_stop: Any
+
+
+def _begin(task: Callable[[Any, Tick], Any], done: Any, stop: Any) -> None:
+    """Set up a worker, which must not outlive its parent."""
+    global _task, _done, _stop
+    _task, _done, _stop = task, done, stop
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    # A killed parent closes no queue that its workers wait on: they hold its other end themselves.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run(job: Any) -> Any:
+    return _task(job, _tick)
+
+
+def _tick(images: int) -> None:
+    if _stop.is_set():
+        raise StoppedError
+    with _done.get_lock():
+        _done.value += images

@@ -1,0 +1,102 @@
+"""Files of a data set, written so that the same samples give the same bytes, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from shards.errors import UserError
+from shards.files import atomic_file, sync_directory
+from shards.manifest import TAR_BLOCK, TAR_END, Layout, ShardEntry
+
+KEYS_NAME = "keys.jsonl"
+"""The original key of every sample that bears another name in its shard."""
+
+REJECTED_NAME = "rejected.jsonl"
+"""The key of every source entry that was left out, with the reason."""
+
+
+def tar_header(key: str, size: int) -> bytes:
+    """Return the USTAR header of the member `key`.ppm of `size` bytes: one block, without time and owner."""
+    member = tarfile.TarInfo(f"{key}.ppm")  # mode 0644; time, user and group 0; no user and group name
+    member.size = size
+    header = member.tobuf(tarfile.USTAR_FORMAT)
+    assert len(header) == TAR_BLOCK, key
+    return header
+
+
+def write_shard(path: Path, layout: Layout, samples: Iterator[tuple[str, bytes]]) -> ShardEntry | None:
+    """Write (member key, PPM file) `samples` as the shard `path`, atomically, and return its manifest entry.
+
+    Returns None, and writes nothing, where there are no samples. Raises UserError where two of them share a
+    key, and leaves no file behind where anything fails.
+    """
+    first = next(samples, None)
+    if first is None:
+        return None
+    sha256, keys = hashlib.sha256(), set[str]()
+    padding = bytes(layout.stride - TAR_BLOCK - layout.member_bytes)
+    with atomic_file(path) as file:
+        for key, ppm in chain([first], samples):
+            if key in keys:
+                raise UserError(f"{path.name}: two source entries are named {key}: rename one of them")
+            assert len(ppm) == layout.member_bytes, (key, len(ppm))
+            keys.add(key)
+            block = tar_header(key, len(ppm)) + ppm + padding
+            sha256.update(block)
+            file.write(block)
+        sha256.update(bytes(TAR_END))
+        file.write(bytes(TAR_END))
+    size = layout.shard_bytes(len(keys))
+    return ShardEntry(name=path.name, samples=len(keys), bytes=size, sha256=sha256.hexdigest())
+
+
+def describe_key(key: bytes) -> dict[str, str]:
+    """Return the JSON form of a source key: `key` where it is UTF-8, else `key_hex`."""
+    try:
+        return {"key": key.decode()}
+    except UnicodeDecodeError:
+        return {"key_hex": key.hex()}
+
+
+class JsonLines:
+    """A file of JSON objects, one a line: it appears when published, and not at all without a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Drop what was not published."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            finally:  # closing writes the rest, which a full disk refuses
+                self._temporary.unlink()
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add one object."""
+        if self._file is None:
+            self._file = self._temporary.open("w", encoding="ascii")
+        self._file.write(json.dumps(line) + "\n")
+
+    def publish(self) -> None:
+        """Make the file appear, whole and durable."""
+        if self._file is None:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        self._temporary.replace(self.path)
+        sync_directory(self.path.parent)

@@ -1,0 +1,190 @@
+"""Times the training step against the usual DCGAN loop and against the machine's matrix-product floor.
+
+    python -m tests.benchmarks.step [--width 128] [--batch 32] [--rounds 5] [--json FILE]
+
+All in one run, taking turns, so that the ratios hold on a noisy machine. "Plain" is the loop that most ports have:
+sigmoid and BCELoss, weight gradients of D in G's turn, contiguous layout, unfused Adam, torch's own batch norm, no
+noise, no EMA. The floor is the time of the step's floating-point operations at the rate of a large matrix product.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_dcgan.config import Config, NoiseOptions, Plan, make_plan
+from dist_dcgan.distributed import World, average_across_ranks, process_group
+from dist_dcgan.models.networks import Discriminator, Generator, init_weights
+from dist_dcgan.training.checkpoint import save_checkpoint
+from dist_dcgan.training.ema import update_ema
+from dist_dcgan.training.steps import train_step
+from dist_dcgan.training.train_state import TrainState
+from shards.command_line import Options, build, parse_flags, run
+
+MATRIX = 2048
+WARM_UP = 2
+CHECKPOINT_EVERY = 1000
+
+
+class Benchmark(Options):
+    """Time the training step."""
+
+    width: int = Field(128, ge=1)
+    """Channels of the last hidden layer."""
+    batch: int = Field(32, ge=2)
+    """Images per step."""
+    rounds: int = Field(5, ge=1)
+    """Rounds in which all variants take a turn."""
+    json_: Path | None = Field(None, alias="json")
+    """File for the figures, by name."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the rounds and print the medians."""
+    options = build(Benchmark, parse_flags(Benchmark, argv, "python -m tests.benchmarks.step"))
+    config = Config(width=options.width, global_batch=options.batch)
+    without_noise = Config(width=options.width, global_batch=options.batch, noise=NoiseOptions(sigma=0))
+    with process_group(600) as world:
+        plan = make_plan(config, 1, 10 * options.batch)
+        variants = {
+            "ours": our_step(config, plan, world),
+            "plain": plain_step(options.width, options.batch, world.device),
+            "ours_without_noise": our_step(without_noise, plan, world),
+            "product": matrix_product(world.device),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for round_ in range(WARM_UP + options.rounds):
+            for name, function in variants.items():
+                elapsed = timed(function, world.device)
+                if round_ >= WARM_UP:
+                    seconds[name].append(elapsed)
+        median = {name: statistics.median(values) for name, values in seconds.items()}
+        overhead = loop_seconds(config, plan, world)
+        figures = summarise(options, median, overhead, step_flops(options.width, options.batch))
+        gpu = world.device.type == "cuda"
+        figures["device"] = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    for name, value in figures.items():
+        print(f"{name:28} {value if isinstance(value, str) else f'{value:.4g}'}")
+    if options.json_ is not None:
+        options.json_.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def summarise(
+    options: Benchmark, median: dict[str, float], overhead: dict[str, float], flops: float
+) -> dict[str, float | str]:
+    """Return the figures, ratios first."""
+    rate = 2 * MATRIX**3 / median["product"]
+    floor = flops / rate
+    return {
+        "ours_over_plain": median["plain"] / median["ours"],
+        "without_noise_over_plain": median["plain"] / median["ours_without_noise"],
+        "ours_of_floor": floor / median["ours"],
+        "plain_of_floor": floor / median["plain"],
+        "loop_overhead": sum(overhead.values()) / median["ours"],
+        **{f"overhead_{name}": value / median["ours"] for name, value in overhead.items()},
+        "ours_images_per_second": options.batch / median["ours"],
+        "plain_images_per_second": options.batch / median["plain"],
+        "product_gflops": rate / 1e9,
+        "step_gflop_per_image": flops / options.batch / 1e9,
+        "width": options.width,
+        "batch": options.batch,
+        "rounds": options.rounds,
+    }
+
+
+def our_step(config: Config, plan: Plan, world: World) -> Callable[[], object]:
+    """Return this project's step on constant images."""
+    state = TrainState(config, plan, world, 64)
+    real = images(plan.global_batch, world.device).contiguous(memory_format=torch.channels_last)
+    return lambda: train_step(state, real)
+
+
+def plain_step(width: int, batch: int, device: torch.device) -> Callable[[], object]:
+    """Return the usual loop's step."""
+    generator, discriminator = Generator(width).to(device), nn.Sequential(Discriminator(width), nn.Sigmoid()).to(device)
+    for network in (generator, discriminator):
+        init_weights(network, torch.Generator().manual_seed(0))
+    optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=False)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=False)
+    criterion, real = nn.BCELoss(), images(batch, device)
+    ones, zeros = torch.ones(batch, device=device), torch.zeros(batch, device=device)
+
+    def step() -> None:
+        discriminator.zero_grad()
+        criterion(discriminator(real), ones).backward()
+        fake = generator(torch.randn(batch, 100, device=device))
+        criterion(discriminator(fake.detach()), zeros).backward()
+        optimizer_d.step()
+        generator.zero_grad()
+        criterion(discriminator(fake), ones).backward()
+        optimizer_g.step()
+
+    return step
+
+
+def matrix_product(device: torch.device) -> Callable[[], object]:
+    """Return a large matrix product, in bf16 on a GPU as training is."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = torch.randn(2, MATRIX, MATRIX, device=device, dtype=dtype)
+    return lambda: a @ b
+
+
+def loop_seconds(config: Config, plan: Plan, world: World) -> dict[str, float]:
+    """Return seconds a step that the loop spends around forward, backward and optimizers, each by itself."""
+    state = TrainState(config, plan, world, 64)
+    real = images(plan.global_batch, world.device).contiguous(memory_format=torch.channels_last)
+    metrics = train_step(state, real)
+    pixels = torch.zeros((plan.global_batch, 64, 64, 3), dtype=torch.uint8)
+    finite = torch.isfinite(metrics["grad_norm/g"])
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {
+            "ema": (lambda: update_ema(state.generator_ema, state.generator, 0.99, finite), 1),
+            "images": (lambda: pixels.permute(0, 3, 1, 2).float().mul_(2 / 255).sub_(1).to(world.device), 1),
+            "metrics": (lambda: average_across_ranks(metrics), config.log.every_steps),
+            "checkpoint": (lambda: save_checkpoint(Path(folder), state.tensors(), state.values(), 1), CHECKPOINT_EVERY),
+        }
+        return {
+            name: statistics.median(timed(function, world.device) for _ in range(3)) / every
+            for name, (function, every) in parts.items()
+        }
+
+
+def step_flops(width: int, batch: int) -> float:
+    """Return the floating-point operations of a step with D frozen in G's turn, counted on the meta device."""
+    with torch.device("meta"):
+        generator, discriminator = Generator(width), Discriminator(width)
+        real, z = torch.empty(batch, 3, 64, 64), torch.empty(batch, 100)
+    with FlopCounterMode(display=False) as counter:
+        fake = generator(z)
+        discriminator(real).sum().backward()
+        discriminator(fake.detach()).sum().backward()
+        discriminator.requires_grad_(False)
+        discriminator(fake).sum().backward()
+    return float(counter.get_total_flops())
+
+
+def images(batch: int, device: torch.device) -> Tensor:
+    """Return images of noise in [-1, 1]."""
+    return torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)
+
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call, the device's work included."""
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,78 @@
+"""Killed and started again by the same command, a run ends as if nothing had happened (promise 7 of the design)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dist_dcgan.training.checkpoint import load_newest
+from tests.commands import metrics, start, succeed, train_command
+
+STEPS = 8
+FLAGS = ["--width", 8, "--global-batch", 16, "--max-steps", STEPS, "--log.every-steps", 1, "--wandb", "disabled"]
+TIMINGS = ("time/", "throughput/")
+
+
+@dataclass(frozen=True)
+class Golden:
+    ranks: int
+    run_dir: Path
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def golden(request: pytest.FixtureRequest, demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    """A run that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("golden") / "run"
+    succeed(train_command(request.param, "--data", demo_shards, *FLAGS, "--run-dir", run_dir))
+    return Golden(request.param, run_dir)
+
+
+def test_a_killed_run_ends_bit_identical(golden: Golden, demo_shards: Path, tmp_path: Path) -> None:
+    kills, every = ([2, 4, 6], 2) if golden.ranks == 2 else ([4], 4)
+    killed = tmp_path / "run"
+    flags = ["--data", demo_shards, *FLAGS, "--checkpoint.every-steps", every, "--run-dir", killed]
+    for step in kills:
+        kill_after_checkpoint(train_command(golden.ranks, *flags), killed, step)
+    succeed(train_command(golden.ranks, *flags))
+
+    assert [comparable(row) for row in metrics(killed)] == [comparable(row) for row in metrics(golden.run_dir)]
+    assert len(metrics(golden.run_dir)) == STEPS
+    assert final_tensors(killed) == final_tensors(golden.run_dir)
+
+
+def test_another_seed_ends_differently(golden: Golden, demo_shards: Path, tmp_path: Path) -> None:
+    if golden.ranks == 4:
+        pytest.skip("2 ranks say it all")
+    succeed(train_command(2, "--data", demo_shards, *FLAGS, "--run-dir", tmp_path / "run", "--seed", 1))
+    assert final_tensors(tmp_path / "run") != final_tensors(golden.run_dir)
+
+
+def kill_after_checkpoint(command: list[str], run_dir: Path, step: int) -> None:
+    """Kill rank 0 as soon as the checkpoint of `step` is there, before the run ends."""
+    process = start(command)
+    checkpoint = run_dir / "checkpoints" / f"step-{step:08d}"
+    while not checkpoint.is_dir():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+    os.kill(json.loads((run_dir / "run.holder.json").read_text())["pid"], signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0, output
+    assert not (run_dir / "generator_ema.safetensors").exists(), "the run ended before it was killed"
+
+
+def comparable(row: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if not key.startswith(TIMINGS)}
+
+
+def final_tensors(run_dir: Path) -> dict[str, bytes]:
+    found = load_newest(run_dir / "checkpoints")
+    assert found is not None
+    tensors, values = found
+    assert values["step"] == STEPS
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}

@@ -1,0 +1,135 @@
+"""Pixels come from the place that the manifest gives, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dist_dcgan.config import Config, make_plan
+from dist_dcgan.data.loader import Batch, BatchLoader, flip, to_images
+from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.distributed import World
+from shards.errors import UserError
+from shards.manifest import read_manifest
+
+CPU = torch.device("cpu")
+
+
+def gather(reader: ShardReader, samples: list[int]) -> np.ndarray:
+    size = reader.manifest.image_size
+    out = np.empty((len(samples), size, size, 3), dtype=np.uint8)
+    reader.gather(np.array(samples), out)
+    return out
+
+
+def loader(data: Path, rank: int = 0, world_size: int = 1, first_step: int = 0, batch: int = 8) -> BatchLoader:
+    config = Config(data={"path": data}, global_batch=batch, max_steps=30)
+    manifest = read_manifest(data)
+    plan = make_plan(config, world_size, manifest.samples)
+    world = World(rank, rank, world_size, CPU)
+    return BatchLoader(ShardReader(data, manifest), config, plan, world, first_step)
+
+
+@pytest.fixture
+def copy(demo_shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(demo_shards, tmp_path / "copy"))
+
+
+def test_every_sample_equals_what_tar_and_pillow_read(demo_shards: Path) -> None:
+    reader = ShardReader(demo_shards, read_manifest(demo_shards))
+    expected, keys = [], []
+    for shard in reader.manifest.shards:
+        with tarfile.open(demo_shards / shard.name) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                expected.append(np.asarray(Image.open(file)))
+                keys.append(member.name.removesuffix(".ppm"))
+    order = np.random.default_rng(0).permutation(len(expected)).tolist()
+    assert np.array_equal(gather(reader, order), np.stack([expected[i] for i in order]))
+    assert reader.keys(np.array(order)) == [keys[i] for i in order]
+
+
+@pytest.mark.parametrize("offset", [5, 600, -1000])
+def test_a_damaged_shard_is_named_before_a_sample_of_it_is_used(copy: Path, offset: int) -> None:
+    reader = ShardReader(copy, read_manifest(copy))
+    with (copy / "shard-000002.tar").open("r+b") as file:
+        file.seek(offset, 0 if offset >= 0 else 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    gather(reader, [0, 10, 95])
+    with pytest.raises(UserError, match=r"shard-000002\.tar is damaged: sha256"):
+        gather(reader, [20])
+
+
+def test_a_missing_or_short_shard_is_named_at_the_start(copy: Path) -> None:
+    shard = copy / "shard-000001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"shard-000001\.tar has \d+ bytes, the manifest says"):
+        ShardReader(copy, read_manifest(copy))
+    shard.unlink()
+    with pytest.raises(UserError, match=r"shard-000001\.tar is missing"):
+        ShardReader(copy, read_manifest(copy))
+
+
+def test_a_shard_that_vanishes_is_named(copy: Path) -> None:
+    reader = ShardReader(copy, read_manifest(copy))
+    (copy / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000001\.tar cannot be read"):
+        gather(reader, [10])
+
+
+def test_ranks_share_each_global_batch(demo_shards: Path) -> None:
+    with loader(demo_shards) as alone, loader(demo_shards, 0, 2) as first, loader(demo_shards, 1, 2) as second:
+        for whole, a, b in zip(alone, first, second, strict=True):
+            assert whole.samples.tolist() == a.samples.tolist() + b.samples.tolist()
+            assert torch.equal(whole.pixels, torch.cat([a.pixels, b.pixels]))
+
+
+def test_an_epoch_repeats_no_sample_and_the_next_has_another_order(demo_shards: Path) -> None:
+    with loader(demo_shards) as batches:
+        steps = [batch.samples.tolist() for batch in batches]
+    assert len(steps) == 30
+    epochs = [sum(steps[start : start + 12], []) for start in (0, 12)]  # noqa: RUF017  96 samples, 8 a batch
+    assert [sorted(epoch) for epoch in epochs] == [list(range(96))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_starting_at_a_step_gives_what_a_run_from_the_start_gives_there(demo_shards: Path) -> None:
+    with loader(demo_shards) as whole, loader(demo_shards, first_step=17) as later:
+        assert [batch.samples.tolist() for batch in whole][17:] == [batch.samples.tolist() for batch in later]
+
+
+def test_an_error_of_the_thread_reaches_the_consumer(copy: Path) -> None:
+    batches = loader(copy)
+    (copy / "shard-000003.tar").unlink()
+    with batches, pytest.raises(UserError, match="cannot be read"):
+        for _ in batches:
+            pass
+
+
+def test_images_span_minus_one_to_one_in_channels_last() -> None:
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).repeat(6 * 8)[: 2 * 4 * 4 * 3].reshape(2, 4, 4, 3)
+    images = to_images(Batch(0, np.arange(2), pixels), CPU, torch.float32)
+    assert images.shape == (2, 3, 4, 4)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert (float(images.min()), float(images.max())) == (-1, 1)
+    assert torch.equal(images, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+
+def test_flips_belong_to_the_slot_and_mirror_half_of_the_images() -> None:
+    images = torch.arange(1000 * 3 * 2 * 2, dtype=torch.float32).reshape(1000, 3, 2, 2)
+    flipped = flip(images, seed=0, step=3, slots=range(1000))
+    mirrored = [bool(torch.equal(a, b.flip(2))) for a, b in zip(flipped, images, strict=True)]
+    same = [bool(torch.equal(a, b)) for a, b in zip(flipped, images, strict=True)]
+    assert sum(mirrored) + sum(same) == 1000
+    assert 430 < sum(mirrored) < 570
+    assert torch.equal(flip(images[500:], 0, 3, range(500, 1000)), flipped[500:])

@@ -1,0 +1,102 @@
+"""The demo data set: LSUN's format, the same bytes for any number of workers, and pictures that differ."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards import demo
+from shards.bedroom import render_bedroom
+from shards.demo import write_demo
+from shards.errors import UserError
+from shards.workers import Tick
+
+IMAGES = demo.CHUNK + 6  # a full chunk and a part of one
+
+
+def entries(path: Path) -> list[tuple[bytes, bytes]]:
+    with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
+        return list(transaction.cursor())
+
+
+def small(seed: int, index: int) -> np.ndarray:
+    """A picture as training sees it, (64, 64, 3)."""
+    return np.asarray(render_bedroom(seed, index).resize((64, 64)), np.float32)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo(tmp_path_factory.mktemp("one"), IMAGES, seed=3, workers=1)
+
+
+def test_lsun_format(written: Path) -> None:
+    assert written.name == "demo_train_lmdb"
+    assert sorted(path.name for path in written.iterdir()) == ["data.mdb", "lock.mdb"]
+    reference = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=75)
+    found = entries(written)
+    assert len(found) == IMAGES
+    for key, value in found:
+        assert key == hashlib.sha1(value).hexdigest().encode()
+        picture = Image.open(io.BytesIO(value))
+        assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (256, 256))
+        assert picture.quantization == Image.open(reference).quantization
+
+
+def test_workers_do_not_change_the_bytes(written: Path, tmp_path: Path) -> None:
+    assert entries(write_demo(tmp_path, IMAGES, seed=3, workers=2)) == entries(written)
+
+
+def test_picture_is_a_function_of_seed_and_index() -> None:
+    picture = render_bedroom(0, 7).tobytes()
+    assert render_bedroom(0, 7).tobytes() == picture
+    assert render_bedroom(0, 8).tobytes() != picture
+    assert render_bedroom(1, 7).tobytes() != picture
+
+
+def test_pictures_vary_and_are_well_exposed() -> None:
+    pictures = np.stack([small(0, index) for index in range(24)])
+    pairs = [np.abs(a - b).mean() for i, a in enumerate(pictures) for b in pictures[:i]]
+    assert np.mean(pairs) > 30
+    assert min(pairs) > 8
+    assert 90 < pictures.mean() < 170
+    assert pictures.std(axis=(1, 2, 3)).min() > 20
+
+
+def test_progress_reaches_the_number_of_images(tmp_path: Path) -> None:
+    told: list[int] = []
+    write_demo(tmp_path, 3, workers=1, split="val", progress=told.append)
+    assert told == [1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["demo_val_lmdb"]
+
+
+def test_existing_folder_is_refused_and_kept(tmp_path: Path) -> None:
+    kept = tmp_path / "demo_train_lmdb" / "data.mdb"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    with pytest.raises(UserError, match="demo_train_lmdb exists already: "):
+        write_demo(tmp_path, 1, workers=1)
+    assert kept.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["demo_train_lmdb"]
+
+
+def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write to .*file"):
+        write_demo(tmp_path / "file", 1, workers=1)
+
+
+def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(seed: int, indices: range, tick: Tick) -> list[demo.Record]:
+        raise RuntimeError("no paint left")
+
+    monkeypatch.setattr(demo, "_render_chunk", fail)
+    with pytest.raises(RuntimeError, match="no paint left"):
+        write_demo(tmp_path, 1, workers=1)
+    assert list(tmp_path.iterdir()) == []

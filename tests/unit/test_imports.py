@@ -1,0 +1,67 @@
+"""Who may import whom: arrows run downward only, and `shards` knows no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARDS = {"shards.manifest", "shards.errors", "shards.command_line", "shards.files"}
+BASE = {"dist_dcgan.config", "dist_dcgan.distributed", "dist_dcgan.random_streams"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "dist_dcgan.config": SHARDS,
+    "dist_dcgan.distributed": SHARDS,
+    "dist_dcgan.random_streams": set(),
+    "dist_dcgan.models": {"dist_dcgan.distributed", "dist_dcgan.models"},
+    "dist_dcgan.data": {*BASE, *SHARDS, "dist_dcgan.data"},
+    "dist_dcgan.training": {*BASE, *SHARDS, "dist_dcgan.models", "dist_dcgan.data", "dist_dcgan.training"},
+    "dist_dcgan.train": {"dist_dcgan", *SHARDS},
+    "dist_dcgan.sample": {"dist_dcgan", *SHARDS},
+    "shards": {"shards"},
+}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def our_imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.add(str(node.module))
+    return {name for name in found if name.split(".")[0] in ("dist_dcgan", "shards")}
+
+
+def within(name: str, rooms: set[str]) -> bool:
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+MODULES = [path for room in ("dist_dcgan", "shards") for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_a_room_imports_only_what_lies_below(path: Path) -> None:
+    name = module_name(path)
+    if name == "dist_dcgan":
+        assert our_imports(path) == set()
+        return
+    rooms = [room for room in MAY_IMPORT if within(name, {room})]
+    assert rooms, f"{name} stands in no room: add it to the table"
+    allowed = MAY_IMPORT[max(rooms, key=len)]
+    assert {used for used in our_imports(path) if not within(used, allowed)} == set()
+
+
+def test_shards_work_without_torch() -> None:
+    code = (
+        "import sys, shards.__main__, shards.convert, shards.verify, shards.demo, shards.preview; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,86 @@
+"""The order of samples is a permutation, the same for every world size, and any position is reached at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_dcgan.data.order import SampleOrder, rank_slots
+from shards.errors import UserError
+from shards.manifest import Layout, Manifest, ShardEntry, shard_name
+
+
+def manifest(counts: list[int], order_version: int = 1) -> Manifest:
+    layout = Layout(64)
+    shards = tuple(
+        ShardEntry(name=shard_name(i), samples=count, bytes=layout.shard_bytes(count), sha256="0" * 64)
+        for i, count in enumerate(counts)
+    )
+    return Manifest(image_size=64, samples_per_shard=1, source={}, shards=shards, order_version=order_version)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=9),
+    window=st.integers(1, 10),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 10**6),
+    data=st.data(),
+)
+def test_an_epoch_is_a_permutation_and_parts_of_it_agree(
+    counts: list[int], window: int, seed: int, epoch: int, data: st.DataObject
+) -> None:
+    order = SampleOrder(manifest(counts), seed, window)
+    total = sum(counts)
+    whole = order.samples(epoch, 0, total)
+    assert sorted(whole.tolist()) == list(range(total))
+    start = data.draw(st.integers(0, total))
+    stop = data.draw(st.integers(start, total))
+    assert order.samples(epoch, start, stop).tolist() == whole[start:stop].tolist()
+    again = SampleOrder(manifest(counts), seed, window)
+    assert again.samples(epoch, start, stop).tolist() == whole[start:stop].tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(per_rank=st.integers(1, 5), world_size=st.sampled_from([1, 2, 4, 8]))
+def test_the_slots_of_the_ranks_make_up_the_global_batch(per_rank: int, world_size: int) -> None:
+    slots = [rank_slots(per_rank * world_size, rank, world_size) for rank in range(world_size)]
+    assert [slot for part in slots for slot in part] == list(range(per_rank * world_size))
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    data = manifest([50] * 4)
+    orders = [SampleOrder(data, seed, 2).samples(epoch, 0, 200).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_neighbours_in_the_source_do_not_stay_neighbours() -> None:
+    order = SampleOrder(manifest([100] * 40), 0, 16).samples(0, 0, 4000)
+    assert np.mean(np.abs(np.diff(order)) == 1) < 0.01
+
+
+def test_a_window_holds_whole_shards_only() -> None:
+    """So that a cold disk is read a few shards at a time."""
+    order = SampleOrder(manifest([100] * 40), 0, 4).samples(0, 0, 4000)
+    for window in order.reshape(10, 400):
+        assert len(set((window // 100).tolist())) == 4
+
+
+def test_the_last_position_of_three_million_samples_is_reached_at_once() -> None:
+    """The work of a seek does not grow with the position: it is that of one window."""
+    order = SampleOrder(manifest([4096] * 741), 0, 16)
+    samples = order.samples(4, 3_000_000, 3_000_128)
+    assert len(set(samples.tolist())) == 128
+
+
+def test_the_order_of_version_1_is_pinned() -> None:
+    """A change of these numbers breaks every run that is to be resumed: then ORDER_VERSION has to change."""
+    order = SampleOrder(manifest([3, 4, 5]), seed=7, window_shards=2)
+    assert order.samples(0, 0, 12).tolist() == [6, 0, 1, 3, 5, 4, 2, 7, 9, 8, 11, 10]
+
+
+def test_another_order_version_is_refused() -> None:
+    with pytest.raises(UserError, match="order version 2, this version knows 1"):
+        SampleOrder(manifest([3], order_version=2), 0, 1)

@@ -1,0 +1,201 @@
+"""The manifest: what it says comes back, and no damaged one is taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards.errors import UserError
+from shards.files import publish
+from shards.manifest import (
+    MANIFEST_NAME,
+    Layout,
+    Manifest,
+    ShardEntry,
+    check_files,
+    read_manifest,
+    shard_name,
+    write_manifest,
+)
+
+
+def manifest_of(*samples: int, **changes: Any) -> Manifest:
+    layout = Layout(64)
+    shards = tuple(
+        ShardEntry(name=shard_name(i), samples=n, bytes=layout.shard_bytes(n), sha256=f"{i:064x}")
+        for i, n in enumerate(samples)
+    )
+    values = {
+        "image_size": 64,
+        "samples_per_shard": 10,
+        "source": {"kind": "lmdb", "entries": 14},
+        "shards": shards,
+    }
+    return Manifest(**(values | changes))
+
+
+def stored(tmp_path: Path) -> dict[str, Any]:
+    write_manifest(tmp_path, manifest_of(10, 4))
+    return dict(json.loads((tmp_path / MANIFEST_NAME).read_bytes()))
+
+
+def store(tmp_path: Path, content: object) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(content))
+
+
+def test_layout_at_64_pixels_is_that_of_the_design() -> None:
+    layout = Layout(64)
+    assert (layout.pixel_bytes, layout.member_bytes, layout.stride, layout.pixel_offset) == (
+        12288,
+        12301,
+        13312,
+        525,
+    )
+    assert layout.shard_bytes(2) == 2 * 13312 + 1024
+
+
+@pytest.mark.parametrize("size", [8, 9, 13, 99, 100, 128, 1024])
+def test_layout_is_made_of_whole_tar_blocks(size: int) -> None:
+    layout = Layout(size)
+    assert layout.stride % 512 == 0
+    assert 0 <= layout.stride - 512 - layout.member_bytes < 512
+
+
+def test_a_manifest_reads_back_equal_with_the_same_digest(tmp_path: Path) -> None:
+    written = manifest_of(10, 4, rejected=3)
+    write_manifest(tmp_path, written)
+    read = read_manifest(tmp_path)
+    assert read == written and read.digest() == written.digest() and read.samples == 14
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_NAME]
+
+
+def test_the_digest_is_pinned() -> None:
+    # A change here makes every existing data set another one: raise FORMAT_VERSION with it.
+    assert manifest_of(10, 4).digest() == "8efa8cb9c4f1e5768b28a5995523c651f1758e8201a3cfac08c92c770290147f"
+
+
+def test_the_digest_depends_on_every_field() -> None:
+    changes: list[dict[str, Any]] = [
+        {"samples_per_shard": 11},
+        {"source": {"kind": "lmdb", "entries": 15}},
+        {"rejected": 1},
+        {"order_version": 2},
+        {"preparation": {"decoder": "other"}},
+    ]
+    digests = {manifest_of(10, 4).digest(), manifest_of(4, 10).digest(), manifest_of(10).digest()}
+    digests |= {manifest_of(10, 4, **change).digest() for change in changes}
+    assert len(digests) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "version 2; this version reads .* version 1: convert again"),
+        ({"format": "other"}, "is 'other' version 1"),
+        ({"digest": "0" * 64}, "its digest does not match"),
+        ({"digest": None}, "its digest does not match"),
+        ({"samples": 15}, "its digest does not match"),
+        ({"rejected": 1}, "its digest does not match"),
+        ({"imagesize": 64}, "unknown key imagesize; did you mean image_size?"),
+        ({"image_size": 4}, "image_size: input should be greater than or equal to 8, got 4"),
+        ({"image_size": 32}, "shard-000000.tar says 134144 bytes, but 10 samples of 32 pixels make 41984"),
+        ({"shards": []}, "shards: .* at least 1 item"),
+        ({"source": None}, "source: "),
+    ],
+)
+def test_a_changed_manifest_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    store(tmp_path, stored(tmp_path) | change)
+    with pytest.raises(UserError, match=message):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "shard-000002.tar"}, "shard 1 is named shard-000002.tar, expected shard-000001.tar"),
+        ({"name": "../shard-000001.tar"}, "shards.1.name"),
+        ({"bytes": 5}, "shard-000001.tar says 5 bytes, but 4 samples"),
+        ({"samples": 0}, "shards.1.samples: input should be greater than or equal to 1, got 0"),
+        ({"sha256": "XYZ"}, "shards.1.sha256"),
+        ({"colour": 1}, "unknown key shards.1.colour"),
+    ],
+)
+def test_a_changed_shard_entry_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    content = stored(tmp_path)
+    content["shards"][1] |= change
+    store(tmp_path, content)
+    with pytest.raises(UserError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    content = stored(tmp_path)
+    del content["image_size"]
+    store(tmp_path, content)
+    with pytest.raises(UserError, match="image_size is missing"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000])
+def test_what_is_no_manifest_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / MANIFEST_NAME).write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: ") as caught:
+        read_manifest(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    write_manifest(tmp_path, manifest_of(10, 4))
+    path = tmp_path / MANIFEST_NAME
+    whole = path.read_bytes()
+    for length in range(0, len(whole.rstrip()), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError):
+            read_manifest(tmp_path)
+
+
+def test_every_changed_digit_is_refused(tmp_path: Path) -> None:
+    write_manifest(tmp_path, manifest_of(10, 4))
+    path = tmp_path / MANIFEST_NAME
+    whole = path.read_bytes()
+    digits = [place for place, byte in enumerate(whole) if chr(byte).isdigit()]
+    assert len(digits) > 100
+    for place in digits:
+        path.write_bytes(whole[:place] + (b"7" if whole[place] != ord("7") else b"8") + whole[place + 1 :])
+        with pytest.raises(UserError):
+            read_manifest(tmp_path)
+
+
+def test_a_place_without_a_data_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"no data set at {tmp_path}: it has no manifest.json"):
+        read_manifest(tmp_path)
+    with pytest.raises(UserError, match="no such directory"):
+        read_manifest(tmp_path / "nowhere")
+
+
+def test_missing_and_short_shards_are_named(tmp_path: Path) -> None:
+    manifest = manifest_of(1, 1)
+    for index in range(2):
+        (tmp_path / shard_name(index)).write_bytes(bytes(manifest.shards[index].bytes))
+    check_files(tmp_path, manifest)
+    (tmp_path / shard_name(1)).write_bytes(bytes(5))
+    with pytest.raises(UserError, match=r"shard-000001.tar has 5 bytes, the manifest says 14336"):
+        check_files(tmp_path, manifest)
+    (tmp_path / shard_name(0)).unlink()
+    with pytest.raises(UserError, match=r"shard-000000.tar is missing"):
+        check_files(tmp_path, manifest)
+
+
+def test_a_failed_publish_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path / "file", b"old")
+
+    def no_room(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        publish(tmp_path / "file", b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}

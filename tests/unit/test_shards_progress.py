@@ -1,0 +1,48 @@
+"""Progress: a live bar where somebody watches, plain lines where a log is written."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+import pytest
+
+from shards.progress import Progress
+
+
+def test_a_log_gets_plain_lines_every_ten_seconds_and_at_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with Progress(100, "convert") as progress:
+        for second in range(1, 26):
+            clock[0] = float(second)
+            progress.advance(4)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(" +", " ", line) for line in lines] == [
+        "convert: 40% 40/100 [00:10<00:15, 4.00img/s]",
+        "convert: 80% 80/100 [00:20<00:05, 4.00img/s]",
+        "convert: 100% 100/100 [00:25<00:00, 4.00img/s]",
+    ]
+
+
+def test_reach_counts_as_advance_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(10, "demo") as progress:
+        progress.advance(3)
+        progress.reach(7)
+    assert "7/10" in capsys.readouterr().err
+
+
+def test_a_terminal_without_a_size_gets_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, stderr = os.openpty()  # 0 rows and columns, as in some containers
+    with os.fdopen(stderr, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Progress(10, "convert") as progress:
+            progress.advance(10)
+        shown = ""
+        while "\n" not in shown:
+            shown += os.read(terminal, 4096).decode()
+    os.close(terminal)
+    assert "\rconvert:   0%" in shown and "10/10" in shown

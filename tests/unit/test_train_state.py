@@ -1,0 +1,111 @@
+"""Parameters, gradients and moments lie alike in memory: fused Adam is silently wrong otherwise."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from dist_dcgan.config import Config, make_plan
+from dist_dcgan.distributed import process_group
+from dist_dcgan.training.ema import ema_decay, recompute_statistics, sample_images
+from dist_dcgan.training.steps import train_step
+from dist_dcgan.training.train_state import TrainState
+
+CONFIG = Config(width=4, global_batch=4, ema={"statistics_images": 32})
+
+
+@pytest.fixture
+def state() -> Iterator[TrainState]:
+    assert "WORLD_SIZE" not in os.environ
+    with process_group(60, "cpu") as world:
+        yield TrainState(CONFIG, make_plan(CONFIG, 1, 100), world, 64)
+
+
+def images() -> torch.Tensor:
+    torch.manual_seed(0)
+    return (torch.rand(4, 3, 64, 64) * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def test_strides_agree_at_first_after_steps_and_after_a_load(state: TrainState) -> None:
+    state.assert_equal_strides()
+    train_step(state, images())
+    state.assert_equal_strides()
+    contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.tensors().items()}
+    state.load_tensors(contiguous)
+    train_step(state, images())
+    state.assert_equal_strides()
+    weight = state.discriminator.layers[2].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+
+
+def test_moments_that_lie_otherwise_are_caught(state: TrainState) -> None:
+    train_step(state, images())
+    moments = state.optimizer_d.state[state.discriminator.layers[2].weight]
+    moments["exp_avg"] = moments["exp_avg"].contiguous()
+    with pytest.raises(AssertionError, match=r"optimizer_d\.layers\.2\.weight: strides differ"):
+        state.assert_equal_strides()
+
+
+def test_fused_adam_is_wrong_where_they_lie_otherwise() -> None:
+    """The negative control: what `load_tensors` guards against is real. Should torch mend it, this test will tell."""
+    torch.manual_seed(0)
+    plain = nn.Parameter(torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last))
+    fused = copy.deepcopy(plain)
+    optimizers = [torch.optim.Adam([plain], fused=False), torch.optim.Adam([fused], fused=True)]
+    for step in range(3):
+        gradient = torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last)
+        for parameter, optimizer in zip((plain, fused), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        assert torch.allclose(plain, fused) == (step == 0)
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizers[1].state[fused][key] = optimizers[1].state[fused][key].contiguous()
+
+
+def test_a_registry_round_trip_continues_the_same(state: TrainState) -> None:
+    train_step(state, images())
+    tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    values = state.values()
+    first = train_step(state, images())
+    state.load_tensors(tensors)
+    state.load_values(values)
+    second = train_step(state, images())
+    assert {name: float(value) for name, value in first.items()} == {name: float(v) for name, v in second.items()}
+
+
+def test_the_registry_holds_every_parameter_buffer_and_moment(state: TrainState) -> None:
+    names = state.tensors().keys()
+    parameters = [name for name, _ in state.generator.named_parameters()]
+    assert {f"optimizer_g.{name}.{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")} <= names
+    assert {f"generator_ema.{name}" for name in state.generator.state_dict()} <= names
+
+
+def test_the_average_forgets_the_first_weights_of_a_short_run() -> None:
+    left = 1.0
+    for step in range(1, 301):
+        left *= ema_decay(CONFIG, step * 128, 128)
+    assert left < 1e-4
+    assert ema_decay(CONFIG, 10**7, 128) == pytest.approx(0.5 ** (128 / 10_000))
+
+
+def test_statistics_are_those_of_the_averaged_weights(state: TrainState) -> None:
+    for _ in range(3):
+        train_step(state, images())
+    recompute_statistics(state.generator_ema, CONFIG, state.world.device, state.dtype)
+    norm = state.generator_ema.layers[1]
+    seen = []
+    hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    before = {name: buffer.clone() for name, buffer in state.generator_ema.named_buffers()}
+    recompute_statistics(state.generator_ema, CONFIG, state.world.device, state.dtype)
+    hook.remove()
+    assert torch.allclose(norm.running_mean, torch.cat(seen).mean((0, 2, 3)), atol=1e-6)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in state.generator_ema.named_buffers())
+    assert not state.generator_ema.training
+    assert norm.momentum == 0.1
+    assert sample_images(state.generator_ema, CONFIG, 5, state.world.device).shape == (5, 3, 64, 64)
