@@ -5,6 +5,7 @@ Works the same without torchrun: one process is then a world of size 1, with a p
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,9 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
     try:
         yield World(dist.get_rank(), local_rank, dist.get_world_size(), device)
     finally:
+        # Whatever still refers to the group, as DDP does in a reference cycle, would keep gloo's threads alive until
+        # the interpreter ends, where a thread that lets go of a tensor aborts the process.
+        gc.collect()
         dist.destroy_process_group()
 
 

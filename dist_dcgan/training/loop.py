@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_dcgan.config import Config, Invocation, make_plan
 from dist_dcgan.data.loader import BatchLoader, flip, to_images
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import average_across_ranks, from_rank_zero, process_group, require_same
+from dist_dcgan.distributed import World, average_across_ranks, from_rank_zero, process_group, require_same
 from dist_dcgan.training.checkpoint import load_newest, save_checkpoint
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.export import export_generator
@@ -29,8 +29,15 @@ from shards.manifest import Manifest
 
 def train(config: Config, invocation: Invocation, manifest: Manifest) -> None:
     """Train until the last step or a stop signal; every rank calls it with the same arguments."""
-    with process_group(config.distributed.timeout_seconds) as world, contextlib.ExitStack() as stack:
+    with process_group(config.distributed.timeout_seconds) as world:
+        train_in(world, config, invocation, manifest)
+
+
+def train_in(world: World, config: Config, invocation: Invocation, manifest: Manifest) -> None:
+    """Train as one rank of `world`."""
+    with contextlib.ExitStack() as stack:
         # Agree on the data set and claim the run directory.
+        stop = stack.enter_context(StopRequest())
         require_same(manifest.digest(), f"the data set in {config.data.path}")
         plan = make_plan(config, world.world_size, manifest.samples)
         run = RunDirectory(config.run_dir)
@@ -45,10 +52,8 @@ def train(config: Config, invocation: Invocation, manifest: Manifest) -> None:
 
         # Train.
         logger = make_logger(config, plan, world, run, state.step, state.wandb_run_id)
-        stop = stack.enter_context(StopRequest())
         batches = stack.enter_context(BatchLoader(reader, config, plan, world, state.step))
         meter = Meter(state, batches)
-        stopping, saved_at = False, state.step
         for batch in batches:
             images = to_images(batch, world.device, state.dtype)
             if config.data.random_flip:
@@ -62,12 +67,10 @@ def train(config: Config, invocation: Invocation, manifest: Manifest) -> None:
             stopping = stop.agreed()
             if last or stopping or state.step % config.checkpoint.every_steps == 0:
                 save(state, run, manifest)
-                saved_at = state.step
             if stopping:
                 break
 
         # Leave the generator, the curves, and a marker where the run is to go on.
-        assert saved_at == state.step
         from_rank_zero(lambda: finish(state, run, manifest, unfinished=state.step < plan.total_steps))
         logger.close()
 

@@ -1,0 +1,133 @@
+"""What needs CUDA: batch norm against torch's own, half precision, 1 = N over NCCL, compilation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dist_dcgan.config import Config, make_plan
+from dist_dcgan.distributed import process_group
+from dist_dcgan.models.batchnorm import CrossRankBatchNorm
+from dist_dcgan.training.steps import train_step
+from dist_dcgan.training.train_state import TrainState
+from tests.ranks import run_ranks
+
+GPUS = torch.cuda.device_count()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs CUDA")]
+several = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+
+
+def constant_images(count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    images = torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return images.to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+
+def steps(options: dict[str, Any], count: int) -> dict[str, np.ndarray]:
+    """Final tensors of `count` steps on constant images, each rank on its slice of them."""
+    config = Config(width=16, global_batch=8, **options)
+    with process_group(60) as world:
+        assert world.device.type == "cuda"
+        state = TrainState(config, make_plan(config, world.world_size, 100), world, 64)
+        real = constant_images(8, world.device, state.dtype)[state.slots.start : state.slots.stop]
+        for _ in range(count):
+            metrics = train_step(state, real)
+        state.assert_equal_strides()
+        assert all(torch.isfinite(value) for value in metrics.values())
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.tensors().items()}
+
+
+def largest_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    networks = [name for name in a if name.startswith(("generator", "discriminator"))]
+    return max(float(np.abs(a[name] - b[name]).max()) for name in networks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_own_batch_norm_equals_torchs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    native = nn.BatchNorm2d(64, device="cuda")
+    nn.init.normal_(native.weight)
+    own = CrossRankBatchNorm(64, device="cuda")
+    own.load_state_dict(native.state_dict())
+    values = torch.randn(32, 64, 16, 16, device="cuda").mul(2).add(3).to(dtype)
+    values = values.contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn_like(values)
+    results = []
+    for layer in (own, native):
+        leaf = values.clone().requires_grad_()
+        output = layer(leaf)
+        output.backward(gradient)
+        results.append([output, leaf.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@several
+def test_own_and_native_batch_norm_train_alike_on_two_ranks() -> None:
+    own, native = (
+        run_ranks(2, steps, {"precision": "fp64", "distributed": {"batchnorm": kind}}, 3)[0]
+        for kind in ("portable", "native")
+    )
+    assert largest_difference(own, native) <= 1e-6  # native moments are float32 at the last
+
+
+@several
+def test_two_ranks_over_nccl_equal_one() -> None:
+    options = {"precision": "fp64", "distributed": {"batchnorm": "portable"}}
+    alone = run_ranks(1, steps, options, 5)[0]
+    for rank in run_ranks(2, steps, options, 5):
+        assert largest_difference(rank, alone) <= 1e-9
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("batchnorm", ["native", "portable"])
+def test_every_precision_trains(precision: str, batchnorm: str) -> None:
+    run_ranks(1, steps, {"precision": precision, "distributed": {"batchnorm": batchnorm}}, 3)
+
+
+def test_compiled_networks_train_alike() -> None:
+    eager, compiled = (run_ranks(1, steps, {"precision": "fp32", "compile": flag}, 2)[0] for flag in (False, True))
+    assert largest_difference(eager, compiled) <= 1e-3
+
+
+def test_the_step_waits_for_the_gpu_nowhere() -> None:
+    """With own batch norm; torch's own synchronises in every forward."""
+    run_ranks(1, _step_without_synchronisation)
+
+
+def _step_without_synchronisation() -> None:
+    config = Config(width=16, global_batch=8, distributed={"batchnorm": "portable"})
+    with process_group(60) as world:
+        state = TrainState(config, make_plan(config, 1, 100), world, 64)
+        real = constant_images(8, world.device, state.dtype)
+        for _ in range(3):
+            train_step(state, real)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train_step(state, real)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_random_numbers_are_those_of_the_cpu() -> None:
+    from dist_dcgan.random_streams import bits, normal, stream_seed
+
+    key = stream_seed(0, "z", 0)
+    assert torch.equal(bits(key, range(4), 100, torch.device("cuda")).cpu(), bits(key, range(4), 100))
+    difference = normal(key, range(4), 1000, torch.device("cuda")).cpu() - normal(key, range(4), 1000)
+    assert difference.abs().max() <= 1e-5
+
+
+def test_the_step_benchmark_runs(tmp_path: Path) -> None:
+    arguments = ["--width", "128", "--batch", "128", "--rounds", "5", "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run([sys.executable, "-m", "tests.benchmarks.step", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
