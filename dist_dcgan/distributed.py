@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ class World:
     local_rank: int
     world_size: int
     device: torch.device
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.world_size} on {socket.gethostname()}"
 
     @property
     def is_main(self) -> bool:

@@ -16,7 +16,7 @@ from dist_dcgan.distributed import world_size_of_launch
 from dist_dcgan.models.networks import IMAGE_SIZES, Discriminator, Generator, count_parameters
 from dist_dcgan.training.loop import train
 from shards.command_line import run
-from shards.errors import UserError
+from shards.errors import OneRankError, UserError
 from shards.manifest import Manifest, read_manifest
 
 
@@ -64,9 +64,10 @@ def train_or_explain(config: Config, invocation: Invocation, manifest: Manifest,
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-        raise UserError(
-            f"out of memory with {plan.batch_per_rank} images per rank at width {config.width}: use more ranks, or a "
-            f"smaller --global-batch or --width ({str(error).splitlines()[0]})"
+        rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
+        raise OneRankError(
+            f"out of memory on rank {rank} with {plan.batch_per_rank} images per rank at width {config.width}: use more "
+            f"ranks, or a smaller --global-batch or --width ({reason})"
         ) from None
 
 

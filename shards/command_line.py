@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
-from shards.errors import UserError
+from shards.errors import OneRankError, UserError
 
 
 class Options(BaseModel):
@@ -77,12 +77,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Run a command: a UserError becomes one line on stderr and exit status 2, an interrupt status 130.
 
-    Under torchrun every rank meets the same mistake of the user, so only rank 0 prints it.
+    Under torchrun every rank meets the same mistake of the user, so only rank 0 prints it; a OneRankError is printed
+    where it is met.
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OneRankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

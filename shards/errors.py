@@ -1,4 +1,4 @@
-"""The one exception for what a person can mend."""
+"""The exceptions for what a person can mend."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UserError(Exception):
 
     Commands print it without a traceback and exit with status 2 (`shards.command_line.run`).
     """
+
+
+class OneRankError(UserError):
+    """A UserError that one rank of a distributed run meets alone: printed whatever the rank, with its name."""

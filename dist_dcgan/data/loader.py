@@ -18,6 +18,7 @@ from dist_dcgan.data.order import Indices, SampleOrder, rank_slots
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World
 from dist_dcgan.random_streams import stream_seed, uniform
+from shards.errors import OneRankError, UserError
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class BatchLoader:
     """
 
     def __init__(self, reader: ShardReader, config: Config, plan: Plan, world: World, first_step: int) -> None:
-        self._reader, self._plan = reader, plan
+        self._reader, self._plan, self._world = reader, plan, world
         self._order = SampleOrder(reader.manifest, config.seed, config.data.window_shards)
         self._slots = rank_slots(plan.global_batch, world.rank, world.world_size)
         self._pin = world.device.type == "cuda"
@@ -68,6 +69,8 @@ class BatchLoader:
             self.waited += time.perf_counter() - started
             if item is None:
                 return
+            if isinstance(item, UserError):
+                raise OneRankError(f"{self._world}: {item}") from item
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -15,7 +15,7 @@ from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import Batch, BatchLoader, flip, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World
-from shards.errors import UserError
+from shards.errors import OneRankError, UserError
 from shards.manifest import read_manifest
 
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def test_starting_at_a_step_gives_what_a_run_from_the_start_gives_there(demo_sha
 def test_an_error_of_the_thread_reaches_the_consumer(copy: Path) -> None:
     batches = loader(copy)
     (copy / "shard-000003.tar").unlink()
-    with batches, pytest.raises(UserError, match="cannot be read"):
+    with batches, pytest.raises(OneRankError, match=r"rank 0 of 1 on .*: shard .*shard-000003.tar cannot be read"):
         for _ in batches:
             pass
 

@@ -1,0 +1,63 @@
+"""What a command makes of errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_dcgan import train as command
+from dist_dcgan.config import Config, Invocation, Plan
+from shards.command_line import run
+from shards.errors import OneRankError, UserError
+from shards.manifest import read_manifest
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_names_the_batch_and_what_to_try(
+    error: RuntimeError, demo_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command, "train", fail)
+    plan = Plan(world_size=2, global_batch=64, steps_per_epoch=1, total_steps=1)
+    with pytest.raises(UserError, match="out of memory on rank 0 with 32 images per rank at width 128: use"):
+        command.train_or_explain(Config(), Invocation(), read_manifest(demo_shards), plan)
+
+
+def test_other_errors_keep_their_traceback(demo_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(command, "train", fail)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        command.train_or_explain(Config(), Invocation(), read_manifest(demo_shards), Plan(1, 8, 1, 1))
+
+
+def test_a_users_mistake_is_one_line_on_rank_0_and_silence_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "thing: value: remedy"
+    line = f"error: {message}\n"
+    for error, rank, printed in (
+        (UserError(message), "0", line),
+        (UserError(message), "1", ""),
+        (OneRankError(message), "1", line),
+    ):
+
+        def fail(_: object, error: UserError = error) -> None:
+            raise error
+
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as caught:
+            run(fail, [])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err == printed
