@@ -66,8 +66,8 @@ def train_or_explain(config: Config, invocation: Invocation, manifest: Manifest,
             raise
         rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
         raise OneRankError(
-            f"out of memory on rank {rank} with {plan.batch_per_rank} images per rank at width {config.width}: use more "
-            f"ranks, or a smaller --global-batch or --width ({reason})"
+            f"out of memory on rank {rank} with {plan.batch_per_rank} images per rank at width {config.width}: use "
+            f"more ranks, or a smaller --global-batch or --width ({reason})"
         ) from None
 
 

@@ -161,11 +161,13 @@ class WandbLogger:
     """Sends rows and grids from a thread of its own, so that nothing W&B does or fails to do holds up training."""
 
     _INIT_SECONDS = 60
-    _CLOSE_SECONDS = 5
+    _CLOSE_SECONDS = 5  # beyond the import: a network that hangs must not hold up the end of a run
+    _CLOSE_SECONDS_OFFLINE = 30
 
     def __init__(self, config: Config, run: RunDirectory, run_id: str) -> None:
         self._config, self._run, self._run_id = config, run, run_id
         self._queue: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue(maxsize=1000)
+        self._imported = threading.Event()
         self._thread = threading.Thread(target=self._send, name="wandb", daemon=True)
         self._thread.start()
 
@@ -180,7 +182,9 @@ class WandbLogger:
     def close(self) -> None:
         """Send what is queued, for some seconds at most."""
         self._put(None)
-        self._thread.join(self._CLOSE_SECONDS)
+        self._imported.wait(self._INIT_SECONDS)
+        offline = self._config.wandb.mode == "offline"
+        self._thread.join(self._CLOSE_SECONDS_OFFLINE if offline else self._CLOSE_SECONDS)
         if self._thread.is_alive():
             warn("W&B did not finish in time: what it had is in the run directory, see `wandb sync`")
 
@@ -193,10 +197,13 @@ class WandbLogger:
             self._send_all()
         except BaseException as error:  # wandb raises errors of its own and of the network, and exits on some
             warn(f"W&B is turned off: {error!r}")
+        finally:
+            self._imported.set()
 
     def _send_all(self) -> None:
         import wandb  # imported here: it takes seconds, and most runs of a test do without
 
+        self._imported.set()
         options = self._config.wandb
         mode = options.mode
         if mode == "auto":

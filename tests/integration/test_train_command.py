@@ -120,6 +120,17 @@ def test_a_run_directory_that_is_none_is_refused_unchanged(demo_shards: Path, tm
     assert contents(tmp_path) == {str(tmp_path / "thesis.txt"): b"mine"}
 
 
+def test_wandb_offline_leaves_a_run_to_sync_and_a_resume_goes_on_with_it(demo_shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    flags = ["--preset", "debug", "--width", 4, "--data", demo_shards, "--run-dir", run_dir, "--wandb", "offline"]
+    for steps in (2, 4):
+        done = succeed(train_command(1, *flags, "--max-steps", steps))
+        assert "warning" not in done.stderr
+    segments = list(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(segments) == 2
+    assert len({path.name for path in segments}) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_at_a_step_and_a_second_writer_is_refused(
     demo_shards: Path, tmp_path: Path, number: signal.Signals
