@@ -82,6 +82,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # so that a reader that went away is noticed here, not by the interpreter as it ends
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OneRankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
