@@ -81,8 +81,10 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     where it is met.
     """
     try:
-        main(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # so that a reader that went away is noticed here, not by the interpreter as it ends
+        try:
+            main(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # a reader that went away is to be noticed here, not by the interpreter as it ends
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OneRankError):
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -177,7 +177,7 @@ def test_demo_convert_verify_and_preview_follow_each_other(tmp_path: Path) -> No
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    command = f"{sys.executable} -m shards --help | true; exit ${{PIPESTATUS[0]}}"
+    command = f"env -u PYTHONUNBUFFERED {sys.executable} -m shards --help | true; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
 
