@@ -20,7 +20,7 @@ from shards.errors import UserError
 
 
 def _changeable(default: Any, **constraints: Any) -> Any:
-    """A field that may differ when a run is continued, because no trained value depends on it."""
+    """A field that may differ when a run is continued: trained values depend on it by their last bits at most."""
     return Field(default, json_schema_extra={"changeable": True}, **constraints)
 
 
@@ -114,7 +114,7 @@ class DistributedOptions(Options):
     """How the ranks work together."""
 
     timeout_seconds: float = _changeable(60.0, gt=0)
-    """A collective that takes longer ends the run on all ranks."""
+    """A collective that takes longer ends the run; the ranks wait as long for rank 0's checkpoints and grids."""
     batchnorm: Literal["auto", "native", "portable"] = _changeable("auto")
     """Cross-rank batch norm: torch's SyncBatchNorm (CUDA only) or this project's; auto takes native on CUDA."""
 
@@ -239,7 +239,7 @@ def to_yaml(config: Config) -> str:
 
 
 def differences(stored: Config, current: Config) -> list[str]:
-    """Return `key: stored -> current` for every key on which trained values depend."""
+    """Return `key: stored -> current` for every key that makes another run."""
     before, after = dict(_flatten(stored)), dict(_flatten(current))
     return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from shards.errors import UserError
+from shards.errors import OneRankError, UserError
 
 Result = TypeVar("Result")
 
@@ -72,13 +72,20 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
     if device.type == "cuda":
         options["device_id"] = device
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+    together = False
     try:
         yield World(dist.get_rank(), local_rank, dist.get_world_size(), device)
+        together = True
+    except UserError as error:
+        together = not isinstance(error, OneRankError)
+        raise
     finally:
-        # Whatever still refers to the group, as DDP does in a reference cycle, would keep gloo's threads alive until
-        # the interpreter ends, where a thread that lets go of a tensor aborts the process.
-        gc.collect()
-        dist.destroy_process_group()
+        # NCCL's communicators end together: a rank that fails alone would wait here for peers that wait for it.
+        if together or device.type == "cpu":
+            # Whatever still refers to the group, as DDP does in a reference cycle, would keep gloo's threads alive
+            # until the interpreter ends, where a thread that lets go of a tensor aborts the process.
+            gc.collect()
+            dist.destroy_process_group()
 
 
 def _pick_device(local_rank: int, device_type: str | None) -> torch.device:
@@ -86,7 +93,7 @@ def _pick_device(local_rank: int, device_type: str | None) -> torch.device:
     if device_type == "cpu" or gpus == 0:
         return torch.device("cpu")
     if local_rank >= gpus:
-        raise UserError(f"local rank {local_rank} has no GPU, there are {gpus}: use --nproc_per_node={gpus}")
+        raise OneRankError(f"local rank {local_rank} has no GPU, there are {gpus}: use --nproc_per_node={gpus}")
     return torch.device("cuda", local_rank)
 
 
@@ -129,7 +136,7 @@ def broadcast_from_rank_zero(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def average_across_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return the mean over ranks of scalar tensors, as numbers: the one place where training waits for the device."""
+    """Return the mean over ranks of scalar tensors, as numbers. Training waits for the device here."""
     packed = torch.stack([value.detach().double() for value in values.values()])
     if dist.get_world_size() > 1:
         dist.all_reduce(packed)

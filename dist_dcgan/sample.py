@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> None:
     options = build(Sample, parse_flags(Sample, argv, "python -m dist_dcgan.sample"))
     if options.out.exists():
         raise UserError(f"{options.out} exists: name another with --out")
+    if options.out.suffix != ".png":
+        raise UserError(f"--out {options.out} is no PNG: give it a name that ends in .png")
     if not options.out.parent.is_dir():
         raise UserError(f"no folder {options.out.parent} for --out {options.out.name}: make it first")
     generator, description = load_generator(RunDirectory(options.run_dir).generator)

@@ -60,7 +60,7 @@ def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
 def train_or_explain(config: Config, invocation: Invocation, manifest: Manifest, plan: Plan) -> None:
     """Train; when memory runs out, say with which batch and what to try."""
     try:
-        train(config, invocation, manifest)
+        train(config, plan, manifest, invocation.resume)
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise

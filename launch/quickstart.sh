@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=${VENV:-.venv}
+venv=$(realpath -m "${VENV:-.venv}")
 data=data/demo_train
 run=runs/quickstart
 picture=$run/bedrooms.png
@@ -12,7 +12,7 @@ picture=$run/bedrooms.png
 echo "== 1/5  install into $venv"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/pip" install --quiet --disable-pip-version-check -e .
-export PATH="$PWD/$venv/bin:$PATH"
+export PATH="$venv/bin:$PATH"
 
 echo "== 2/5  render bedrooms in LSUN's format: data/demo_train_lmdb"
 [ -d data/demo_train_lmdb ] || python -m shards demo --out data

@@ -4,6 +4,7 @@
 # RANKS: processes to start, one per GPU by default.
 set -euo pipefail
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds to save after a signal
 exec torchrun --standalone --nproc_per_node="${RANKS:-gpu}" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   -m dist_dcgan.train "$@"

@@ -77,8 +77,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Run a command: a UserError becomes one line on stderr and exit status 2, an interrupt status 130.
 
-    Under torchrun every rank meets the same mistake of the user, so only rank 0 prints it; a OneRankError is printed
-    where it is met.
+    Under torchrun every rank meets the same mistake of the user, so only the first of each node prints it; a
+    OneRankError is printed where it is met.
     """
     try:
         try:
@@ -86,7 +86,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         finally:
             sys.stdout.flush()  # a reader that went away is to be noticed here, not by the interpreter as it ends
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OneRankError):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OneRankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

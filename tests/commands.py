@@ -13,11 +13,11 @@ SECONDS = 240
 
 
 def environment() -> dict[str, str]:
-    """The environment of a user's shell: no rank, no W&B, one thread a process so that runs repeat to the bit."""
+    """The environment of a user's shell: no rank, no W&B, no GPU, one thread so that runs repeat to the bit."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "LOCAL_", "WANDB"))
     }
-    return kept | {"OMP_NUM_THREADS": "1"}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def module(name: str, *arguments: object) -> list[str]:

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_dcgan.models.networks import Norm
+from shards.errors import UserError
 
 
 def make_norm(kind: str, device: torch.device) -> Norm:
-    """Return the batch norm layer for `kind` (auto, native, portable) on `device`."""
+    """Return the batch norm layer for `kind` (auto, native, portable); raises UserError for native on a CPU."""
+    if kind == "native" and device.type == "cpu":
+        raise UserError("--distributed.batchnorm native needs a GPU: use auto or portable")
     native = kind == "native" or (kind == "auto" and device.type == "cuda")
     return nn.SyncBatchNorm if native else CrossRankBatchNorm
 
@@ -33,6 +36,8 @@ class CrossRankBatchNorm(nn.BatchNorm2d):
     Equals `nn.BatchNorm2d` over the concatenated batch, running statistics and gradients included.
     """
 
+    # Traced by the compiler, its float64 gradients came out wrong (torch 2.14.1).
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each channel by the mean and variance of the global batch, in eval mode by the running ones."""
         assert self.momentum is not None and self.running_mean is not None and self.running_var is not None

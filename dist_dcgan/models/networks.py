@@ -80,7 +80,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(network: nn.Module, generator: torch.Generator) -> None:
-    """Draw convolution weights from N(0, 0.02), batch-norm scales from N(1, 0.02), biases 0 (paper, section 4)."""
+    """Draw convolution weights from N(0, 0.02) (paper, section 4); batch-norm scales from N(1, 0.02), biases 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(module.weight, 0.0, 0.02, generator=generator)

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic_settings import CliPositionalArg
 from safetensors.torch import load_file, save_file
@@ -27,6 +27,13 @@ FORMAT_VERSION = 1
 _TENSORS = "tensors.safetensors"
 _VALUES = "values.json"
 _NAME = re.compile(r"step-(\d{8,})")
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
 
 
 def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], keep: int) -> Path:
@@ -51,13 +58,14 @@ def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], values: Mapp
         shutil.rmtree(final)
     temporary.rename(final)
     sync_directory(directory)
-    for old in list_checkpoints(directory)[:-keep]:
+    earlier = [path for path in list_checkpoints(directory) if path <= final]  # later ones are damaged or not ours
+    for old in earlier[:-keep]:
         shutil.rmtree(old)
     return final
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and values of the checkpoint at `path`; raises ValueError saying what is wrong with it."""
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint at `path`; raises ValueError saying what is wrong with it."""
     try:
         content = json.loads((path / _VALUES).read_bytes())
         if content.pop("sha256", None) != _json_sha256(content):
@@ -68,16 +76,22 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(f"{_TENSORS} does not match its checksum")
     except (OSError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"incomplete or foreign: {error!r}") from None
-    return load_file(path / _TENSORS), content["values"]
+    return Checkpoint(load_file(path / _TENSORS), content["values"])
 
 
-def load_newest(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the newest checkpoint in `directory` that is sound, or None; says which it had to pass over."""
-    for path in reversed(list_checkpoints(directory)):
+def load_newest(directory: Path) -> Checkpoint | None:
+    """Return the newest checkpoint in `directory` that is sound, None where there are none at all.
+
+    Says which it had to pass over; raises UserError where none is sound, rather than begin again from nothing.
+    """
+    found = list_checkpoints(directory)
+    for path in reversed(found):
         try:
             return load_checkpoint(path)
         except ValueError as error:
             print(f"warning: checkpoint {path} is passed over: {error}", file=sys.stderr, flush=True)
+    if found:
+        raise UserError(f"none of the {len(found)} checkpoints in {directory} is sound: mend or move them away")
     return None
 
 

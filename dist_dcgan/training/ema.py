@@ -1,4 +1,4 @@
-"""Moving average of the generator's weights (Karras et al. 2018, arXiv 1710.10196, section 7), and images from it."""
+"""Moving average of the generator's weights (as in Karras et al. 2018, arXiv 1710.10196), and images from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ def ema_decay(config: Config, images_seen: int, global_batch: int) -> float:
     half_life = min(config.ema.half_life_images, config.ema.ramp_up * images_seen)
     decay: float = 0.5 ** (global_batch / max(half_life, 1e-8))
     return decay
-    return decay
 
 
 @torch.no_grad()
@@ -38,14 +37,15 @@ def update_ema(averaged: nn.Module, current: nn.Module, decay: float, finite: Te
     Buffers are left: statistics of other weights would be wrong for the averaged ones (`recompute_statistics`).
     """
     for average, parameter in zip(averaged.parameters(), current.parameters(), strict=True):
-        average.lerp_(parameter, (finite * (1 - decay)).to(average.dtype))
+        average.copy_(torch.where(finite, average.lerp(parameter, 1 - decay), average))
 
 
 @torch.no_grad()
 def recompute_statistics(generator: nn.Module, config: Config, device: torch.device, dtype: torch.dtype) -> None:
     """Set the batch-norm statistics of `generator` to those of its own images from fixed z.
 
-    A pure function of the weights, the same on every rank without communication: `generator` has local batch norms.
+    A pure function of the weights without communication, so that rank 0 can call it alone: `generator` has local batch
+    norms. Until it is called, the statistics are those of some earlier weights.
     """
     norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]

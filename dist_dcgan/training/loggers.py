@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import queue
 import sys
 import threading
@@ -89,8 +90,9 @@ class JsonlLogger:
         self._file = path.open("a", buffering=1)
 
     def metrics(self, row: Row) -> None:
-        """Append the row."""
-        self._file.write(json.dumps(row) + "\n")
+        """Append the row; what is not finite becomes null, as JSON knows no infinity."""
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
 
     def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
         """Do nothing."""
@@ -177,7 +179,9 @@ class WandbLogger:
 
     def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
         """Queue the grid that `SampleFiles` wrote."""
-        self._put(({"step": step}, self._run.samples / f"step-{step:08d}.png"))
+        picture = self._run.samples / f"step-{step:08d}.png"
+        if picture.is_file():
+            self._put(({"step": step}, picture))
 
     def close(self) -> None:
         """Send what is queued, for some seconds at most."""
@@ -210,7 +214,13 @@ class WandbLogger:
             if not wandb.login(prompt=False, verify=False):
                 return
             mode = "online"
-        settings = wandb.Settings(init_timeout=self._INIT_SECONDS, silent=True, disable_git=True, console="off")
+        settings = wandb.Settings(
+            init_timeout=self._INIT_SECONDS,
+            finish_timeout=self._CLOSE_SECONDS,  # what wandb does as the interpreter ends keeps to it as well
+            silent=True,
+            disable_git=True,
+            console="off",
+        )
         wandb.init(
             project=options.project,
             name=options.name or self._run.path.resolve().name,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_dcgan.config import Config, Invocation, make_plan
+from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.loader import BatchLoader, flip, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, average_across_ranks, from_rank_zero, process_group, require_same
@@ -19,29 +17,28 @@ from dist_dcgan.training.checkpoint import load_newest, save_checkpoint
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.export import export_generator
 from dist_dcgan.training.loggers import Logger, draw_curves, make_logger
-from dist_dcgan.training.run_directory import RunDirectory, claimed
+from dist_dcgan.training.meter import Meter
+from dist_dcgan.training.run_directory import RunDirectory, claimed, record, require_same_data
 from dist_dcgan.training.steps import Metrics, train_step
 from dist_dcgan.training.stopping import StopRequest
 from dist_dcgan.training.train_state import TrainState
-from shards.errors import UserError
 from shards.manifest import Manifest
 
 
-def train(config: Config, invocation: Invocation, manifest: Manifest) -> None:
+def train(config: Config, plan: Plan, manifest: Manifest, resume_mode: str) -> None:
     """Train until the last step or a stop signal; every rank calls it with the same arguments."""
     with process_group(config.distributed.timeout_seconds) as world:
-        train_in(world, config, invocation, manifest)
+        train_in(world, config, plan, manifest, resume_mode)
 
 
-def train_in(world: World, config: Config, invocation: Invocation, manifest: Manifest) -> None:
+def train_in(world: World, config: Config, plan: Plan, manifest: Manifest, resume_mode: str) -> None:
     """Train as one rank of `world`."""
     with contextlib.ExitStack() as stack:
         # Agree on the data set and claim the run directory.
         stop = stack.enter_context(StopRequest())
         require_same(manifest.digest(), f"the data set in {config.data.path}")
-        plan = make_plan(config, world.world_size, manifest.samples)
         run = RunDirectory(config.run_dir)
-        from_rank_zero(lambda: stack.enter_context(claimed(run, config, invocation.resume)))
+        from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
         reader = ShardReader(config.data.path, manifest)
 
         # Build networks and optimizers, warm them up, go on from the newest checkpoint.
@@ -66,12 +63,12 @@ def train_in(world: World, config: Config, invocation: Invocation, manifest: Man
                 log_samples(logger, state)
             stopping = stop.agreed()
             if last or stopping or state.step % config.checkpoint.every_steps == 0:
-                save(state, run, manifest)
+                save(state, run, manifest, stopping)
             if stopping:
                 break
 
-        # Leave the generator, the curves, and a marker where the run is to go on.
-        from_rank_zero(lambda: finish(state, run, manifest, unfinished=state.step < plan.total_steps))
+        # Leave the generator and the curves.
+        from_rank_zero(lambda: finish(state, run, manifest))
         logger.close()
 
 
@@ -97,12 +94,11 @@ def resume(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
 
     def read() -> dict[str, Any] | None:
         found = load_newest(run.checkpoints)
-        if found is None:
-            return None
-        tensors, values = found
-        _require_same_data(values, state, run, manifest)
-        state.load_tensors(tensors)
-        return values
+        if found is not None:
+            require_same_data(run, found.values, manifest.digest(), state.plan.global_batch)
+            state.load_tensors(found.tensors)
+        record(run, state.config)
+        return None if found is None else found.values
 
     values = from_rank_zero(read)
     if values is not None:
@@ -110,33 +106,23 @@ def resume(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
         state.load_values(values)
 
 
-def save(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
-    """Write a checkpoint; returns on all ranks when it is on disk."""
+def save(state: TrainState, run: RunDirectory, manifest: Manifest, stopping: bool) -> None:
+    """Write a checkpoint, and the marker of a run that stops before its end; on disk when it returns, on all ranks."""
     values = state.values() | {"manifest_digest": manifest.digest()}
-    keep = state.config.checkpoint.keep
-    from_rank_zero(lambda: save_checkpoint(run.checkpoints, state.tensors(), values, keep) and None)
+
+    def write() -> None:
+        save_checkpoint(run.checkpoints, state.tensors(), values, state.config.checkpoint.keep)
+        if stopping and state.step < state.plan.total_steps:
+            run.stopped.write_text(f"stopped by a signal at step {state.step}\n")
+
+    from_rank_zero(write)
 
 
-def finish(state: TrainState, run: RunDirectory, manifest: Manifest, unfinished: bool) -> None:
-    """Write what a run leaves behind, on rank 0."""
+def finish(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
+    """Write the averaged generator and the curves, on rank 0."""
     recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
     export_generator(run.generator, state.generator_ema, state.config, manifest.image_size, state.step)
     draw_curves(run.metrics, run.curves)
-    if unfinished:
-        run.stopped.write_text(f"stopped by a signal at step {state.step}\n")
-
-
-def _require_same_data(values: Mapping[str, Any], state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
-    if values["manifest_digest"] != manifest.digest():
-        raise UserError(
-            f"run directory {run.path} was trained on another data set than {state.config.data.path}: "
-            "name that one with --data, or another --run-dir"
-        )
-    if values["global_batch"] != state.plan.global_batch:
-        raise UserError(
-            f"run directory {run.path} was trained with global batch {values['global_batch']}, "
-            f"this start makes it {state.plan.global_batch}: give --global-batch {values['global_batch']}"
-        )
 
 
 def log_metrics(logger: Logger, state: TrainState, metrics: Metrics, meter: Meter) -> None:
@@ -160,22 +146,3 @@ def _crosses(state: TrainState, every_images: int) -> bool:
     """Return whether the last step reached or passed a multiple of `every_images`."""
     before = state.images_seen - state.plan.global_batch
     return state.images_seen // every_images > before // every_images
-
-
-class Meter:
-    """Measures throughput and the share of time spent waiting for data, from one reading to the next."""
-
-    def __init__(self, state: TrainState, batches: BatchLoader) -> None:
-        self._batches = batches
-        self._seconds, self._waited, self._step = time.perf_counter(), batches.waited, state.step
-
-    def read(self, state: TrainState) -> dict[str, float]:
-        """Return the figures since the last reading."""
-        seconds, waited, steps = time.perf_counter(), self._batches.waited, state.step - self._step
-        elapsed, waiting = seconds - self._seconds, waited - self._waited
-        self._seconds, self._waited, self._step = seconds, waited, state.step
-        return {
-            "time/step": elapsed / steps,
-            "time/data_wait": waiting / elapsed,
-            "throughput/images_per_second": steps * state.plan.global_batch / elapsed,
-        }

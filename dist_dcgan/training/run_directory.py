@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -63,41 +64,57 @@ class RunDirectory:
 
 @contextmanager
 def claimed(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
-    """Hold the folder as its only writer: check that this configuration may go on there, and record it.
+    """Hold the folder as its only writer, after checking that this configuration may go on there.
 
     Raises UserError where another process holds it, where it holds something else than a run, or a run of another
     configuration, and where `resume` is "never" and there is a run already. Nothing is changed then.
     """
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"run directory {run.path} is a file: name another with --run-dir")
     is_run = run.config.is_file()
-    if run.path.exists() and not is_run and any(not entry.name.startswith("run.") for entry in run.path.iterdir()):
+    if run.path.is_dir() and not is_run and any(not entry.name.startswith("run.") for entry in run.path.iterdir()):
         raise UserError(f"run directory {run.path} holds files but no run: name an empty or new one with --run-dir")
     if is_run and resume == "never":
         raise UserError(f"run directory {run.path} holds a run already: name another with --run-dir, or drop --resume")
     if is_run:
         _require_same_run(run, config)
+    lock = _lock(run.path)
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        with _only_writer(run.path):
-            publish(run.config, to_yaml(config).encode())
-            run.stopped.unlink(missing_ok=True)
-            yield
-    except PermissionError as error:
-        raise UserError(f"run directory {run.path} cannot be written: {error}") from None
+        yield
+    finally:
+        lock.release()
 
 
-@contextmanager
-def _only_writer(path: Path) -> Iterator[None]:
-    holder = path / "run.holder.json"
+def record(run: RunDirectory, config: Config) -> None:
+    """Store the configuration that the run now goes on with; it is not stopped any more."""
+    publish(run.config, to_yaml(config).encode())
+    run.stopped.unlink(missing_ok=True)
+
+
+def require_same_data(run: RunDirectory, values: Mapping[str, Any], digest: str, global_batch: int) -> None:
+    """Raise UserError where the checkpoint's values are of another data set or global batch."""
+    if values["manifest_digest"] != digest:
+        raise UserError(
+            f"run directory {run.path} was trained on another data set: name that one with --data, or another --run-dir"
+        )
+    if values["global_batch"] != global_batch:
+        raise UserError(
+            f"run directory {run.path} was trained with global batch {values['global_batch']}, this start makes it "
+            f"{global_batch}: give --global-batch {values['global_batch']}"
+        )
+
+
+def _lock(path: Path) -> FileLock:
+    holder, lock = path / "run.holder.json", FileLock(path / "run.lock", timeout=0)
     try:
-        with FileLock(path / "run.lock", timeout=0):
-            started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            publish(holder, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": started}).encode())
-            yield
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        publish(holder, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": started}).encode())
     except Timeout:
         who = holder.read_text() if holder.is_file() else "an unknown process"
         raise UserError(f"run directory {path} is in use by {who}: wait for it, or name another") from None
+    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+        raise UserError(f"run directory {path} cannot be used: {error}: name another with --run-dir") from None
+    return lock
 
 
 def _require_same_run(run: RunDirectory, config: Config) -> None:

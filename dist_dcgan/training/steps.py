@@ -18,7 +18,7 @@ from dist_dcgan.training.ema import draw_latents, ema_decay, update_ema
 from dist_dcgan.training.train_state import TrainState
 
 Metrics = dict[str, Tensor]
-"""Scalars on the device, means over this rank's images."""
+"""Scalars on the device: gradient norms of the whole network, else means over this rank's images."""
 
 
 def train_step(state: TrainState, real: Tensor) -> Metrics:
@@ -37,7 +37,7 @@ def train_step(state: TrainState, real: Tensor) -> Metrics:
 
 
 def discriminator_step(state: TrainState, real: Tensor, fake: Tensor) -> Metrics:
-    """Update D on real and generated images, as two batches with statistics of their own (paper, section 3).
+    """Update D on real and generated images, as two batches with statistics of their own.
 
     The real half adds its gradients up locally; the fake half's backward then reduces the sum, once.
     """

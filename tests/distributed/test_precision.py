@@ -81,11 +81,11 @@ def test_half_precision_trains_and_resumes(demo_shards: Path, tmp_path: Path, pr
     losses = [[row["loss/d"] for row in metrics(tmp_path / run)] for run in ("whole", "parts")]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
-    found = load_newest(tmp_path / "parts" / "checkpoints")
-    assert found is not None
-    tensors, values = found
-    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    whole, parts = (load_newest(tmp_path / run / "checkpoints") for run in ("whole", "parts"))
+    assert whole is not None and parts is not None
+    assert all(torch.isfinite(tensor).all() for tensor in parts[0].values())
     for scaler in ("scaler_g", "scaler_d"):
-        assert bool(values[scaler]) == (precision == "fp16")
-        assert values[scaler].get("_growth_tracker", 4) <= 4
-    assert [loss > 0 for loss in losses[0]] == [True] * 4
+        assert parts[1][scaler] == whole[1][scaler]
+        assert bool(whole[1][scaler]) == (precision == "fp16")
+    if precision == "fp16":  # the first scale overflows in D, so that there is something to lose
+        assert whole[1]["scaler_d"]["scale"] < 65536

@@ -107,9 +107,21 @@ def test_a_run_that_does_not_fit_is_refused_unchanged(
 def test_another_data_set_is_refused(finished: Path, demo_lmdb: Path, tmp_path: Path) -> None:
     run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
     succeed(module("shards", "convert", demo_lmdb, "--out", tmp_path / "other", "--samples-per-shard", 20))
+    (run_dir / "STOPPED").write_text("stopped")
+    before = contents(run_dir)
     flags = [*DEBUG, "--width", 4, "--max-steps", 9, "--data", tmp_path / "other", "--run-dir", run_dir]
     assert "was trained on another data set" in one_line_error(train_command(1, *flags))
-    assert [row["step"] for row in metrics(run_dir)] == [1, 2, 3, 4]
+    after = contents(run_dir)
+    after[str(run_dir / "run.holder.json")] = before[str(run_dir / "run.holder.json")]  # says who tried last
+    assert after == before
+
+
+def test_a_run_directory_that_cannot_be_made_is_named(demo_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        flags = [*DEBUG, "--width", 4, "--data", demo_shards, "--run-dir", run_dir]
+        assert f"run directory {run_dir} cannot be used" in one_line_error(train_command(1, *flags))
+    assert contents(tmp_path) == {str(tmp_path / "file"): b"mine"}
 
 
 def test_a_run_directory_that_is_none_is_refused_unchanged(demo_shards: Path, tmp_path: Path) -> None:
@@ -129,6 +141,17 @@ def test_wandb_offline_leaves_a_run_to_sync_and_a_resume_goes_on_with_it(demo_sh
     segments = list(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(segments) == 2
     assert len({path.name for path in segments}) == 1
+
+
+@pytest.mark.parametrize("key", [{}, {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}])
+def test_wandb_auto_never_stops_a_run(demo_shards: Path, tmp_path: Path, key: dict[str, str]) -> None:
+    """Without a key there is nothing to do; with one, the server that it names refuses."""
+    flags = ["--preset", "debug", "--width", 4, "--data", demo_shards, "--run-dir", tmp_path / "run"]
+    env = environment() | {"HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path), **key}
+    done = succeed(train_command(1, *flags, "--max-steps", 2), env=env)
+    assert len(metrics(tmp_path / "run")) == 2
+    assert key.get("WANDB_API_KEY", "no key") not in done.stdout + done.stderr
+    assert not key or "W&B" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

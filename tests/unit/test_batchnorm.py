@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_dcgan.models.batchnorm import CrossRankBatchNorm, make_norm
+from shards.errors import UserError
 
 
 def both(dtype: torch.dtype) -> tuple[CrossRankBatchNorm, nn.BatchNorm2d]:
@@ -77,3 +78,5 @@ def test_native_batch_norm_is_taken_on_cuda_only() -> None:
     assert make_norm("auto", cpu) is CrossRankBatchNorm
     assert make_norm("auto", cuda) is nn.SyncBatchNorm
     assert make_norm("portable", cuda) is CrossRankBatchNorm
+    with pytest.raises(UserError, match="native needs a GPU"):
+        make_norm("native", cpu)

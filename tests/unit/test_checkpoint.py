@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dist_dcgan.training.checkpoint import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from shards.errors import UserError
 from tests.commands import module, one_line_error, succeed
 
 
@@ -29,9 +30,15 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 10, 3):
+    for step in (1, 2, 3, 10):
         save(tmp_path, step)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003", "step-00000010"]
+
+
+def test_one_just_written_stays_though_later_ones_are_there(tmp_path: Path) -> None:
+    for step in (7, 8, 9, 1, 2):
+        save(tmp_path, step, keep=2)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["1", "2", "8", "9"]
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "values.json"])
@@ -71,7 +78,8 @@ def test_a_pickle_in_its_place_does_not_run(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     for name in ("tensors.safetensors", "values.json"):
         (path / name).write_bytes(pickle.dumps(Bomb()))
-        assert load_newest(tmp_path) is None
+        with pytest.raises(UserError, match=r"none of the 1 checkpoints in .* is sound"):
+            load_newest(tmp_path)
     assert not (tmp_path / "pwned").exists()
 
 

@@ -42,7 +42,7 @@ def test_other_errors_keep_their_traceback(demo_shards: Path, monkeypatch: pytes
         command.train_or_explain(Config(), Invocation(), read_manifest(demo_shards), Plan(1, 8, 1, 1))
 
 
-def test_a_users_mistake_is_one_line_on_rank_0_and_silence_elsewhere(
+def test_a_users_mistake_is_one_line_on_the_first_rank_and_silence_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = "thing: value: remedy"
@@ -56,7 +56,7 @@ def test_a_users_mistake_is_one_line_on_rank_0_and_silence_elsewhere(
         def fail(_: object, error: UserError = error) -> None:
             raise error
 
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as caught:
             run(fail, [])
         assert caught.value.code == 2

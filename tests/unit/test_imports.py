@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.config": SHARDS,
     "dist_dcgan.distributed": SHARDS,
     "dist_dcgan.random_streams": set(),
-    "dist_dcgan.models": {"dist_dcgan.distributed", "dist_dcgan.models"},
+    "dist_dcgan.models": {"dist_dcgan.distributed", "dist_dcgan.models", "shards.errors"},
     "dist_dcgan.data": {*BASE, *SHARDS, "dist_dcgan.data"},
     "dist_dcgan.training": {*BASE, *SHARDS, "dist_dcgan.models", "dist_dcgan.data", "dist_dcgan.training"},
     "dist_dcgan.train": {"dist_dcgan", *SHARDS},

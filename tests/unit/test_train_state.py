@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.distributed import process_group
-from dist_dcgan.training.ema import ema_decay, recompute_statistics, sample_images
+from dist_dcgan.training.ema import ema_decay, recompute_statistics, sample_images, update_ema
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 
@@ -92,6 +92,15 @@ def test_the_average_forgets_the_first_weights_of_a_short_run() -> None:
         left *= ema_decay(CONFIG, step * 128, 128)
     assert left < 1e-4
     assert ema_decay(CONFIG, 10**7, 128) == pytest.approx(0.5 ** (128 / 10_000))
+
+
+def test_a_step_that_is_not_finite_leaves_the_average(state: TrainState) -> None:
+    before = [parameter.clone() for parameter in state.generator_ema.parameters()]
+    with torch.no_grad():
+        for parameter in state.generator.parameters():
+            parameter.fill_(torch.nan)
+    update_ema(state.generator_ema, state.generator, 0.5, torch.tensor(False))
+    assert all(torch.equal(a, b) for a, b in zip(before, state.generator_ema.parameters(), strict=True))
 
 
 def test_statistics_are_those_of_the_averaged_weights(state: TrainState) -> None:

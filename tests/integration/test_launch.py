@@ -1,0 +1,68 @@
+"""train.sbatch against a stand-in for SLURM: what is queued again and what is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+STAND_INS = {
+    "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "$@" >> requeued; fi',
+    "scancel": 'echo "$@" >> passed_on; exit 1',  # fails, as it does while the controller is busy
+    # runs until it is told to stop, then leaves the marker that training would
+    "srun": """touch started
+while [ ! -e passed_on ]; do sleep 0.05; done
+[ -z "$MARKER" ] || touch run/STOPPED
+exit 1""",
+}
+
+
+def submit(folder: Path, number: signal.Signals | None, marker: bool) -> tuple[int, bool]:
+    """Run the script, send it a signal, and return its exit status and whether it queued the job again."""
+    (folder / "run").mkdir()
+    (folder / "run" / "STOPPED").write_text("of an earlier start")
+    (folder / "bin").mkdir()
+    for name, body in STAND_INS.items():
+        (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+    env = os.environ | {
+        "PATH": f"{folder}/bin:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "MARKER": "yes" if marker else "",
+    }
+    process = subprocess.Popen(["bash", LAUNCH / "train.sbatch", "--run-dir", "run"], cwd=folder, env=env)
+    while not (folder / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    if number is None:
+        (folder / "passed_on").touch()
+    else:
+        process.send_signal(number)
+    return process.wait(timeout=30), (folder / "requeued").exists()
+
+
+def test_a_run_that_saved_itself_before_the_limit_is_queued_again(tmp_path: Path) -> None:
+    assert submit(tmp_path, signal.SIGUSR1, marker=True) == (0, True)
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert (tmp_path / "passed_on").read_text() == "--signal=USR1 7\n"
+
+
+OTHERS = {"cancelled": (signal.SIGTERM, True), "lost": (signal.SIGUSR1, False), "crashed": (None, False)}
+
+
+@pytest.mark.parametrize(("number", "marker"), OTHERS.values(), ids=OTHERS)
+def test_no_other_run_is(tmp_path: Path, number: signal.Signals | None, marker: bool) -> None:
+    """Not one that was cancelled, nor one that did not save itself or crashed, whatever an earlier start left."""
+    assert submit(tmp_path, number, marker) == (1, False)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch")))
+def test_scripts_parse(script: str) -> None:
+    subprocess.run(["bash", "-n", LAUNCH / script], check=True)
