@@ -32,12 +32,13 @@ def ema_decay(config: Config, images_seen: int, global_batch: int) -> float:
 
 @torch.no_grad()
 def update_ema(averaged: nn.Module, current: nn.Module, decay: float, finite: Tensor) -> None:
-    """Move the averaged parameters towards the current ones; not at all where `finite`, a scalar, is False.
+    """Move the averaged parameters towards the current ones; not at all where loss scaling skipped the step.
 
+    `finite`, a scalar, says whether the gradients were finite; it is read on the device, so that nothing waits for it.
     Buffers are left: statistics of other weights would be wrong for the averaged ones (`recompute_statistics`).
     """
     for average, parameter in zip(averaged.parameters(), current.parameters(), strict=True):
-        average.copy_(torch.where(finite, average.lerp(parameter, 1 - decay), average))
+        average.lerp_(parameter, (finite * (1 - decay)).to(average.dtype))
 
 
 @torch.no_grad()

@@ -9,30 +9,39 @@ noise, no EMA. The floor is the time of the step's floating-point operations at 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_dcgan.config import Config, NoiseOptions, Plan, make_plan
-from dist_dcgan.distributed import World, average_across_ranks, process_group
+from dist_dcgan.config import Config, NoiseOptions, Plan, WandbOptions, make_plan
+from dist_dcgan.distributed import World, process_group
 from dist_dcgan.models.networks import Discriminator, Generator, init_weights
+from dist_dcgan.training import loop
 from dist_dcgan.training.checkpoint import save_checkpoint
 from dist_dcgan.training.ema import update_ema
-from dist_dcgan.training.steps import train_step
+from dist_dcgan.training.steps import Metrics, train_step
 from dist_dcgan.training.train_state import TrainState
 from shards.command_line import Options, build, parse_flags, run
+from shards.convert import convert
+from shards.demo import write_demo
+from shards.sources import LmdbSource
 
 MATRIX = 2048
 WARM_UP = 2
 CHECKPOINT_EVERY = 1000
+LOOP_STEPS = 12
 
 
 class Benchmark(Options):
@@ -51,7 +60,7 @@ class Benchmark(Options):
 def main(argv: Sequence[str]) -> None:
     """Run the rounds and print the medians."""
     options = build(Benchmark, parse_flags(Benchmark, argv, "python -m tests.benchmarks.step"))
-    config = Config(width=options.width, global_batch=options.batch)
+    config = Config(width=options.width, global_batch=options.batch, wandb=WandbOptions(mode="disabled"))
     without_noise = Config(width=options.width, global_batch=options.batch, noise=NoiseOptions(sigma=0))
     with process_group(600) as world:
         plan = make_plan(config, 1, 10 * options.batch)
@@ -68,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
                 if round_ >= WARM_UP:
                     seconds[name].append(elapsed)
         median = {name: statistics.median(values) for name, values in seconds.items()}
-        overhead = loop_seconds(config, plan, world)
+        overhead = loop_seconds(config, plan, world) | {"between_steps": seconds_between_steps(config, world)}
         figures = summarise(options, median, overhead, step_flops(options.width, options.batch))
         gpu = world.device.type == "cuda"
         figures["device"] = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -139,23 +148,45 @@ def matrix_product(device: torch.device) -> Callable[[], object]:
 
 
 def loop_seconds(config: Config, plan: Plan, world: World) -> dict[str, float]:
-    """Return seconds a step that the loop spends around forward, backward and optimizers, each by itself."""
+    """Return seconds a step that EMA and checkpoints cost, each by itself."""
     state = TrainState(config, plan, world, 64)
     real = images(plan.global_batch, world.device).contiguous(memory_format=torch.channels_last)
-    metrics = train_step(state, real)
-    pixels = torch.zeros((plan.global_batch, 64, 64, 3), dtype=torch.uint8)
-    finite = torch.isfinite(metrics["grad_norm/g"])
+    finite = torch.isfinite(train_step(state, real)["grad_norm/g"])
     with tempfile.TemporaryDirectory() as folder:
         parts = {
             "ema": (lambda: update_ema(state.generator_ema, state.generator, 0.99, finite), 1),
-            "images": (lambda: pixels.permute(0, 3, 1, 2).float().mul_(2 / 255).sub_(1).to(world.device), 1),
-            "metrics": (lambda: average_across_ranks(metrics), config.log.every_steps),
             "checkpoint": (lambda: save_checkpoint(Path(folder), state.tensors(), state.values(), 1), CHECKPOINT_EVERY),
         }
         return {
             name: statistics.median(timed(function, world.device) for _ in range(3)) / every
             for name, (function, every) in parts.items()
         }
+
+
+def seconds_between_steps(config: Config, world: World) -> float:
+    """Return seconds a step that the real loop spends outside the step: loader, conversion, logging, stop flag.
+
+    Runs the loop itself on rendered bedrooms. On a GPU the step returns before its work is done, so the figure is then
+    that of the host alone.
+    """
+    stamps: list[tuple[float, float]] = []
+
+    def stamped_step(state: TrainState, real: Tensor) -> Metrics:
+        started = time.perf_counter()
+        metrics = train_step(state, real)
+        stamps.append((started, time.perf_counter()))
+        return metrics
+
+    with tempfile.TemporaryDirectory() as folder:
+        lmdb = write_demo(Path(folder), images=10 * config.global_batch)
+        manifest = convert(LmdbSource(lmdb), Path(folder) / "shards", workers=1)
+        paths = {"data": {"path": Path(folder) / "shards"}, "run_dir": Path(folder) / "run", "max_steps": LOOP_STEPS}
+        config = Config.model_validate(config.model_dump(exclude={"data", "run_dir", "max_steps"}) | paths)
+        plan = make_plan(config, 1, manifest.samples)
+        with mock.patch.object(loop, "train_step", stamped_step), contextlib.redirect_stderr(io.StringIO()):
+            loop.train_in(world, config, plan, manifest, "never")
+    real_steps = stamps[1:]  # the first is the dry step
+    return statistics.mean(after[0] - before[1] for before, after in pairwise(real_steps))
 
 
 def step_flops(width: int, batch: int) -> float:
