@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_dcgan.config import Config, Invocation, Plan, from_command_line, make_plan, to_yaml
+from dist_dcgan.config import Config, Plan, from_command_line, make_plan, to_yaml
+from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import world_size_of_launch
 from dist_dcgan.models.networks import IMAGE_SIZES, Discriminator, Generator, count_parameters
 from dist_dcgan.training.loop import train
@@ -32,12 +33,13 @@ def main(argv: Sequence[str]) -> None:
     if manifest.image_size not in IMAGE_SIZES:
         sizes = ", ".join(map(str, IMAGE_SIZES))
         raise UserError(f"{config.data.path} has images of {manifest.image_size} pixels: convert to one of {sizes}")
+    reader = ShardReader(config.data.path, manifest)
     if invocation.dry_run:
         world_size = invocation.world_size or world_size_of_launch(None)
         describe(config, make_plan(config, world_size, manifest.samples), manifest)
         return
     plan = make_plan(config, world_size_of_launch(invocation.world_size), manifest.samples)
-    train_or_explain(config, invocation, manifest, plan)
+    train_or_explain(config, plan, reader, invocation.resume)
 
 
 def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
@@ -57,10 +59,10 @@ def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
     print(f"steps in all:      {plan.total_steps:,} ({plan.total_steps / plan.steps_per_epoch:.2f} epochs)")
 
 
-def train_or_explain(config: Config, invocation: Invocation, manifest: Manifest, plan: Plan) -> None:
+def train_or_explain(config: Config, plan: Plan, reader: ShardReader, resume: str) -> None:
     """Train; when memory runs out, say with which batch and what to try."""
     try:
-        train(config, plan, manifest, invocation.resume)
+        train(config, plan, reader, resume)
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise

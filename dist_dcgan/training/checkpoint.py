@@ -58,8 +58,8 @@ def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], values: Mapp
         shutil.rmtree(final)
     temporary.rename(final)
     sync_directory(directory)
-    earlier = [path for path in list_checkpoints(directory) if path <= final]  # later ones are damaged or not ours
-    for old in earlier[:-keep]:
+    published = list_checkpoints(directory)
+    for old in published[: published.index(final) + 1][:-keep]:  # later ones were passed over, not replaced
         shutil.rmtree(old)
     return final
 

@@ -25,21 +25,21 @@ from dist_dcgan.training.train_state import TrainState
 from shards.manifest import Manifest
 
 
-def train(config: Config, plan: Plan, manifest: Manifest, resume_mode: str) -> None:
+def train(config: Config, plan: Plan, reader: ShardReader, resume_mode: str) -> None:
     """Train until the last step or a stop signal; every rank calls it with the same arguments."""
     with process_group(config.distributed.timeout_seconds) as world:
-        train_in(world, config, plan, manifest, resume_mode)
+        train_in(world, config, plan, reader, resume_mode)
 
 
-def train_in(world: World, config: Config, plan: Plan, manifest: Manifest, resume_mode: str) -> None:
+def train_in(world: World, config: Config, plan: Plan, reader: ShardReader, resume_mode: str) -> None:
     """Train as one rank of `world`."""
+    manifest = reader.manifest
     with contextlib.ExitStack() as stack:
         # Agree on the data set and claim the run directory.
         stop = stack.enter_context(StopRequest())
-        require_same(manifest.digest(), f"the data set in {config.data.path}")
+        require_same(manifest.digest(), f"the data set in {reader.directory}")
         run = RunDirectory(config.run_dir)
         from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
-        reader = ShardReader(config.data.path, manifest)
 
         # Build networks and optimizers, warm them up, go on from the newest checkpoint.
         state = TrainState(config, plan, world, manifest.image_size)
@@ -52,6 +52,7 @@ def train_in(world: World, config: Config, plan: Plan, manifest: Manifest, resum
         batches = stack.enter_context(BatchLoader(reader, config, plan, world, state.step))
         meter = Meter(state, batches)
         for batch in batches:
+            assert batch.step == state.step
             images = to_images(batch, world.device, state.dtype)
             if config.data.random_flip:
                 images = flip(images, config.seed, state.step, state.slots)

@@ -22,10 +22,14 @@ exit 1""",
 }
 
 
-def submit(folder: Path, number: signal.Signals | None, marker: bool) -> tuple[int, bool]:
-    """Run the script, send it a signal, and return its exit status and whether it queued the job again."""
+def submit(folder: Path, number: signal.Signals | None, marker: bool, earlier: bool) -> tuple[int, bool]:
+    """Run the script, send it a signal, and return its exit status and whether it queued the job again.
+
+    `marker`: training leaves one; `earlier`: an earlier start has left one.
+    """
     (folder / "run").mkdir()
-    (folder / "run" / "STOPPED").write_text("of an earlier start")
+    if earlier:
+        (folder / "run" / "STOPPED").touch()
     (folder / "bin").mkdir()
     for name, body in STAND_INS.items():
         (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -49,18 +53,21 @@ def submit(folder: Path, number: signal.Signals | None, marker: bool) -> tuple[i
 
 
 def test_a_run_that_saved_itself_before_the_limit_is_queued_again(tmp_path: Path) -> None:
-    assert submit(tmp_path, signal.SIGUSR1, marker=True) == (0, True)
+    assert submit(tmp_path, signal.SIGUSR1, marker=True, earlier=False) == (0, True)
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert (tmp_path / "passed_on").read_text() == "--signal=USR1 7\n"
 
 
-OTHERS = {"cancelled": (signal.SIGTERM, True), "lost": (signal.SIGUSR1, False), "crashed": (None, False)}
+OTHERS = {
+    "cancelled": (signal.SIGTERM, True, False),
+    "not saved": (signal.SIGUSR1, False, False),
+    "crashed after an earlier stop": (None, False, True),
+}
 
 
-@pytest.mark.parametrize(("number", "marker"), OTHERS.values(), ids=OTHERS)
-def test_no_other_run_is(tmp_path: Path, number: signal.Signals | None, marker: bool) -> None:
-    """Not one that was cancelled, nor one that did not save itself or crashed, whatever an earlier start left."""
-    assert submit(tmp_path, number, marker) == (1, False)
+@pytest.mark.parametrize(("number", "marker", "earlier"), OTHERS.values(), ids=OTHERS)
+def test_no_other_run_is(tmp_path: Path, number: signal.Signals | None, marker: bool, earlier: bool) -> None:
+    assert submit(tmp_path, number, marker, earlier) == (1, False)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch")))

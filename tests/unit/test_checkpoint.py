@@ -30,9 +30,13 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 10):
+    for step in (1, 99_999_998, 99_999_999, 100_000_000):  # the last has a digit more
         save(tmp_path, step)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003", "step-00000010"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step-99999998",
+        "step-99999999",
+        "step-100000000",
+    ]
 
 
 def test_one_just_written_stays_though_later_ones_are_there(tmp_path: Path) -> None:

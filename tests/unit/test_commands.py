@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from dist_dcgan import train as command
-from dist_dcgan.config import Config, Invocation, Plan
+from dist_dcgan.config import Config, Plan
+from dist_dcgan.data.reader import ShardReader
 from shards.command_line import run
 from shards.errors import OneRankError, UserError
 from shards.manifest import read_manifest
+
+
+def reader(data: Path) -> ShardReader:
+    return ShardReader(data, read_manifest(data))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +35,7 @@ def test_out_of_memory_names_the_batch_and_what_to_try(
     monkeypatch.setattr(command, "train", fail)
     plan = Plan(world_size=2, global_batch=64, steps_per_epoch=1, total_steps=1)
     with pytest.raises(UserError, match="out of memory on rank 0 with 32 images per rank at width 128: use"):
-        command.train_or_explain(Config(), Invocation(), read_manifest(demo_shards), plan)
+        command.train_or_explain(Config(), plan, reader(demo_shards), "auto")
 
 
 def test_other_errors_keep_their_traceback(demo_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +44,7 @@ def test_other_errors_keep_their_traceback(demo_shards: Path, monkeypatch: pytes
 
     monkeypatch.setattr(command, "train", fail)
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
-        command.train_or_explain(Config(), Invocation(), read_manifest(demo_shards), Plan(1, 8, 1, 1))
+        command.train_or_explain(Config(), Plan(1, 8, 1, 1), reader(demo_shards), "auto")
 
 
 def test_a_users_mistake_is_one_line_on_the_first_rank_and_silence_elsewhere(
