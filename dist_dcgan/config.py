@@ -90,6 +90,21 @@ class LogOptions(Options):
     """Images in a grid."""
 
 
+class QualityOptions(Options):
+    """How good the images are, scored while training; `dist_dcgan.evaluate` scores a finished run."""
+
+    extractor: Literal["auto", "efficientnet-lite0", "inception", "none"] = _changeable("auto")
+    """Feature network; auto: efficientnet-lite0 where the `eval` extra is installed, else none."""
+    weights: Path | None = _changeable(None)
+    """File of Inception's weights (see `dist_dcgan.evaluate`)."""
+    every_images: int = _changeable(1_000_000, ge=1)
+    """Training images between scores."""
+    fakes: int = _changeable(10_000, ge=4)
+    """Generated images of a score."""
+    reals: int = _changeable(10_000, ge=4)
+    """Real images of a score, from the training data."""
+
+
 class WandbOptions(Options):
     """Weights & Biases."""
 
@@ -154,6 +169,10 @@ class Config(Options):
     """Weight averaging."""
     log: LogOptions = LogOptions()
     """Logging."""
+    quality: QualityOptions = QualityOptions()
+    """Scores."""
+    on_collapse: Literal["warn", "stop"] = _changeable("warn")
+    """What to do where the watchdog finds that training went wrong."""
     wandb: WandbOptions = WandbOptions()
     """Weights & Biases."""
     checkpoint: CheckpointOptions = CheckpointOptions()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -135,10 +135,15 @@ def broadcast_from_rank_zero(tensors: Iterable[torch.Tensor]) -> None:
         tensor.detach().copy_(content)
 
 
-def average_across_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return the mean over ranks of scalar tensors, as numbers. Training waits for the device here."""
-    packed = torch.stack([value.detach().double() for value in values.values()])
+def average_across_ranks(rows: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
+    """Return the means over ranks of scalar tensors, as numbers; all rows have the same keys.
+
+    Training waits for the device here. The numbers are the same on all ranks, so what follows from them is agreed.
+    """
+    packed = torch.stack([value.detach().double() for row in rows for value in row.values()])
     if dist.get_world_size() > 1:
         dist.all_reduce(packed)
         packed /= dist.get_world_size()
-    return dict(zip(values, packed.tolist(), strict=True))
+    return [
+        dict(zip(row, means.tolist(), strict=True)) for row, means in zip(rows, packed.chunk(len(rows)), strict=True)
+    ]

@@ -12,13 +12,11 @@ import torch
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from dist_dcgan.config import Config, ModelOptions
 from dist_dcgan.training.ema import sample_images
-from dist_dcgan.training.export import load_generator
-from dist_dcgan.training.loggers import save_grid
+from dist_dcgan.training.export import load_generator, sampling_config
+from dist_dcgan.training.loggers import check_png, save_grid
 from dist_dcgan.training.run_directory import RunDirectory
 from shards.command_line import Options, build, parse_flags, run
-from shards.errors import UserError
 
 
 class Sample(Options):
@@ -32,21 +30,19 @@ class Sample(Options):
     """Number of images."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of z."""
+    best: bool = False
+    """Sample from the best generator so far by KID instead of the latest."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Write the grid and say where it is."""
     options = build(Sample, parse_flags(Sample, argv, "python -m dist_dcgan.sample"))
-    if options.out.exists():
-        raise UserError(f"{options.out} exists: name another with --out")
-    if options.out.suffix != ".png":
-        raise UserError(f"--out {options.out} is no PNG: give it a name that ends in .png")
-    if not options.out.parent.is_dir():
-        raise UserError(f"no folder {options.out.parent} for --out {options.out.name}: make it first")
-    generator, description = load_generator(RunDirectory(options.run_dir).generator)
+    check_png(options.out)
+    run_directory = RunDirectory(options.run_dir)
+    generator, description = load_generator(run_directory.best if options.best else run_directory.generator)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    latent = ModelOptions(latent_dim=description["architecture"]["latent_dim"], latent=description["latent"])
-    images = sample_images(generator.to(device), Config(seed=options.seed, model=latent), options.num, device)
+    config = sampling_config(description, options.seed)
+    images = sample_images(generator.to(device), config, range(options.num), device)
     save_grid(images, options.out)
     print(f"{options.num} images of step {description['step']} in {options.out}")
 

@@ -63,8 +63,10 @@ def recompute_statistics(generator: nn.Module, config: Config, device: torch.dev
 
 
 @torch.no_grad()
-def sample_images(generator: nn.Module, config: Config, count: int, device: torch.device) -> Tensor:
-    """Return `count` images (count, 3, size, size) in [-1, 1] from fixed z; `generator` is in eval mode."""
+def sample_images(
+    generator: nn.Module, config: Config, slots: range, device: torch.device, stream: str = "samples"
+) -> Tensor:
+    """Return an image per slot, (len(slots), 3, size, size) in [-1, 1], from fixed z; `generator` is in eval mode."""
     dtype = next(generator.parameters()).dtype
-    z = draw_latents(config, "samples", 0, range(count), device).to(dtype)
+    z = draw_latents(config, stream, 0, slots, device).to(dtype)
     return torch.cat([generator(part) for part in z.split(_BATCH)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from dist_dcgan.config import Config
+from dist_dcgan.config import Config, ModelOptions
 from dist_dcgan.models.networks import Generator
 from shards.errors import UserError
 from shards.files import file_sha256, publish
 
 
-def export_generator(path: Path, generator: nn.Module, config: Config, image_size: int, step: int) -> None:
-    """Write the weights to `path` (float32, safetensors), and beside them a JSON with the architecture and the step.
+def export_generator(
+    path: Path,
+    generator: nn.Module,
+    config: Config,
+    image_size: int,
+    step: int,
+    scores: Mapping[str, float] | None = None,
+) -> None:
+    """Write the weights to `path` (float32, safetensors), and beside them a JSON with architecture, step and scores.
 
     `generator` must hold batch-norm statistics of its own weights (`recompute_statistics`).
     """
@@ -27,6 +35,7 @@ def export_generator(path: Path, generator: nn.Module, config: Config, image_siz
     description = {
         "format_version": 1,
         "step": step,
+        "scores": dict(scores or {}),
         "latent": config.model.latent,
         "architecture": {
             "width": config.width,
@@ -52,6 +61,12 @@ def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"exported generator {path} cannot be used: {' '.join(str(error).split())}") from None
     return generator.eval().requires_grad_(False), description
+
+
+def sampling_config(description: Mapping[str, Any], seed: int) -> Config:
+    """Return the configuration that draws z for an exported generator."""
+    latent = ModelOptions(latent_dim=description["architecture"]["latent_dim"], latent=description["latent"])
+    return Config(seed=seed, model=latent)
 
 
 def _float32(tensor: Tensor) -> Tensor:

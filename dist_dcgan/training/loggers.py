@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.distributed import World
 from dist_dcgan.training.run_directory import RunDirectory
+from shards.errors import UserError
 from shards.files import publish
 
 Row = Mapping[str, float]
@@ -36,6 +37,9 @@ class Logger(Protocol):
     def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
         """Take a grid: `draw` returns images (N, 3, size, size) in [-1, 1] and costs time."""
 
+    def alert(self, step: int, text: str) -> None:
+        """Take what a person should know at once, some lines."""
+
     def close(self) -> None:
         """Finish within seconds."""
 
@@ -47,6 +51,9 @@ class NullLogger:
         """Do nothing."""
 
     def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Do nothing."""
+
+    def alert(self, step: int, text: str) -> None:
         """Do nothing."""
 
     def close(self) -> None:
@@ -66,6 +73,10 @@ class CompositeLogger:
     def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
         """Pass on."""
         self._each("samples", step, draw)
+
+    def alert(self, step: int, text: str) -> None:
+        """Pass on."""
+        self._each("alert", step, text)
 
     def close(self) -> None:
         """Pass on."""
@@ -97,6 +108,10 @@ class JsonlLogger:
     def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
         """Do nothing."""
 
+    def alert(self, step: int, text: str) -> None:
+        """Append a row of its own."""
+        self._file.write(json.dumps({"step": step, "alert": text}) + "\n")
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -115,6 +130,9 @@ class SampleFiles:
         """Write the grid of this step."""
         self._directory.mkdir(parents=True, exist_ok=True)
         save_grid(draw(), self._directory / f"step-{step:08d}.png")
+
+    def alert(self, step: int, text: str) -> None:
+        """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""
@@ -135,6 +153,7 @@ class ConsoleLogger:
             f"{row['images_seen'] / 1000:.1f} kimg  {row['throughput/images_per_second']:.1f} images/s  "
             f"loss D {row['loss/d']:.3f} G {row['loss/g']:.3f}  "
             f"D(x) {row['score/real']:.2f} D(G(z)) {row['score/fake']:.2f}  "
+            f"{_kid(row)}"
             f"data wait {100 * row['time/data_wait']:.0f}%"
         )
         if self._bar is not None:
@@ -153,6 +172,10 @@ class ConsoleLogger:
     def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
         """Do nothing."""
 
+    def alert(self, step: int, text: str) -> None:
+        """Show it."""
+        warn(text)
+
     def close(self) -> None:
         """Leave the last line."""
         if self._bar is not None:
@@ -168,20 +191,24 @@ class WandbLogger:
 
     def __init__(self, config: Config, run: RunDirectory, run_id: str) -> None:
         self._config, self._run, self._run_id = config, run, run_id
-        self._queue: queue.Queue[tuple[dict[str, Any], Path | None] | None] = queue.Queue(maxsize=1000)
+        self._queue: queue.Queue[Callable[[Any], object] | None] = queue.Queue(maxsize=1000)
         self._imported = threading.Event()
         self._thread = threading.Thread(target=self._send, name="wandb", daemon=True)
         self._thread.start()
 
     def metrics(self, row: Row) -> None:
         """Queue the row."""
-        self._put((dict(row), None))
+        self._put(lambda wandb: wandb.log(dict(row)))
 
     def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
         """Queue the grid that `SampleFiles` wrote."""
         picture = self._run.samples / f"step-{step:08d}.png"
         if picture.is_file():
-            self._put(({"step": step}, picture))
+            self._put(lambda wandb: wandb.log({"step": step, "samples": wandb.Image(str(picture))}))
+
+    def alert(self, step: int, text: str) -> None:
+        """Queue the alert."""
+        self._put(lambda wandb: wandb.alert(title=f"Step {step}: {text.splitlines()[0]}"[:64], text=text))
 
     def close(self) -> None:
         """Send what is queued, for some seconds at most."""
@@ -192,7 +219,7 @@ class WandbLogger:
         if self._thread.is_alive():
             warn("W&B did not finish in time: what it had is in the run directory, see `wandb sync`")
 
-    def _put(self, item: tuple[dict[str, Any], Path | None] | None) -> None:
+    def _put(self, item: Callable[[Any], object] | None) -> None:
         with contextlib.suppress(queue.Full):  # W&B is slower than training: metrics.jsonl has every row
             self._queue.put_nowait(item)
 
@@ -232,8 +259,8 @@ class WandbLogger:
             settings=settings,
         )
         wandb.define_metric("*", step_metric="step")  # steps behind the last one logged would be dropped after a resume
-        for row, picture in iter(self._queue.get, None):
-            wandb.log(row if picture is None else {**row, "samples": wandb.Image(str(picture))})
+        for send in iter(self._queue.get, None):
+            send(wandb)
         wandb.finish()
 
 
@@ -250,11 +277,21 @@ def make_logger(config: Config, plan: Plan, world: World, run: RunDirectory, ste
     return CompositeLogger(loggers)
 
 
-def save_grid(images: Tensor, path: Path) -> None:
-    """Write images (N, 3, size, size) in [-1, 1] as a PNG grid that is about square."""
+def check_png(path: Path) -> None:
+    """Raise UserError where a picture cannot be written to `path` for --out."""
+    if path.exists():
+        raise UserError(f"{path} exists: name another with --out")
+    if path.suffix != ".png":
+        raise UserError(f"--out {path} is no PNG: give it a name that ends in .png")
+    if not path.parent.is_dir():
+        raise UserError(f"no folder {path.parent} for --out {path.name}: make it first")
+
+
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write images (N, 3, size, size) in [-1, 1] as a PNG grid, about square where `columns` is not given."""
     from torchvision.utils import save_image  # imported here: it takes seconds, and only one rank ever draws
 
-    columns = max(1, round(len(images) ** 0.5))
+    columns = columns or max(1, round(len(images) ** 0.5))
     save_image(images.float(), path, nrow=columns, normalize=True, value_range=(-1, 1))
 
 
@@ -266,12 +303,16 @@ def draw_curves(metrics: Path, path: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-        figure, panels = pyplot.subplots(3, sharex=True, figsize=(9, 9), layout="constrained")
-        for panel, prefix in zip(panels, ("loss", "score", "grad_norm"), strict=True):
-            for key in (key for key in rows[0] if key.startswith(prefix + "/")):
-                panel.plot([row["images_seen"] / 1000 for row in rows], [row[key] for row in rows], label=key, lw=1)
-            panel.set_ylabel(prefix)
+        rows = [row for line in metrics.read_text().splitlines() if "images_seen" in (row := json.loads(line))]
+        groups = ("loss", "score", "logit", "grad_norm", "diversity", "quality/kid")
+        found = [group for group in groups if any(key.startswith(group) for row in rows for key in row)]
+        figure, panels = pyplot.subplots(len(found), sharex=True, figsize=(9, 3 * len(found)), layout="constrained")
+        for panel, group in zip(panels, found, strict=True):
+            keys = dict.fromkeys(key for row in rows for key in row if key.startswith(group))
+            for key in (key for key in keys if not key.endswith("_std")):
+                points = [(row["images_seen"] / 1000, row[key]) for row in rows if key in row]
+                panel.plot(*zip(*points, strict=True), label=key, lw=1)
+            panel.set_ylabel(group)
             panel.grid(alpha=0.3)
             panel.legend(loc="upper right")
         panels[-1].set_xlabel("thousand images seen")
@@ -291,6 +332,12 @@ def _reported(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # a full disk, a missing font, ...: training has gone on or goes on
         warn(f"{what}: {error!r}")
+
+
+def _kid(row: Row) -> str:
+    """Return the kernel distance of a row that has one."""
+    found = [key for key in row if key.startswith("quality/kid") and not key.endswith("_std")]
+    return "".join(f"{key.removeprefix('quality/')} {row[key]:.4f}  " for key in found)
 
 
 def _step_of(line: str) -> float:

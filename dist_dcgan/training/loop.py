@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
+from contextlib import ExitStack, closing
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.loader import BatchLoader, flip, to_images
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, average_across_ranks, from_rank_zero, process_group, require_same
+from dist_dcgan.distributed import World, from_rank_zero, process_group, require_same
 from dist_dcgan.training.checkpoint import load_newest, save_checkpoint
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.export import export_generator
 from dist_dcgan.training.loggers import Logger, draw_curves, make_logger
 from dist_dcgan.training.meter import Meter
+from dist_dcgan.training.quality import QualityMeter
 from dist_dcgan.training.run_directory import RunDirectory, claimed, record, require_same_data
-from dist_dcgan.training.steps import Metrics, train_step
+from dist_dcgan.training.steps import dry_step, train_step
 from dist_dcgan.training.stopping import StopRequest
 from dist_dcgan.training.train_state import TrainState
+from shards.errors import UserError
 from shards.manifest import Manifest
 
 
@@ -34,7 +35,7 @@ def train(config: Config, plan: Plan, reader: ShardReader, resume_mode: str) -> 
 def train_in(world: World, config: Config, plan: Plan, reader: ShardReader, resume_mode: str) -> None:
     """Train as one rank of `world`."""
     manifest = reader.manifest
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         # Agree on the data set and claim the run directory.
         stop = stack.enter_context(StopRequest())
         require_same(manifest.digest(), f"the data set in {reader.directory}")
@@ -48,19 +49,20 @@ def train_in(world: World, config: Config, plan: Plan, reader: ShardReader, resu
         state.wandb_run_id = state.wandb_run_id or from_rank_zero(lambda: secrets.token_hex(4))
 
         # Train.
-        logger = make_logger(config, plan, world, run, state.step, state.wandb_run_id)
+        logger = stack.enter_context(closing(make_logger(config, plan, world, run, state.step, state.wandb_run_id)))
         batches = stack.enter_context(BatchLoader(reader, config, plan, world, state.step))
-        meter = Meter(state, batches)
+        meter, quality = Meter(state, batches), QualityMeter(state, reader, run)
         for batch in batches:
             assert batch.step == state.step
             images = to_images(batch, world.device, state.dtype)
             if config.data.random_flip:
                 images = flip(images, config.seed, state.step, state.slots)
-            metrics = train_step(state, images)
+            meter.add(train_step(state, images))
             last = state.step == plan.total_steps
-            if last or state.step % config.log.every_steps == 0 or state.step == 1:
-                log_metrics(logger, state, metrics, meter)
-            if last or _crosses(state, config.log.samples_every_images):
+            scores = quality.read()
+            if last or scores or state.step % config.log.every_steps == 0 or state.step == 1:
+                report(logger, state, meter.read(), scores)
+            if last or state.passed(config.log.samples_every_images):
                 log_samples(logger, state)
             stopping = stop.agreed()
             if last or stopping or state.step % config.checkpoint.every_steps == 0:
@@ -70,24 +72,6 @@ def train_in(world: World, config: Config, plan: Plan, reader: ShardReader, resu
 
         # Leave the generator and the curves.
         from_rank_zero(lambda: finish(state, run, manifest))
-        logger.close()
-
-
-def dry_step(state: TrainState, image_size: int) -> None:
-    """Take one step on grey images and undo it.
-
-    DDP rebuilds its gradient buckets after its first backward, which changes the order of summation: without this
-    step, a resumed run of 4 ranks would differ in the last bits from one that was never interrupted. It warms up the
-    allocator and shows at once whether memory suffices.
-    """
-    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    values = state.values()
-    shape = (state.plan.batch_per_rank, 3, image_size, image_size)
-    grey = torch.zeros(shape, dtype=state.dtype, device=state.world.device)
-    train_step(state, grey.contiguous(memory_format=torch.channels_last))
-    state.assert_equal_strides()
-    state.load_tensors(before)
-    state.load_values(values)
 
 
 def resume(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
@@ -126,11 +110,18 @@ def finish(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
     draw_curves(run.metrics, run.curves)
 
 
-def log_metrics(logger: Logger, state: TrainState, metrics: Metrics, meter: Meter) -> None:
-    """Log the metrics of this step, averaged over ranks."""
-    row: dict[str, float] = {"step": state.step, "images_seen": state.images_seen}
-    row["epoch"] = state.step / state.plan.steps_per_epoch
-    logger.metrics(row | average_across_ranks(metrics) | meter.read(state))
+def report(logger: Logger, state: TrainState, rows: list[dict[str, float]], scores: dict[str, float]) -> None:
+    """Log the last of the rows with the scores, and what the watchdog finds in all of them.
+
+    Raises UserError, on all ranks, where it finds a collapse and the configuration says to stop.
+    """
+    logger.metrics(rows[-1] | scores)
+    collapse = state.watchdog.observe(rows)
+    if collapse is None:
+        return
+    logger.alert(state.step, str(collapse))
+    if state.config.on_collapse == "stop":
+        raise UserError(f"training is stopped at step {state.step}, as --on-collapse stop asks: {collapse.rule.mode}")
 
 
 def log_samples(logger: Logger, state: TrainState) -> None:
@@ -138,12 +129,6 @@ def log_samples(logger: Logger, state: TrainState) -> None:
 
     def draw() -> Tensor:
         recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
-        return sample_images(state.generator_ema, state.config, state.config.log.samples, state.world.device)
+        return sample_images(state.generator_ema, state.config, range(state.config.log.samples), state.world.device)
 
     logger.samples(state.step, draw)
-
-
-def _crosses(state: TrainState, every_images: int) -> bool:
-    """Return whether the last step reached or passed a multiple of `every_images`."""
-    before = state.images_seen - state.plan.global_batch
-    return state.images_seen // every_images > before // every_images

@@ -1,27 +1,41 @@
-"""How fast training goes, and how much of the time it waits for data."""
+"""What the steps since the last reading measured, how fast they went, and how much of the time they waited for data."""
 
 from __future__ import annotations
 
 import time
 
 from dist_dcgan.data.loader import BatchLoader
+from dist_dcgan.distributed import average_across_ranks
+from dist_dcgan.training.steps import Metrics
 from dist_dcgan.training.train_state import TrainState
 
 
 class Meter:
-    """Measures from one reading to the next."""
+    """Collects the metrics of steps on the device and measures time, from one reading to the next."""
 
     def __init__(self, state: TrainState, batches: BatchLoader) -> None:
-        self._batches = batches
-        self._seconds, self._waited, self._step = time.perf_counter(), batches.waited, state.step
+        self._state, self._batches = state, batches
+        self._pending: list[Metrics] = []
+        self._seconds, self._waited = time.perf_counter(), batches.waited
 
-    def read(self, state: TrainState) -> dict[str, float]:
-        """Return seconds a step, the share of time spent waiting for data, and images a second over all ranks."""
-        seconds, waited, steps = time.perf_counter(), self._batches.waited, state.step - self._step
+    def add(self, metrics: Metrics) -> None:
+        """Take the metrics of a step; nothing waits for the device."""
+        self._pending.append(metrics)
+
+    def read(self) -> list[dict[str, float]]:
+        """Return a row per step since the last reading, averaged over ranks; the last row has the speed as well."""
+        plan, steps = self._state.plan, len(self._pending)
+        first = self._state.step - steps + 1
+        rows = [
+            {"step": step, "images_seen": step * plan.global_batch, "epoch": step / plan.steps_per_epoch} | row
+            for step, row in enumerate(average_across_ranks(self._pending), first)
+        ]
+        seconds, waited = time.perf_counter(), self._batches.waited
         elapsed, waiting = seconds - self._seconds, waited - self._waited
-        self._seconds, self._waited, self._step = seconds, waited, state.step
-        return {
+        self._pending, self._seconds, self._waited = [], seconds, waited
+        rows[-1] |= {
             "time/step": elapsed / steps,
             "time/data_wait": waiting / elapsed,
-            "throughput/images_per_second": steps * state.plan.global_batch / elapsed,
+            "throughput/images_per_second": steps * plan.global_batch / elapsed,
         }
+        return rows

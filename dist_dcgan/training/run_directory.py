@@ -57,6 +57,11 @@ class RunDirectory:
         return self.path / "generator_ema.safetensors"
 
     @property
+    def best(self) -> Path:
+        """The averaged generator with the lowest kernel distance so far."""
+        return self.path / "generator_best.safetensors"
+
+    @property
     def stopped(self) -> Path:
         """Marker of a run that a signal ended before its last step: a launcher starts it again."""
         return self.path / "STOPPED"

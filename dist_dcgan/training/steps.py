@@ -29,11 +29,29 @@ def train_step(state: TrainState, real: Tensor) -> Metrics:
     z = draw_latents(state.config, "z", state.step, state.slots, state.world.device).to(state.dtype)
     with state.autocast():
         fake = state.ddp_generator(z)
-    metrics = discriminator_step(state, real, fake.detach()) | generator_step(state, fake)
+    metrics = {"diversity/real": _diversity(real), "diversity/fake": _diversity(fake)}
+    metrics |= discriminator_step(state, real, fake.detach()) | generator_step(state, fake)
     state.step += 1
     decay = ema_decay(state.config, state.images_seen, state.plan.global_batch)
     update_ema(state.generator_ema, state.generator, decay, torch.isfinite(metrics["grad_norm/g"]))
     return metrics
+
+
+def dry_step(state: TrainState, image_size: int) -> None:
+    """Take one step on grey images and undo it.
+
+    DDP rebuilds its gradient buckets after its first backward, which changes the order of summation: without this
+    step, a resumed run of 4 ranks would differ in the last bits from one that was never interrupted. It warms up the
+    allocator and shows at once whether memory suffices.
+    """
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    values = state.values()
+    shape = (state.plan.batch_per_rank, 3, image_size, image_size)
+    grey = torch.zeros(shape, dtype=state.dtype, device=state.world.device)
+    train_step(state, grey.contiguous(memory_format=torch.channels_last))
+    state.assert_equal_strides()
+    state.load_tensors(before)
+    state.load_values(values)
 
 
 def discriminator_step(state: TrainState, real: Tensor, fake: Tensor) -> Metrics:
@@ -55,6 +73,8 @@ def discriminator_step(state: TrainState, real: Tensor, fake: Tensor) -> Metrics
         "loss/d": (loss_real + loss_fake).detach(),
         "score/real": _score(logits_real),
         "score/fake": _score(logits_fake),
+        "logit/real": _mean(logits_real),
+        "logit/fake": _mean(logits_fake),
         "grad_norm/d": _update(state.optimizer_d, state.scaler_d, state.discriminator),
     }
 
@@ -72,6 +92,7 @@ def generator_step(state: TrainState, fake: Tensor) -> Metrics:
     return {
         "loss/g": loss.detach(),
         "score/fake_updated": _score(logits_fake),
+        "logit/fake_updated": _mean(logits_fake),
         "grad_norm/g": _update(state.optimizer_g, state.scaler_g, state.generator),
     }
 
@@ -103,6 +124,18 @@ def _update(optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler, network: 
 def _score(logits: Tensor) -> Tensor:
     """Return D's mean probability of real."""
     return logits.detach().float().sigmoid().mean()
+
+
+def _mean(logits: Tensor) -> Tensor:
+    return logits.detach().float().mean()
+
+
+def _diversity(images: Tensor) -> Tensor:
+    """Return how much the images of a batch differ: the standard deviation over them, averaged over pixels.
+
+    0 where a rank has one image, which says nothing.
+    """
+    return images.detach().float().std(0, correction=0).mean()
 
 
 @contextmanager

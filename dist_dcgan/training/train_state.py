@@ -18,6 +18,7 @@ from dist_dcgan.distributed import World, broadcast_from_rank_zero
 from dist_dcgan.models.batchnorm import make_norm
 from dist_dcgan.models.networks import Discriminator, Generator, init_weights
 from dist_dcgan.random_streams import stream_seed
+from dist_dcgan.training.watchdog import Watchdog
 
 # torch renamed the argument and warns about the old name.
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
@@ -36,6 +37,8 @@ class TrainState:
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         self.step = 0
         self.wandb_run_id: str | None = None
+        self.best_kid: float | None = None
+        self.watchdog = Watchdog()
 
         norm = make_norm(config.distributed.batchnorm, world.device)
         kernel_size, latent_dim = config.model.kernel_size, config.model.latent_dim
@@ -65,6 +68,11 @@ class TrainState:
         """Training images that the steps so far have used."""
         return self.step * self.plan.global_batch
 
+    def passed(self, every_images: int) -> bool:
+        """Return whether the last step reached or passed a multiple of `every_images`."""
+        before = self.images_seen - self.plan.global_batch
+        return self.images_seen // every_images > before // every_images
+
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which the networks run: half precision for bf16 and fp16, else nothing."""
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -87,6 +95,8 @@ class TrainState:
             "step": self.step,
             "global_batch": self.plan.global_batch,
             "wandb_run_id": self.wandb_run_id,
+            "best_kid": self.best_kid,
+            "watchdog": self.watchdog.values(),
             "scaler_g": self.scaler_g.state_dict(),
             "scaler_d": self.scaler_d.state_dict(),
         }
@@ -106,7 +116,8 @@ class TrainState:
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Take over the values of a checkpoint."""
-        self.step, self.wandb_run_id = values["step"], values["wandb_run_id"]
+        self.step, self.wandb_run_id, self.best_kid = values["step"], values["wandb_run_id"], values["best_kid"]
+        self.watchdog.load_values(values["watchdog"])
         if self.precision == "fp16":
             self.scaler_g.load_state_dict(values["scaler_g"])
             self.scaler_d.load_state_dict(values["scaler_d"])

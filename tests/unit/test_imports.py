@@ -18,8 +18,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.random_streams": set(),
     "dist_dcgan.models": {"dist_dcgan.distributed", "dist_dcgan.models", "shards.errors"},
     "dist_dcgan.data": {*BASE, *SHARDS, "dist_dcgan.data"},
-    "dist_dcgan.training": {*BASE, *SHARDS, "dist_dcgan.models", "dist_dcgan.data", "dist_dcgan.training"},
+    "dist_dcgan.metrics": {*BASE, *SHARDS, "dist_dcgan.data", "dist_dcgan.metrics"},
+    "dist_dcgan.training": {
+        *BASE,
+        *SHARDS,
+        "dist_dcgan.models",
+        "dist_dcgan.data",
+        "dist_dcgan.metrics",
+        "dist_dcgan.training",
+    },
     "dist_dcgan.train": {"dist_dcgan", *SHARDS},
+    "dist_dcgan.evaluate": {"dist_dcgan", *SHARDS},
     "dist_dcgan.sample": {"dist_dcgan", *SHARDS},
     "shards": {"shards"},
 }

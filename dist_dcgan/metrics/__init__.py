@@ -1,0 +1,1 @@
+"""Image quality as a number: feature extractors, distances between sets of features, scores of a generator."""

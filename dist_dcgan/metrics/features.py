@@ -1,0 +1,114 @@
+"""Features of sets of images: all ranks extract, rank 0 holds the result."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dist_dcgan.data.order import Indices
+from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.distributed import World, from_rank_zero
+from dist_dcgan.metrics.extractors import Extractor
+from dist_dcgan.random_streams import permutation, stream_seed
+from shards.files import publish
+
+Images: TypeAlias = Callable[[range], Tensor]
+"""Returns the images at some places of a set, uint8 (N, 3, size, size) on any device."""
+
+
+def extract(images: Images, count: int, extractor: Extractor, world: World) -> Tensor:
+    """Return features of the first `count` images, float32 (count, D) on the CPU; on ranks but 0 (0, D).
+
+    Every rank calls it and extracts a contiguous share.
+    """
+    share = -(-count // world.world_size)
+    mine = range(min(world.rank * share, count), min((world.rank + 1) * share, count))
+    features = torch.zeros(share, extractor.dimensions)
+    for first in range(0, len(mine), extractor.batch):
+        part = mine[first : first + extractor.batch]
+        features[first : first + len(part)] = extractor.features(images(part).to(world.device)).cpu()
+    if world.world_size == 1:
+        return features
+    shares = [torch.empty_like(features) for _ in range(world.world_size)] if world.is_main else None
+    dist.gather(features, shares)
+    return torch.cat(shares)[:count] if shares is not None else features[:0]
+
+
+def real_features(reader: ShardReader, extractor: Extractor, count: int, world: World) -> Tensor:
+    """Return features of `count` images of a data set (all, where it has fewer) as `extract` does.
+
+    Which images is a function of the data set and the count alone. Rank 0 keeps the result in a cache, named by the
+    data set's digest, the extractor and the count.
+    """
+    chosen = scored_samples(reader, count)
+    path = _cache_file(reader, extractor, len(chosen))
+    cached: list[Tensor] = []  # on rank 0 only: too much to send to ranks that do not need it
+
+    def look() -> bool:
+        cached.extend(_read_cache(path, (len(chosen), extractor.dimensions)))
+        return bool(cached)
+
+    if from_rank_zero(look):
+        return cached[0] if cached else torch.empty(0, extractor.dimensions)
+    features = extract(
+        lambda places: read_images(reader, chosen[places.start : places.stop]), len(chosen), extractor, world
+    )
+    if world.is_main:
+        _write_cache(path, features)
+    return features
+
+
+def scored_samples(reader: ShardReader, count: int) -> Indices:
+    """Return the samples of a data set that scores are taken against: a random choice, the same in every run."""
+    order = permutation(stream_seed(0, "scored samples", 0), reader.manifest.samples)[:count]
+    samples: Indices = np.sort(order.numpy())
+    return samples
+
+
+def read_images(reader: ShardReader, samples: Indices) -> Tensor:
+    """Return images of a data set as uint8 (N, 3, size, size)."""
+    size = reader.manifest.image_size
+    pixels = np.empty((len(samples), size, size, 3), dtype=np.uint8)
+    reader.gather(samples, pixels)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Return images in [-1, 1] as uint8, rounded: scores compare what a file would hold."""
+    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _cache_file(reader: ShardReader, extractor: Extractor, count: int) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    identity = f"{reader.manifest.digest()[:16]}-{extractor.name}-{extractor.weights_sha256[:16]}-{count}"
+    return home / "dist_dcgan" / f"features-{identity}.safetensors"
+
+
+def _read_cache(path: Path, shape: tuple[int, int]) -> list[Tensor]:
+    """Return the cached features, none where they are not there or not sound."""
+    try:
+        features = load_file(path)["features"]
+    except FileNotFoundError:
+        return []
+    except (OSError, KeyError, SafetensorError) as error:
+        print(f"warning: {path} is extracted anew: {error}", file=sys.stderr, flush=True)
+        return []
+    return [features] if features.shape == shape else []
+
+
+def _write_cache(path: Path, features: Tensor) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish(path, save({"features": features}))
+    except OSError as error:  # a full or read-only home costs time at the next score, nothing else
+        print(f"warning: features are not cached: {error}", file=sys.stderr, flush=True)

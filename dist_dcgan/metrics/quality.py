@@ -1,0 +1,44 @@
+"""Scores of a set of generated images against a data set, under names that say what was computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dist_dcgan.metrics.distances import frechet_distance, kernel_distance, precision_recall
+from dist_dcgan.metrics.extractors import Extractor
+
+Quality = dict[str, float]
+
+
+def quality(real: Tensor, fake: Tensor, extractor: Extractor) -> Quality:
+    """Return Frechet distance and kernel distance of two sets of features; NaN where a feature is not finite."""
+    finite = bool(torch.isfinite(fake).all())
+    frechet = frechet_distance(real, fake) if finite else float("nan")
+    mean, std, subset_size = kernel_distance(real, fake) if finite else (float("nan"), float("nan"), 0)
+    return {
+        frechet_name(extractor, len(fake)): frechet,
+        kid_name(extractor): mean,
+        f"{kid_name(extractor)}_std": std,
+        "subset_size": subset_size,
+        "fakes": len(fake),
+        "reals": len(real),
+    }
+
+
+def coverage(real: Tensor, fake: Tensor) -> Quality:
+    """Return precision and recall, whose cost grows with the square of the number of images."""
+    precision, recall = precision_recall(real, fake)
+    return {"precision": precision, "recall": recall}
+
+
+def kid_name(extractor: Extractor) -> str:
+    """Return the name of the kernel distance."""
+    return "kid" if extractor.is_fid_network else f"kid_{extractor.name}"
+
+
+def frechet_name(extractor: Extractor, fakes: int) -> str:
+    """Return the name of the Frechet distance: FID with the number of images, where the network is that of FID."""
+    if not extractor.is_fid_network:
+        return f"fd_{extractor.name}"
+    return f"fid{fakes // 1000}k" if fakes % 1000 == 0 else f"fid{fakes}"

@@ -1,0 +1,120 @@
+"""Names a training that went wrong, from numbers that each step has anyway.
+
+The bounds were set on the screening runs of `tests/stability` and frozen before its other runs; its README shows how
+often they hold there. They are pure functions of the metrics averaged over ranks, so that all ranks agree without
+asking each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+Row = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to go wrong: it is named once it has held in `steps` more steps than it has not."""
+
+    mode: str
+    holds: Callable[[Row], bool]
+    steps: int
+    meaning: str
+    remedy: str
+
+
+class Collapse(NamedTuple):
+    """What went wrong, since which step, and in which step it was named."""
+
+    rule: Rule
+    since: int
+    step: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rule.mode}, since step {self.since} (named at step {self.step})\n"
+            f"  what it is: {self.rule.meaning}\n"
+            f"  what to try: {self.rule.remedy}"
+        )
+
+
+RULES = (
+    Rule(
+        "not finite",
+        lambda row: not (math.isfinite(row["loss/d"]) and math.isfinite(row["loss/g"])),
+        3,
+        "losses are infinite or not a number, and so are weights by now",
+        "--precision fp32, or a smaller --optimizer.lr-g and --optimizer.lr-d; earlier checkpoints are sound",
+    ),
+    Rule(
+        "the discriminator has won",
+        lambda row: row["grad_norm/g"] < 1e-2,
+        5,
+        "D is so sure that the generator's gradient is gone: G cannot learn any more",
+        "--loss logits and --noise.sigma 0.3, as in the default preset",
+    ),
+    Rule(
+        "the generator has won",
+        lambda row: row["score/fake"] > 0.9 and row["loss/g"] < 0.2,
+        30,
+        "D takes every generated image for real and so tells G nothing",
+        "equal --optimizer.lr-g and --optimizer.lr-d, as in the default preset",
+    ),
+    Rule(
+        "mode collapse",
+        lambda row: row["diversity/fake"] < 0.2 * row["diversity/real"],
+        150,
+        "the images of a batch are nearly the same, whatever z is",
+        "--noise.sigma 0.3 as in the default preset, or go on from an earlier checkpoint with another --seed",
+    ),
+    Rule(
+        "oscillation",
+        lambda row: abs(row["logit/fake_updated"] - row["logit/fake"]) > 10,
+        150,
+        "each step of D turns its verdict over, so that G chases noise",
+        "a smaller --optimizer.lr-d, or a larger --noise.sigma",
+    ),
+)
+
+
+class Watchdog:
+    """Watches the metrics of consecutive steps; each mode is named once, and again only after it has passed."""
+
+    def __init__(self) -> None:
+        self._level = {rule.mode: 0 for rule in RULES}
+        self._since = dict(self._level)
+        self._named = {rule.mode: False for rule in RULES}
+
+    def observe(self, rows: Sequence[Row]) -> Collapse | None:
+        """Take the rows of the next steps; return the first rule that is newly broken."""
+        found = None
+        for row in rows:
+            for rule in RULES:
+                collapse = self._observe(rule, row)
+                found = found or collapse
+        return found
+
+    def values(self) -> dict[str, Any]:
+        """Return the state, as JSON knows it."""
+        return {"level": self._level, "since": self._since, "named": self._named}
+
+    def load_values(self, values: Mapping[str, Any]) -> None:
+        """Take over the state of a checkpoint."""
+        self._level, self._since = dict(values["level"]), dict(values["since"])
+        self._named = dict(values["named"])
+
+    def _observe(self, rule: Rule, row: Row) -> Collapse | None:
+        mode, step = rule.mode, int(row["step"])
+        holds = rule.holds(row)
+        if holds and self._level[mode] == 0:
+            self._since[mode] = step
+        self._level[mode] = min(self._level[mode] + 1, rule.steps) if holds else max(self._level[mode] - 1, 0)
+        if self._level[mode] == 0:
+            self._named[mode] = False
+        if self._level[mode] < rule.steps or self._named[mode]:
+            return None
+        self._named[mode] = True
+        return Collapse(rule, self._since[mode], step)

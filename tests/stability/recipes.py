@@ -1,0 +1,93 @@
+"""What the study trains: recipes that differ from the plain one in one factor each, and which of them on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+Loss = Literal["sigmoid_bce", "logits", "hinge", "lsgan"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to train; the defaults are the paper's networks and rates with a loss on logits."""
+
+    width: int = 128
+    loss: Loss = "logits"
+    lr_g: float = 2e-4
+    lr_d: float = 2e-4
+    beta2: float = 0.999
+    sigma: float = 0.0
+    """Instance noise on D's inputs, where images span [-1, 1]."""
+    sigma_zero_at: int | None = None
+    """Step at which the noise has faded to nothing, linearly; None keeps it."""
+    lr_by_fan_in: bool = False
+    """Scale the rate of layers whose fan-in grows with the width by 64 / width (arXiv 2203.03466, Adam)."""
+    lr_logit: float = 1.0
+    """Factor of the rate of D's last layer."""
+    l2: float = 0.0
+    """Weight decay added to the gradients, as in the paper's code."""
+    alternate: bool = False
+    """Update D and G on alternating mini-batches, as in the paper's code."""
+    r1: float = 0.0
+    """Weight of the gradient penalty on real images (Mescheder et al. 2018, gamma)."""
+
+
+PLAIN = Recipe(loss="sigmoid_bce")
+LOGITS = Recipe()
+
+RECIPES: dict[str, Recipe] = {
+    "plain": PLAIN,
+    "plain, width 64": replace(PLAIN, width=64),
+    "logits": LOGITS,
+    "hinge": replace(LOGITS, loss="hinge"),
+    "lsgan": replace(LOGITS, loss="lsgan"),
+    "rate 1e-4": replace(LOGITS, lr_g=1e-4, lr_d=1e-4),
+    "rate 5e-5": replace(LOGITS, lr_g=5e-5, lr_d=5e-5),
+    "rate by fan-in": replace(LOGITS, lr_by_fan_in=True),
+    "rate of D's last layer / 10": replace(LOGITS, lr_logit=0.1),
+    "L2 1e-5": replace(LOGITS, l2=1e-5),
+    "alternating": replace(LOGITS, alternate=True),
+    "R1 1": replace(LOGITS, r1=1.0),
+    "noise 0.1": replace(LOGITS, sigma=0.1),
+    "noise 0.3": replace(LOGITS, sigma=0.3),
+    "noise 0.5": replace(LOGITS, sigma=0.5),
+    "noise 0.1 to 0": replace(LOGITS, sigma=0.1, sigma_zero_at=200),
+    "noise 0.3 to 0": replace(LOGITS, sigma=0.3, sigma_zero_at=200),
+    "noise 0.5 to 0": replace(LOGITS, sigma=0.5, sigma_zero_at=200),
+    "noise 0.1, rate by fan-in": replace(LOGITS, sigma=0.1, lr_by_fan_in=True),
+}
+
+
+class Trial(NamedTuple):
+    """One run of the study."""
+
+    recipe: str
+    data: str
+    seed: int
+    batch: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """A name for its folder."""
+        words = f"{self.recipe} {self.data} seed {self.seed} batch {self.batch} steps {self.steps}"
+        return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in words)
+
+
+def screen() -> list[Trial]:
+    """Every recipe once: which factor matters."""
+    order = [
+        "noise 0.1",
+        "noise 0.3",
+        "plain",
+        "logits",
+        "plain, width 64",
+        "noise 0.1, rate by fan-in",
+        "rate by fan-in",
+    ]
+    order += [name for name in RECIPES if name not in order]
+    return [Trial(name, "photos", 0, 32, 200) for name in order]
+
+
+PHASES = {"screen": screen}

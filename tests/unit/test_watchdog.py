@@ -1,0 +1,86 @@
+"""The watchdog names each way to go wrong, once, and keeps still where training swings but goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from dist_dcgan.training.watchdog import RULES, Collapse, Watchdog
+
+HEALTHY = {
+    "loss/d": 0.5,
+    "loss/g": 3.0,
+    "score/fake": 0.2,
+    "grad_norm/g": 20.0,
+    "diversity/real": 0.5,
+    "diversity/fake": 0.3,
+    "logit/fake": -2.0,
+    "logit/fake_updated": -4.0,
+}
+BROKEN: dict[str, dict[str, float]] = {
+    "not finite": {"loss/d": math.nan},
+    "the discriminator has won": {"grad_norm/g": 1e-4, "loss/g": 42.0},
+    "the generator has won": {"score/fake": 0.99, "loss/g": 0.01},
+    "mode collapse": {"diversity/fake": 0.02},
+    "oscillation": {"logit/fake": 5.0, "logit/fake_updated": -30.0},
+}
+STEPS = {rule.mode: rule.steps for rule in RULES}
+
+
+def rows(first: int, count: int, **changes: float) -> list[dict[str, Any]]:
+    return [HEALTHY | changes | {"step": step} for step in range(first, first + count)]
+
+
+def test_every_rule_has_a_case() -> None:
+    assert BROKEN.keys() == STEPS.keys()
+
+
+@pytest.mark.parametrize("mode", BROKEN)
+def test_names_the_mode_and_since_when(mode: str) -> None:
+    watchdog = Watchdog()
+    assert watchdog.observe(rows(1, 7)) is None
+    found = watchdog.observe(rows(8, STEPS[mode], **BROKEN[mode]))
+    assert found is not None
+    assert (found.rule.mode, found.since, found.step) == (mode, 8, 7 + STEPS[mode])
+    assert len(str(found).splitlines()) == 3
+
+
+@pytest.mark.parametrize("mode", BROKEN)
+def test_keeps_still_one_step_before(mode: str) -> None:
+    assert Watchdog().observe(rows(1, STEPS[mode] - 1, **BROKEN[mode])) is None
+
+
+@pytest.mark.parametrize("mode", BROKEN)
+def test_is_named_once_until_it_has_passed(mode: str) -> None:
+    watchdog, steps = Watchdog(), STEPS[mode]
+    assert watchdog.observe(rows(1, steps, **BROKEN[mode])) is not None
+    assert watchdog.observe(rows(1 + steps, 5 * steps, **BROKEN[mode])) is None
+    assert watchdog.observe(rows(1 + 6 * steps, steps)) is None
+    assert watchdog.observe(rows(1 + 7 * steps, steps, **BROKEN[mode])) is not None
+
+
+def test_a_mode_that_holds_in_most_steps_is_named() -> None:
+    watchdog = Watchdog()
+    found = [watchdog.observe(rows(step, 1, **(BROKEN["oscillation"] if step % 4 else {}))) for step in range(1, 601)]
+    assert any(isinstance(item, Collapse) for item in found)
+
+
+def test_a_mode_that_holds_in_half_of_the_steps_is_not() -> None:
+    watchdog = Watchdog()
+    found = [watchdog.observe(rows(step, 1, **(BROKEN["oscillation"] if step % 2 else {}))) for step in range(1, 2001)]
+    assert not any(found)
+
+
+def test_a_resumed_watchdog_goes_on_counting() -> None:
+    whole, first, second = Watchdog(), Watchdog(), Watchdog()
+    broken = rows(1, STEPS["mode collapse"], **BROKEN["mode collapse"])
+    first.observe(broken[:60])
+    second.load_values(json.loads(json.dumps(first.values())))
+    assert str(second.observe(broken[60:])) == str(whole.observe(broken)) != "None"
+
+
+def test_one_image_per_rank_says_nothing_about_diversity() -> None:
+    assert Watchdog().observe(rows(1, 1000, **{"diversity/real": 0.0, "diversity/fake": 0.0})) is None
