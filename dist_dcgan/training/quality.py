@@ -27,7 +27,8 @@ class QualityMeter:
     def __init__(self, state: TrainState, reader: ShardReader, run: RunDirectory) -> None:
         """Load the extractor; raises UserError where its package or weights are missing."""
         self._state, self._reader, self._run = state, reader, run
-        self._extractor = _load(state.config.quality, state.world.device)
+        reached = state.plan.total_steps * state.plan.global_batch >= state.config.quality.every_images
+        self._extractor = _load(state.config.quality, state.world.device) if reached else None
 
     def read(self) -> dict[str, float]:
         """Return the scores, equal on all ranks, where the last step passed a multiple of `every_images`; else none."""
@@ -67,9 +68,15 @@ def _load(options: QualityOptions, device: torch.device) -> Extractor | None:
     """Return the extractor that the configuration asks for, None where none is to be had or wanted."""
     if options.extractor == "none":
         return None
-    if options.extractor == "auto":
-        # Rank 0 decides, so that all ranks take part or none does.
-        if not from_rank_zero(lambda: all(find_spec(package) for package in _PACKAGES)):
-            return None
-        return load_extractor("efficientnet-lite0", None, device)
-    return load_extractor(options.extractor, options.weights, device)
+    if options.extractor != "auto":
+        return load_extractor(options.extractor, options.weights, device)
+    # Rank 0 decides, so that all ranks take part or none does.
+    return load_extractor("efficientnet-lite0", None, device) if from_rank_zero(_installed) else None
+
+
+def _installed() -> bool:
+    """Return whether the packages of the `eval` extra are there; says so where they are not."""
+    missing = [package for package in _PACKAGES if find_spec(package) is None]
+    if missing:
+        warn(f"images are not scored: {', '.join(missing)} not installed; `pip install 'dist_dcgan[eval]'` brings them")
+    return not missing

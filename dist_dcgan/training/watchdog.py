@@ -52,7 +52,7 @@ RULES = (
     Rule(
         "the discriminator has won",
         lambda row: row["grad_norm/g"] < 1e-2,
-        5,
+        3,
         "D is so sure that the generator's gradient is gone: G cannot learn any more",
         "--loss logits and --noise.sigma 0.3, as in the default preset",
     ),

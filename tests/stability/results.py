@@ -1,0 +1,81 @@
+"""Results of trials as they are committed: a line of JSON per trial, its rows as columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_dcgan.training.watchdog import Collapse, Watchdog
+from tests.stability.recipes import PHASES, Trial
+
+FOLDER = Path(__file__).parent / "results"
+LAYERS_EVERY = 50
+"""Steps between norms and ratios of single layers."""
+
+Value = float | str | None
+"""A number; "nan" for one that was not finite; None where a step has no such number."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a trial recorded."""
+
+    trial: Trial
+    columns: dict[str, list[Value]]
+    layers: dict[str, list[Value]]
+    """Norms and ratios of single layers, at the steps of its own column `step`."""
+
+    def rows(self) -> Iterator[dict[str, float]]:
+        """Yield the steps as the watchdog sees them; a network that was not updated in a step keeps its last numbers."""
+        last: dict[str, float] = {}
+        for index, step in enumerate(self.columns["step"]):
+            last |= {key: float(column[index]) for key, column in self.columns.items() if column[index] is not None}
+            if step and "loss/d" in last and "loss/g" in last:
+                yield dict(last)
+
+    def points(self, key: str) -> list[tuple[int, float]]:
+        """Return the (step, value) of a column that are there."""
+        pairs = zip(self.columns["step"], self.columns[key], strict=True)
+        return [(int(step), float(value)) for step, value in pairs if step is not None and value is not None]
+
+    def collapses(self) -> list[Collapse]:
+        """Return what the watchdog names, step by step."""
+        watchdog = Watchdog()
+        return [collapse for row in self.rows() if (collapse := watchdog.observe([row])) is not None]
+
+
+def gather(phase: str, work: Path) -> int:
+    """Write the results of the finished trials of a phase; return how many there are."""
+    finished = [trial for trial in PHASES[phase]() if (work / trial.name / "done").exists()]
+    FOLDER.mkdir(exist_ok=True)
+    lines = [json.dumps({"trial": trial._asdict()} | _columns(work / trial.name)) for trial in finished]
+    (FOLDER / f"{phase}.jsonl").write_text("".join(line + "\n" for line in lines))
+    return len(finished)
+
+
+def read(phase: str) -> list[Result]:
+    """Return the committed results of a phase."""
+    path = FOLDER / f"{phase}.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [Result(Trial(**item["trial"]), item["columns"], item["layers"]) for item in found]
+
+
+def _columns(folder: Path) -> dict[str, dict[str, list[Value]]]:
+    rows: list[dict[str, Any]] = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    of_layers = [row for row in rows if any(map(_of_layer, row)) and (row["step"] - 1) % LAYERS_EVERY == 0]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {
+        "columns": {key: [_value(row, key) for row in rows] for key in keys if not _of_layer(key)},
+        "layers": {key: [_value(row, key) for row in of_layers] for key in keys if key == "step" or _of_layer(key)},
+    }
+
+
+def _of_layer(key: str) -> bool:
+    return key.count("/") > 1
+
+
+def _value(row: Mapping[str, Any], key: str) -> Value:
+    return "nan" if key in row and row[key] is None else row.get(key)
