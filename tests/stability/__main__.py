@@ -1,7 +1,9 @@
-"""Run a phase of the study: python -m tests.stability PHASE --photos DIR --rooms DIR [--work DIR] [--at-once N].
+"""The stability study: python -m tests.stability COMMAND
 
-Trials run side by side, one thread each; a trial that was killed goes on, one that is done is left. Results of
-finished trials are gathered into `tests/stability/results/`.
+run PHASE    train the trials of a phase, some at once, one thread each: one that was killed goes on, one that is done
+             is left; then gather their results
+jump         measure how far one update of D moves its logit
+report       write the tables of README.md and its plots from the results
 """
 
 from __future__ import annotations
@@ -15,39 +17,49 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tests.stability import jump, report, results
 from tests.stability.experiment import run_trial
 from tests.stability.recipes import PHASES, Trial
 
 
 def main() -> None:
-    """Run the trials of a phase, or with --trial one of them in this process."""
-    parser = argparse.ArgumentParser(prog="python -m tests.stability", description=__doc__)
-    parser.add_argument("phase", choices=sorted(PHASES))
-    parser.add_argument("--photos", type=Path, required=True, help="shards of photographs")
-    parser.add_argument("--rooms", type=Path, required=True, help="shards of rendered bedrooms")
-    parser.add_argument("--work", type=Path, default=Path("runs/stability"))
+    """Run a command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.stability", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["run", "jump", "report"])
+    parser.add_argument("phase", nargs="?", choices=sorted(PHASES))
+    parser.add_argument("--photos", type=Path, default=Path("data/photos"), help="shards of photographs")
+    parser.add_argument("--rooms", type=Path, default=Path("data/demo_train"), help="shards of rendered bedrooms")
+    parser.add_argument("--work", type=Path, default=Path("runs/stability"), help="folder of the trials")
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--trial", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    trials = {trial.name: trial for trial in PHASES[options.phase]()}
-    if options.trial is not None:
-        run_locked(trials[options.trial], options)
-        return
-    with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(lambda name: start(name, options), trials))
+    if options.command == "report":
+        report.main()
+    elif options.command == "jump":
+        jump.measure(options.photos)
+    elif options.phase is None:
+        parser.error("run which phase?")
+    elif options.trial is not None:
+        run_locked(next(trial for trial in PHASES[options.phase]() if trial.name == options.trial), options)
+    else:
+        with ThreadPoolExecutor(options.at_once) as pool:
+            list(pool.map(lambda trial: start(trial, options), PHASES[options.phase]()))
+        print(f"{results.gather(options.phase, options.work)} trials gathered")
 
 
-def start(name: str, options: argparse.Namespace) -> None:
+def start(trial: Trial, options: argparse.Namespace) -> None:
     """Run one trial in a process of its own, with its output in a file."""
-    folder = options.work / name
+    folder = options.work / trial.name
     if (folder / "done").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.stability", options.phase, "--trial", name]
+    command = [sys.executable, "-m", "tests.stability", "run", options.phase, "--trial", trial.name]
     command += ["--photos", options.photos, "--rooms", options.rooms, "--work", options.work]
     with (folder / "output.txt").open("a") as output:
         code = subprocess.run(command, stdout=output, stderr=output).returncode
-    print(f"{time.strftime('%H:%M:%S')} {name}: {'done' if code == 0 else f'exit {code}'}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {trial.name}: {'done' if code == 0 else f'exit {code}'}", flush=True)
 
 
 def run_locked(trial: Trial, options: argparse.Namespace) -> None:

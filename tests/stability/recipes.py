@@ -21,8 +21,9 @@ class Recipe:
     """Instance noise on D's inputs, where images span [-1, 1]."""
     sigma_zero_at: int | None = None
     """Step at which the noise has faded to nothing, linearly; None keeps it."""
-    lr_by_fan_in: bool = False
-    """Scale the rate of layers whose fan-in grows with the width by 64 / width (arXiv 2203.03466, Adam)."""
+    lr_by_fan_in: Literal["", "d", "gd"] = ""
+    """In which networks the rate of layers whose fan-in grows with the width is scaled by 64 / width (arXiv 2203.03466,
+    the rule for Adam)."""
     lr_logit: float = 1.0
     """Factor of the rate of D's last layer."""
     l2: float = 0.0
@@ -44,7 +45,7 @@ RECIPES: dict[str, Recipe] = {
     "lsgan": replace(LOGITS, loss="lsgan"),
     "rate 1e-4": replace(LOGITS, lr_g=1e-4, lr_d=1e-4),
     "rate 5e-5": replace(LOGITS, lr_g=5e-5, lr_d=5e-5),
-    "rate by fan-in": replace(LOGITS, lr_by_fan_in=True),
+    "rate by fan-in": replace(LOGITS, lr_by_fan_in="gd"),
     "rate of D's last layer / 10": replace(LOGITS, lr_logit=0.1),
     "L2 1e-5": replace(LOGITS, l2=1e-5),
     "alternating": replace(LOGITS, alternate=True),
@@ -55,7 +56,9 @@ RECIPES: dict[str, Recipe] = {
     "noise 0.1 to 0": replace(LOGITS, sigma=0.1, sigma_zero_at=200),
     "noise 0.3 to 0": replace(LOGITS, sigma=0.3, sigma_zero_at=200),
     "noise 0.5 to 0": replace(LOGITS, sigma=0.5, sigma_zero_at=200),
-    "noise 0.1, rate by fan-in": replace(LOGITS, sigma=0.1, lr_by_fan_in=True),
+    "D's rate by fan-in": replace(LOGITS, lr_by_fan_in="d"),
+    "noise 0.1, D's rate by fan-in": replace(LOGITS, sigma=0.1, lr_by_fan_in="d"),
+    "noise 0.1, rate by fan-in": replace(LOGITS, sigma=0.1, lr_by_fan_in="gd"),
 }
 
 
@@ -77,17 +80,7 @@ class Trial(NamedTuple):
 
 def screen() -> list[Trial]:
     """Every recipe once: which factor matters."""
-    order = [
-        "noise 0.1",
-        "noise 0.3",
-        "plain",
-        "logits",
-        "plain, width 64",
-        "noise 0.1, rate by fan-in",
-        "rate by fan-in",
-    ]
-    order += [name for name in RECIPES if name not in order]
-    return [Trial(name, "photos", 0, 32, 200) for name in order]
+    return [Trial(name, "photos", 0, 32, 200) for name in RECIPES]
 
 
 PHASES = {"screen": screen}

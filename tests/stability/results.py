@@ -29,7 +29,7 @@ class Result:
     """Norms and ratios of single layers, at the steps of its own column `step`."""
 
     def rows(self) -> Iterator[dict[str, float]]:
-        """Yield the steps as the watchdog sees them; a network that was not updated in a step keeps its last numbers."""
+        """Yield the steps as the watchdog sees them; a network that was not updated keeps its last numbers."""
         last: dict[str, float] = {}
         for index, step in enumerate(self.columns["step"]):
             last |= {key: float(column[index]) for key, column in self.columns.items() if column[index] is not None}

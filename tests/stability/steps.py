@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_dcgan.models.losses import discriminator_loss_fake, discriminator_loss_real, generator_loss
+from dist_dcgan.models.networks import Discriminator
 from dist_dcgan.random_streams import normal, stream_seed
 from dist_dcgan.training.ema import draw_latents, ema_decay, update_ema
 from dist_dcgan.training.train_state import TrainState
@@ -94,7 +95,8 @@ def rate_factor(recipe: Recipe, network: nn.Module, name: str, parameter: nn.Par
     names = [other for other, value in network.named_parameters() if value.dim() == 4]
     is_logit_layer = name == names[-1] and parameter.shape[0] == 1
     grows = parameter.dim() == 4 and name != names[0]  # the first layers see z and the three colours
-    factor = 64 / recipe.width if recipe.lr_by_fan_in and grows else 1.0
+    scaled = ("d" if isinstance(network, Discriminator) else "g") in recipe.lr_by_fan_in
+    factor = 64 / recipe.width if scaled and grows else 1.0
     return factor * (recipe.lr_logit if is_logit_layer else 1.0)
 
 

@@ -65,7 +65,7 @@ def test_rates_by_fan_in_spare_the_layers_whose_fan_in_does_not_grow() -> None:
     config = configuration(Recipe(width=8), TRIAL, Path("unused"))
     with process_group(60, "cpu") as world:
         state = TrainState(config, make_plan(config, 1, 100), world, 64)
-        recipe = Recipe(width=128, lr_by_fan_in=True, lr_logit=0.1)
+        recipe = Recipe(width=128, lr_by_fan_in="gd", lr_logit=0.1)
         factors = [
             [rate_factor(recipe, network, name, parameter) for name, parameter in network.named_parameters()]
             for network in (state.generator, state.discriminator)

@@ -1,0 +1,139 @@
+"""Writes the tables of README.md and its plots from the results: python -m tests.stability report."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib import pyplot
+from PIL import Image
+
+from tests.stability.results import FOLDER, Result, read
+
+README = Path(__file__).parent / "README.md"
+PLOTS = Path(__file__).parent / "plots"
+LAST = 50
+"""Steps at the end of a trial that medians are taken over."""
+
+
+def main() -> None:
+    """Write everything that there are results for."""
+    pyplot.switch_backend("Agg")
+    PLOTS.mkdir(exist_ok=True)
+    text = README.read_text()
+    for phase in ("screen", "compare", "prove"):
+        results = read(phase)
+        if results:
+            text = put(text, phase, table(results))
+            plot_kid(results, PLOTS / f"{phase}_kid.png")
+            plot_verdicts(results, PLOTS / f"{phase}_logits.png")
+    if (FOLDER / "jump.jsonl").exists():
+        text = put(text, "jump", jump_table(PLOTS / "jump.png"))
+    README.write_text(text)
+
+
+def put(text: str, name: str, content: str) -> str:
+    """Replace what stands between the markers `name`."""
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, rest = text.split(start)
+    return before + start + content + end + rest.split(end, 1)[1]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return a row per trial."""
+    lines = [
+        "| recipe | data | seed | batch | watchdog | 1000 KID at steps | jump | G's gradient | diversity |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        trial = result.trial
+        named = "; ".join(f"**{c.rule.mode}** since {c.since}" for c in result.collapses()) or "-"
+        kid = ", ".join(f"{step}: {1000 * value:.0f}" for step, value in result.points("kid"))
+        lines.append(
+            f"| {trial.recipe} | {trial.data} | {trial.seed} | {trial.batch} | {named} | {kid} | "
+            f"{median(result, jump):.1f} | {median(result, lambda row: row['grad_norm/g']):.2g} | "
+            f"{median(result, lambda row: row['diversity/fake'] / row['diversity/real']):.2f} |"
+        )
+    return "".join(line + "\n" for line in lines)
+
+
+def jump(row: dict[str, float]) -> float:
+    """Return how far D's update moved its mean logit on generated images."""
+    return abs(row["logit/fake_updated"] - row["logit/fake"])
+
+
+def median(result: Result, value: Callable[[dict[str, float]], float]) -> float:
+    """Return the median of a number over the last steps."""
+    return statistics.median(value(row) for row in list(result.rows())[-LAST:])
+
+
+def plot_kid(results: Sequence[Result], path: Path) -> None:
+    """Plot KID over steps, a line per trial, a panel per data set."""
+    sets = sorted({result.trial.data for result in results})
+    figure, panels = pyplot.subplots(1, len(sets), figsize=(11, 6), layout="constrained", squeeze=False)
+    for panel, data in zip(panels[0], sets, strict=True):
+        for index, result in enumerate(result for result in results if result.trial.data == data):
+            label = result.trial.recipe if result.trial.seed == 0 else None
+            panel.plot(*zip(*result.points("kid"), strict=True), "-o", ms=3, lw=1, color=f"C{index % 10}", label=label)
+        panel.set(title=data, xlabel="step", ylabel="KID (EfficientNet-Lite0)")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def plot_verdicts(results: Sequence[Result], path: Path) -> None:
+    """Plot D's mean logits of real and generated images, a panel per recipe (its first seed)."""
+    shown = [result for result in results if result.trial.seed == 0]
+    columns = 4
+    lines = -(-len(shown) // columns)
+    figure, panels = pyplot.subplots(
+        lines, columns, sharey=True, squeeze=False, figsize=(12, 1.9 * lines), layout="constrained"
+    )
+    for panel in panels.flat[len(shown) :]:
+        panel.axis("off")
+    for panel, result in zip(panels.flat, shown, strict=False):
+        for key in ("logit/real", "logit/fake", "logit/fake_updated"):
+            panel.plot(*zip(*result.points(key), strict=True), lw=0.7, label=key)
+        panel.set_title(f"{result.trial.recipe} ({result.trial.data}, {result.trial.batch})", fontsize=8)
+        panel.grid(alpha=0.3)
+    panels.flat[0].legend(fontsize=6)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def jump_table(path: Path) -> str:
+    """Return medians of `jump.jsonl` by width, and plot them."""
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for line in (FOLDER / "jump.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        name = f"rate {row['rate']:g}"
+        name += ", by fan-in" if row["by_fan_in"] else ", last layer fixed" if row["last_layer_fixed"] else ""
+        found[name, row["width"]].append(row["jump"])
+    names, widths = list(dict.fromkeys(name for name, _ in found)), sorted({width for _, width in found})
+    lines = ["| first update of D | " + " | ".join(f"width {width}" for width in widths) + " |"]
+    lines += ["|---|" + "---|" * len(widths)]
+    figure, panel = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name in sorted(names):
+        medians = [statistics.median(found[name, width]) for width in widths]
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2g}" for value in medians) + " |")
+        panel.loglog(widths, medians, "-o", ms=3, label=name)
+    panel.set(xlabel="width", ylabel="change of D's logit", xticks=widths, xticklabels=widths)
+    panel.legend(fontsize=7)
+    panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+    return "".join(line + "\n" for line in lines)
+
+
+def picture(tiles: Sequence[Path], path: Path, columns: int) -> None:
+    """Put grids of samples side by side into one JPEG."""
+    images = [Image.open(tile) for tile in tiles]
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * (width + 8), -(-len(images) // columns) * (height + 8)), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * (width + 8), index // columns * (height + 8)))
+    sheet.save(path, quality=85)
