@@ -11,7 +11,7 @@ picture=$run/bedrooms.png
 
 echo "== 1/5  install into $venv"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/pip" install --quiet --disable-pip-version-check -e .
+"$venv/bin/pip" install --quiet --disable-pip-version-check -e ".[eval]"
 export PATH="$venv/bin:$PATH"
 
 echo "== 2/5  render bedrooms in LSUN's format: data/demo_train_lmdb"

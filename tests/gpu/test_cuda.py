@@ -14,6 +14,7 @@ from torch import nn
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.distributed import process_group
+from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.models.batchnorm import CrossRankBatchNorm
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
@@ -131,3 +132,10 @@ def test_the_step_benchmark_runs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "tests.benchmarks.step", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
+
+
+def test_features_of_the_gpu_are_those_of_the_cpu() -> None:
+    pixels = constant_images(8, torch.device("cpu"), torch.float32).add(1).mul(127.5).to(torch.uint8)
+    cpu = load_extractor("efficientnet-lite0", None, torch.device("cpu")).features(pixels)
+    gpu = load_extractor("efficientnet-lite0", None, torch.device("cuda")).features(pixels.cuda()).cpu()
+    assert (cpu - gpu).norm() <= 1e-2 * cpu.norm()  # TF32 convolutions
