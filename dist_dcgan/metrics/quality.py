@@ -13,7 +13,7 @@ Quality = dict[str, float]
 
 def quality(real: Tensor, fake: Tensor, extractor: Extractor) -> Quality:
     """Return Frechet distance and kernel distance of two sets of features; NaN where a feature is not finite."""
-    finite = bool(torch.isfinite(fake).all())
+    finite = _finite(real, fake)
     frechet = frechet_distance(real, fake) if finite else float("nan")
     mean, std, subset_size = kernel_distance(real, fake) if finite else (float("nan"), float("nan"), 0)
     return {
@@ -28,8 +28,12 @@ def quality(real: Tensor, fake: Tensor, extractor: Extractor) -> Quality:
 
 def coverage(real: Tensor, fake: Tensor) -> Quality:
     """Return precision and recall, whose cost grows with the square of the number of images."""
-    precision, recall = precision_recall(real, fake)
+    precision, recall = precision_recall(real, fake) if _finite(real, fake) else (float("nan"), float("nan"))
     return {"precision": precision, "recall": recall}
+
+
+def _finite(*features: Tensor) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in features)
 
 
 def kid_name(extractor: Extractor) -> str:

