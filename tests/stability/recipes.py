@@ -62,6 +62,10 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+SURVIVORS = ("logits", "noise 0.1")
+"""Recipes at full width that the screening left, best first."""
+
+
 class Trial(NamedTuple):
     """One run of the study."""
 
@@ -83,4 +87,10 @@ def screen() -> list[Trial]:
     return [Trial(name, "photos", 0, 32, 200) for name in RECIPES]
 
 
-PHASES = {"screen": screen}
+def compare() -> list[Trial]:
+    """What survived the screening, against the plain nets of both widths: three seeds, two data sets."""
+    names = ["plain, width 64", *SURVIVORS, "plain"]
+    return [Trial(name, data, seed, 32, 300) for seed in (0, 1, 2) for data in ("photos", "rooms") for name in names]
+
+
+PHASES = {"screen": screen, "compare": compare}
