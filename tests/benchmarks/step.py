@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         plan = make_plan(config, 1, 10 * options.batch)
         variants = {
             "ours": our_step(config, plan, world),
-            "plain": plain_step(options.width, options.batch, world.device),
+            "plain": partial(PlainLoop(options.width, world.device).step, images(options.batch, world.device)),
             "ours_without_noise": our_step(without_noise, plan, world),
             "product": matrix_product(world.device),
         }
@@ -118,27 +119,31 @@ def our_step(config: Config, plan: Plan, world: World) -> Callable[[], object]:
     return lambda: train_step(state, real)
 
 
-def plain_step(width: int, batch: int, device: torch.device) -> Callable[[], object]:
-    """Return the usual loop's step."""
-    generator, discriminator = Generator(width).to(device), nn.Sequential(Discriminator(width), nn.Sigmoid()).to(device)
-    for network in (generator, discriminator):
-        init_weights(network, torch.Generator().manual_seed(0))
-    optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=False)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=False)
-    criterion, real = nn.BCELoss(), images(batch, device)
-    ones, zeros = torch.ones(batch, device=device), torch.zeros(batch, device=device)
+class PlainLoop:
+    """The step that most ports have: contiguous layout, sigmoid and BCELoss, unfused Adam."""
 
-    def step() -> None:
-        discriminator.zero_grad()
-        criterion(discriminator(real), ones).backward()
-        fake = generator(torch.randn(batch, 100, device=device))
-        criterion(discriminator(fake.detach()), zeros).backward()
-        optimizer_d.step()
-        generator.zero_grad()
-        criterion(discriminator(fake), ones).backward()
-        optimizer_g.step()
+    def __init__(self, width: int, device: torch.device, seed: int = 0) -> None:
+        self.generator = Generator(width).to(device)
+        self.discriminator = nn.Sequential(Discriminator(width), nn.Sigmoid()).to(device)
+        for network in (self.generator, self.discriminator):
+            init_weights(network, torch.Generator().manual_seed(seed))
+        self._optimizer_g = torch.optim.Adam(self.generator.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=False)
+        self._optimizer_d = torch.optim.Adam(
+            self.discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=False
+        )
+        self._criterion = nn.BCELoss()
 
-    return step
+    def step(self, real: Tensor) -> None:
+        """Update both networks on `real`."""
+        ones, zeros = torch.ones(len(real), device=real.device), torch.zeros(len(real), device=real.device)
+        self.discriminator.zero_grad()
+        self._criterion(self.discriminator(real), ones).backward()
+        fake = self.generator(torch.randn(len(real), 100, device=real.device))
+        self._criterion(self.discriminator(fake.detach()), zeros).backward()
+        self._optimizer_d.step()
+        self.generator.zero_grad()
+        self._criterion(self.discriminator(fake), ones).backward()
+        self._optimizer_g.step()
 
 
 def matrix_product(device: torch.device) -> Callable[[], object]:

@@ -2,6 +2,7 @@
 
 run PHASE    train the trials of a phase, some at once, one thread each: one that was killed goes on, one that is done
              is left; then gather their results
+evidence     train the usual loop and this project at both widths, 40 minutes each, one after the other
 jump         measure how far one update of D moves its logit
 report       write the tables of README.md and its plots from the results
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tests.stability import jump, report, results
+from tests.stability import evidence, jump, report, results
 from tests.stability.experiment import run_trial
 from tests.stability.recipes import PHASES, Trial
 
@@ -27,16 +28,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.stability", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "jump", "report"])
+    parser.add_argument("command", choices=["run", "evidence", "jump", "report"])
     parser.add_argument("phase", nargs="?", choices=sorted(PHASES))
     parser.add_argument("--photos", type=Path, default=Path("data/photos"), help="shards of photographs")
     parser.add_argument("--rooms", type=Path, default=Path("data/demo_train"), help="shards of rendered bedrooms")
     parser.add_argument("--work", type=Path, default=Path("runs/stability"), help="folder of the trials")
+    parser.add_argument("--minutes", type=float, default=40, help="of training, for each run of the evidence")
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--trial", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.command == "report":
         report.main()
+    elif options.command == "evidence":
+        for name in evidence.NAMES:
+            evidence.measure(name, options.photos, options.minutes, options.work / "evidence")
+        results.gather_evidence(options.work / "evidence")
     elif options.command == "jump":
         jump.measure(options.photos)
     elif options.phase is None:

@@ -56,6 +56,12 @@ def gather(phase: str, work: Path) -> int:
     return len(finished)
 
 
+def gather_evidence(folder: Path) -> None:
+    """Write the results of the finished runs of the evidence."""
+    lines = [path.read_text() for path in sorted(folder.glob("*.jsonl"))]
+    (FOLDER / "evidence.jsonl").write_text("".join(lines))
+
+
 def read(phase: str) -> list[Result]:
     """Return the committed results of a phase."""
     path = FOLDER / f"{phase}.jsonl"

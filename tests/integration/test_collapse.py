@@ -1,0 +1,29 @@
+"""The paper's own width, as people start it: to the letter it dies at once and says so, by default it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.commands import metrics, run, succeed, train_command
+
+SMALL = ["--global-batch", 16, "--log.every-steps", 1, "--wandb", "disabled", "--on-collapse", "stop"]
+
+
+def test_to_the_letter_it_collapses_and_is_named_within_twenty_steps(demo_shards: Path, tmp_path: Path) -> None:
+    flags = ["--preset", "paper_literal", *SMALL, "--max-steps", 60, "--data", demo_shards, "--run-dir", tmp_path]
+    done = run(train_command(1, *flags))
+    assert done.returncode == 2, done.stderr
+    assert "warning: the discriminator has won, since step" in done.stderr
+    rows = metrics(tmp_path)
+    dead = next(row["step"] for row in rows if row["grad_norm/g"] < 1e-2)
+    assert rows[-1]["alert"].startswith("the discriminator has won")
+    assert rows[-1]["step"] <= dead + 20
+    assert rows[-2]["loss/g"] > 20  # Loss_D or Loss_G "goes to 0", and the other stands high
+
+
+def test_by_default_it_does_not(demo_shards: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--max-steps", 30, "--data", demo_shards, "--run-dir", tmp_path]
+    succeed(train_command(1, *flags))
+    rows = metrics(tmp_path)
+    assert len(rows) == 30
+    assert min(row["grad_norm/g"] for row in rows) > 1
