@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib import pyplot
 from PIL import Image
 
+from tests.stability.recipes import PHASES
 from tests.stability.results import FOLDER, Result, read
 
 README = Path(__file__).parent / "README.md"
@@ -23,16 +24,20 @@ def main() -> None:
     """Write everything that there are results for."""
     pyplot.switch_backend("Agg")
     PLOTS.mkdir(exist_ok=True)
-    text = README.read_text()
-    for phase in ("screen", "compare", "prove"):
+    for phase in PHASES:
         results = read(phase)
         if results:
-            text = put(text, phase, table(results))
             plot_kid(results, PLOTS / f"{phase}_kid.png")
             plot_verdicts(results, PLOTS / f"{phase}_logits.png")
-    if (FOLDER / "jump.jsonl").exists():
-        text = put(text, "jump", jump_table(PLOTS / "jump.png"))
-    README.write_text(text)
+    plot_jumps(PLOTS / "jump.png")
+    README.write_text(with_tables(README.read_text()))
+
+
+def with_tables(text: str) -> str:
+    """Return the page with the tables that belong to the results."""
+    for phase in PHASES:
+        text = put(text, phase, table(read(phase)))
+    return put(text, "jump", jump_table())
 
 
 def put(text: str, name: str, content: str) -> str:
@@ -43,7 +48,9 @@ def put(text: str, name: str, content: str) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return a row per trial."""
+    """Return a row per trial, nothing where there is none."""
+    if not results:
+        return ""
     lines = [
         "| recipe | data | seed | batch | watchdog | 1000 KID at steps | jump | G's gradient | diversity |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -105,28 +112,41 @@ def plot_verdicts(results: Sequence[Result], path: Path) -> None:
     pyplot.close(figure)
 
 
-def jump_table(path: Path) -> str:
-    """Return medians of `jump.jsonl` by width, and plot them."""
-    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+def jumps() -> dict[str, dict[int, float]]:
+    """Return medians over seeds of `jump.jsonl`, by what was changed and by width."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in (FOLDER / "jump.jsonl").read_text().splitlines():
         row = json.loads(line)
-        name = f"rate {row['rate']:g}"
+        name = f"rate {row['rate']:.0e}"
         name += ", by fan-in" if row["by_fan_in"] else ", last layer fixed" if row["last_layer_fixed"] else ""
-        found[name, row["width"]].append(row["jump"])
-    names, widths = list(dict.fromkeys(name for name, _ in found)), sorted({width for _, width in found})
+        found[name][row["width"]].append(row["jump"])
+    return {
+        name: {width: statistics.median(values) for width, values in sorted(found[name].items())}
+        for name in sorted(found)
+    }
+
+
+def jump_table() -> str:
+    """Return a row per change, a column per width."""
+    medians = jumps()
+    widths = list(next(iter(medians.values())))
     lines = ["| first update of D | " + " | ".join(f"width {width}" for width in widths) + " |"]
     lines += ["|---|" + "---|" * len(widths)]
+    for name, values in medians.items():
+        lines.append(f"| {name} | " + " | ".join(f"{values[width]:.2g}" for width in widths) + " |")
+    return "".join(line + "\n" for line in lines)
+
+
+def plot_jumps(path: Path) -> None:
+    """Plot the same."""
     figure, panel = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name in sorted(names):
-        medians = [statistics.median(found[name, width]) for width in widths]
-        lines.append(f"| {name} | " + " | ".join(f"{value:.2g}" for value in medians) + " |")
-        panel.loglog(widths, medians, "-o", ms=3, label=name)
-    panel.set(xlabel="width", ylabel="change of D's logit", xticks=widths, xticklabels=widths)
+    for name, values in jumps().items():
+        panel.loglog(list(values), list(values.values()), "-o", ms=3, label=name)
+        panel.set(xlabel="width", ylabel="change of D's logit", xticks=list(values), xticklabels=list(values))
     panel.legend(fontsize=7)
     panel.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
-    return "".join(line + "\n" for line in lines)
 
 
 def picture(tiles: Sequence[Path], path: Path, columns: int) -> None:

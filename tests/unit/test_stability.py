@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from dist_dcgan.config import make_plan
 from dist_dcgan.distributed import process_group
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from tests.stability import recipes
+from tests.stability import experiment, report, results
 from tests.stability.experiment import configuration
-from tests.stability.recipes import RECIPES, Recipe, Trial
+from tests.stability.recipes import PHASES, RECIPES, Recipe, Trial
 from tests.stability.steps import rate_factor, scale_rates, study_step, use_differentiable_batchnorm
 
 TRIAL = Trial("", "photos", seed=3, batch=8, steps=3)
@@ -75,6 +77,52 @@ def test_rates_by_fan_in_spare_the_layers_whose_fan_in_does_not_grow() -> None:
 
 
 def test_trials_have_names_of_their_own() -> None:
-    for phase in recipes.PHASES.values():
-        names = [trial.name for trial in phase()]
-        assert len(names) == len(set(names))
+    names = [trial.name for phase in PHASES.values() for trial in phase()]
+    assert len(names) == len(set(names))
+
+
+def test_a_trial_that_was_killed_goes_on_as_if_it_had_not(
+    demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"FAKES": 8, "REALS": 8, "SCORE_EVERY": 4}.items():
+        monkeypatch.setattr(experiment, name, value)
+    monkeypatch.setitem(RECIPES, "noise 0.1", SMALL["noise 0.1"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trial = Trial("noise 0.1", "rooms", 0, 8, 10)
+    experiment.run_trial(trial, demo_shards, tmp_path / "whole")
+
+    def killed(state: TrainState, *arguments: Any) -> dict[str, float]:
+        if state.step == 6:
+            raise KeyboardInterrupt
+        return study_step(state, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment, "study_step", killed)
+        experiment.run_trial(trial, demo_shards, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "done").exists()
+    experiment.run_trial(trial, demo_shards, tmp_path / "killed")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert [row["step"] for row in rows(tmp_path / "whole") if "kid" in row] == [0, 4, 8, 10]
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+
+def test_the_tables_of_the_study_are_those_of_its_results() -> None:
+    text = report.README.read_text()
+    assert report.with_tables(text) == text
+
+
+def test_the_watchdog_names_the_literal_paper_in_the_results_and_no_default() -> None:
+    found = [result for phase in PHASES for result in results.read(phase)]
+    plain = [result for result in found if result.trial.recipe == "plain"]
+    assert plain
+    for result in plain:
+        collapse, *_ = result.collapses()
+        assert collapse.rule.mode == "the discriminator has won"
+        dead = next(row["step"] for row in result.rows() if row["grad_norm/g"] < 1e-2)
+        assert collapse.step <= dead + 20
+    healthy = [result for result in found if result.trial.recipe == "plain, width 64"]
+    assert healthy and not any(result.collapses() for result in healthy)
