@@ -16,6 +16,7 @@ from dist_dcgan.models.losses import discriminator_loss_fake, discriminator_loss
 from dist_dcgan.models.networks import Discriminator
 from dist_dcgan.random_streams import normal, stream_seed
 from dist_dcgan.training.ema import draw_latents, ema_decay, update_ema
+from dist_dcgan.training.steps import diversity
 from dist_dcgan.training.train_state import TrainState
 from tests.stability.recipes import Recipe
 
@@ -25,7 +26,7 @@ Row = dict[str, float]
 def study_step(state: TrainState, recipe: Recipe, real: Tensor, per_layer: bool) -> Row:
     """Take one step on `real` and return what happened in it; `per_layer` adds norms and ratios of each layer."""
     fake = state.generator(draw_latents(state.config, "z", state.step, state.slots, state.world.device))
-    row: Row = {"diversity/real": diversity(real), "diversity/fake": diversity(fake)}
+    row: Row = {"diversity/real": float(diversity(real)), "diversity/fake": float(diversity(fake))}
     if not recipe.alternate or state.step % 2 == 0:
         row |= discriminator_turn(state, recipe, real, fake.detach(), per_layer)
     if not recipe.alternate or state.step % 2 == 1:
@@ -70,11 +71,6 @@ def generator_turn(state: TrainState, recipe: Recipe, fake: Tensor, per_layer: b
         "score/fake_updated": float(logits_fake.detach().sigmoid().mean()),
     }
     return row | _update(state.optimizer_g, state.generator, "g", per_layer)
-
-
-def diversity(images: Tensor) -> float:
-    """Return the standard deviation over a batch, averaged over pixels."""
-    return float(images.detach().std(0, correction=0).mean())
 
 
 def scale_rates(state: TrainState, recipe: Recipe) -> None:
