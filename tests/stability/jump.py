@@ -29,6 +29,8 @@ from tests.stability.steps import discriminator_turn, scale_rates
 
 WIDTHS = (16, 32, 64, 128)
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+BATCHES = (8, 16, 64, 128)
+BATCH = 32
 SEEDS = range(5)
 Row = dict[str, float | bool]
 
@@ -41,19 +43,21 @@ def measure(data: Path) -> None:
 
 
 def rows(data: Path, world: World) -> Iterator[Row]:
-    """Yield a row per width, rate, rule and seed; each rule at every width, the rates without one."""
+    """Yield a row per seed, width and rate; per rule at every width; per batch at full width."""
     for seed in SEEDS:
         for width in WIDTHS:
             for rate in RATES:
                 yield row(Recipe(width=width, lr_d=rate), seed, data, world)
             yield row(Recipe(width=width, lr_by_fan_in="gd"), seed, data, world)
             yield row(Recipe(width=width, lr_logit=0.0), seed, data, world)
+        for batch in BATCHES:
+            yield row(Recipe(), seed, data, world, batch)
 
 
-def row(recipe: Recipe, seed: int, data: Path, world: World) -> Row:
+def row(recipe: Recipe, seed: int, data: Path, world: World, batch: int = BATCH) -> Row:
     """Return how far one update of D moves its logit on the real and generated images that it was updated on."""
     manifest = read_manifest(data)
-    config = configuration(recipe, Trial("", "", seed, 32, 1), data)
+    config = configuration(recipe, Trial("", "", seed, batch, 1), data)
     plan = make_plan(config, 1, manifest.samples)
     state = TrainState(config, plan, world, manifest.image_size)
     scale_rates(state, recipe)
@@ -67,6 +71,7 @@ def row(recipe: Recipe, seed: int, data: Path, world: World) -> Row:
     return {
         "width": recipe.width,
         "rate": recipe.lr_d,
+        "batch": batch,
         "by_fan_in": bool(recipe.lr_by_fan_in),
         "last_layer_fixed": recipe.lr_logit == 0,
         "seed": seed,

@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib import pyplot
 from PIL import Image
 
+from tests.stability.jump import BATCH, WIDTHS
 from tests.stability.recipes import PHASES
 from tests.stability.results import FOLDER, Result, read
 
@@ -118,6 +119,7 @@ def jumps() -> dict[str, dict[int, float]]:
     for line in (FOLDER / "jump.jsonl").read_text().splitlines():
         row = json.loads(line)
         name = f"rate {row['rate']:.0e}"
+        name += f", batch {row['batch']}" if row["batch"] != BATCH else ""
         name += ", by fan-in" if row["by_fan_in"] else ", last layer fixed" if row["last_layer_fixed"] else ""
         found[name][row["width"]].append(row["jump"])
     return {
@@ -133,7 +135,9 @@ def jump_table() -> str:
     lines = ["| first update of D | " + " | ".join(f"width {width}" for width in widths) + " |"]
     lines += ["|---|" + "---|" * len(widths)]
     for name, values in medians.items():
-        lines.append(f"| {name} | " + " | ".join(f"{values[width]:.2g}" for width in widths) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{values[width]:.2g}" if width in values else "" for width in widths) + " |"
+        )
     return "".join(line + "\n" for line in lines)
 
 
@@ -142,7 +146,7 @@ def plot_jumps(path: Path) -> None:
     figure, panel = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for name, values in jumps().items():
         panel.loglog(list(values), list(values.values()), "-o", ms=3, label=name)
-        panel.set(xlabel="width", ylabel="change of D's logit", xticks=list(values), xticklabels=list(values))
+        panel.set(xlabel="width", ylabel="change of D's logit", xticks=WIDTHS, xticklabels=WIDTHS)
     panel.legend(fontsize=7)
     panel.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
