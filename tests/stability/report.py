@@ -83,12 +83,15 @@ def plot_kid(results: Sequence[Result], path: Path) -> None:
     sets = sorted({result.trial.data for result in results})
     figure, panels = pyplot.subplots(1, len(sets), figsize=(11, 6), layout="constrained", squeeze=False)
     for panel, data in zip(panels[0], sets, strict=True):
-        for index, result in enumerate(result for result in results if result.trial.data == data):
+        recipes = list(dict.fromkeys(result.trial.recipe for result in results))
+        for result in (result for result in results if result.trial.data == data):
+            index = recipes.index(result.trial.recipe)
             label = result.trial.recipe if result.trial.seed == 0 else None
-            panel.plot(*zip(*result.points("kid"), strict=True), "-o", ms=3, lw=1, color=f"C{index % 10}", label=label)
+            color, line = pyplot.get_cmap("tab10")(index % 10), "-o" if index < 10 else "--o"
+            panel.plot(*zip(*result.points("kid"), strict=True), line, ms=3, lw=1, color=color, label=label)
         panel.set(title=data, xlabel="step", ylabel="KID (EfficientNet-Lite0)")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
