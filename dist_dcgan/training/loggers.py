@@ -306,12 +306,12 @@ def draw_curves(metrics: Path, path: Path) -> None:
         rows = [row for line in metrics.read_text().splitlines() if "images_seen" in (row := json.loads(line))]
         groups = ("loss", "score", "logit", "grad_norm", "diversity", "quality/kid")
         found = [group for group in groups if any(key.startswith(group) for row in rows for key in row)]
-        figure, panels = pyplot.subplots(len(found), sharex=True, figsize=(9, 3 * len(found)), layout="constrained")
+        figure, panels = pyplot.subplots(len(found), sharex=True, figsize=(9, 2.2 * len(found)), layout="constrained")
         for panel, group in zip(panels, found, strict=True):
             keys = dict.fromkeys(key for row in rows for key in row if key.startswith(group))
             for key in (key for key in keys if not key.endswith("_std")):
                 points = [(row["images_seen"] / 1000, row[key]) for row in rows if key in row]
-                panel.plot(*zip(*points, strict=True), label=key, lw=1)
+                panel.plot(*zip(*points, strict=True), ".-" if len(points) < 50 else "-", label=key, lw=1)
             panel.set_ylabel(group)
             panel.grid(alpha=0.3)
             panel.legend(loc="upper right")
