@@ -20,6 +20,7 @@ from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, from_rank_zero
 from dist_dcgan.metrics.extractors import Extractor
 from dist_dcgan.random_streams import permutation, stream_seed
+from shards.errors import OneRankError, UserError
 from shards.files import publish
 
 Images: TypeAlias = Callable[[range], Tensor]
@@ -60,9 +61,14 @@ def real_features(reader: ShardReader, extractor: Extractor, count: int, world: 
 
     if from_rank_zero(look):
         return cached[0] if cached else torch.empty(0, extractor.dimensions)
-    features = extract(
-        lambda places: read_images(reader, chosen[places.start : places.stop]), len(chosen), extractor, world
-    )
+
+    def read(places: range) -> Tensor:
+        try:
+            return read_images(reader, chosen[places.start : places.stop])
+        except UserError as error:  # a damaged shard is met by one rank, which must say so itself
+            raise OneRankError(f"{world}: {error}") from error
+
+    features = extract(read, len(chosen), extractor, world)
     if world.is_main:
         _write_cache(path, features)
     return features

@@ -58,9 +58,16 @@ def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             raise ValueError("the weights do not match their checksum")
         generator = Generator(**description["architecture"])
         generator.load_state_dict(load_file(path))
+        if not is_finite(generator):
+            raise ValueError("its weights are not finite")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"exported generator {path} cannot be used: {' '.join(str(error).split())}") from None
     return generator.eval().requires_grad_(False), description
+
+
+def is_finite(network: nn.Module) -> bool:
+    """Return whether all weights are numbers: pixels, and so scores, would hide it where they are not."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters())
 
 
 def sampling_config(description: Mapping[str, Any], seed: int) -> Config:

@@ -12,7 +12,7 @@ from dist_dcgan.metrics.extractors import INSTALL, Extractor, load_extractor, mi
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
 from dist_dcgan.metrics.quality import kid_name, quality
 from dist_dcgan.training.ema import recompute_statistics, sample_images
-from dist_dcgan.training.export import export_generator
+from dist_dcgan.training.export import export_generator, is_finite
 from dist_dcgan.training.loggers import warn
 from dist_dcgan.training.run_directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
@@ -33,6 +33,8 @@ class QualityMeter:
         if self._extractor is None or not state.passed(options.every_images):
             return {}
         extractor = self._extractor
+        if not is_finite(state.generator_ema):  # on all ranks alike; the watchdog says so
+            return {}
         recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
 
         def draw(slots: range) -> Tensor:
@@ -46,7 +48,12 @@ class QualityMeter:
     def _judge(self, real: Tensor, fake: Tensor, extractor: Extractor) -> tuple[dict[str, float], float | None]:
         """Return the scores and the lowest kernel distance so far; its generator is exported beside the latest."""
         state = self._state
-        scores = {f"quality/{name}": value for name, value in quality(real, fake, extractor).items()}
+        try:
+            found = quality(real, fake, extractor)
+        except Exception as error:  # no convergence, no memory, ...: a score is no reason to stop
+            warn(f"images of step {state.step} are not scored: {error!r}")
+            return {}, state.best_kid
+        scores = {f"quality/{name}": value for name, value in found.items()}
         kid = scores[f"quality/{kid_name(extractor)}"]
         if not kid < (float("inf") if state.best_kid is None else state.best_kid):  # not where it is NaN either
             return scores, state.best_kid

@@ -1,8 +1,7 @@
 """Names a training that went wrong, from numbers that each step has anyway.
 
-The bounds were set on the screening runs of `tests/stability` and frozen before its other runs; its README shows how
-often they hold there. They are pure functions of the metrics averaged over ranks, so that all ranks agree without
-asking each other.
+The bounds were set on the screening runs of `tests/stability`. The rules are pure functions of the metrics averaged
+over ranks, so that all ranks agree without asking each other.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ RULES = (
         lambda row: row["grad_norm/g"] < 1e-2,
         3,
         "D is so sure that the generator's gradient is gone: G cannot learn any more",
-        "--loss logits and --noise.sigma 0.3, as in the default preset",
+        "the default preset, whose --loss logits keeps the gradient alive",
     ),
     Rule(
         "the generator has won",
@@ -68,7 +67,7 @@ RULES = (
         lambda row: row["diversity/fake"] < 0.1 * row["diversity/real"],
         250,
         "the images of a batch have one layout, whatever z is; so they have before training, but not for long",
-        "--noise.sigma 0.3 as in the default preset, or go on from an earlier checkpoint with another --seed",
+        "the rates and noise of the default preset, or an earlier checkpoint with another --seed",
     ),
     Rule(
         "oscillation",
@@ -99,12 +98,13 @@ class Watchdog:
 
     def values(self) -> dict[str, Any]:
         """Return the state, as JSON knows it."""
-        return {"level": self._level, "since": self._since, "named": self._named}
+        return {"level": dict(self._level), "since": dict(self._since), "named": dict(self._named)}
 
     def load_values(self, values: Mapping[str, Any]) -> None:
-        """Take over the state of a checkpoint."""
-        self._level, self._since = dict(values["level"]), dict(values["since"])
-        self._named = dict(values["named"])
+        """Take over the state of a checkpoint; rules that it does not know begin anew."""
+        for mode in self._level.keys() & values["level"].keys():
+            self._level[mode], self._since[mode] = values["level"][mode], values["since"][mode]
+            self._named[mode] = values["named"][mode]
 
     def _observe(self, rule: Rule, row: Row) -> Collapse | None:
         mode, step = rule.mode, int(row["step"])

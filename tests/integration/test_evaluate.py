@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from dist_dcgan.training.export import export_generator, load_generator, samplin
 from dist_dcgan.training.run_directory import RunDirectory
 from shards.files import file_sha256
 from shards.manifest import read_manifest
-from tests.commands import environment, module, one_line_error, succeed
+from tests.commands import environment, module, one_line_error, run, succeed
 from tests.shards_fixtures import data_set
 
 COMMAND = "dist_dcgan.evaluate"
@@ -162,3 +163,17 @@ def test_without_the_eval_extra_one_line_says_how_to_install_it(
     env = {**with_home(tmp_path / "home"), "PYTHONPATH": str(tmp_path / "stand_ins")}
     line = one_line_error(module(COMMAND, run.path, "--data", demo_shards), env=env)
     assert line == f"error: scores need {package}: `pip install 'dist_dcgan[eval]'` brings what is missing"
+
+
+def test_a_damaged_shard_is_named_by_the_rank_that_meets_it(demo_shards: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(demo_shards, data)
+    shard = sorted(data.glob("*.tar"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    torchrun = ["--standalone", "--nproc_per_node=2", "-m", COMMAND]
+    flags = [exported(tmp_path / "run").path, "--data", data, "--fakes", FAKES, "--reals", 96]
+    done = run(module("torch.distributed.run", *torchrun, *flags), env=with_home(tmp_path / "home"))
+    assert done.returncode == 1
+    assert "error: rank 1 of 2 on " in done.stderr and f"{shard.name} is damaged" in done.stderr

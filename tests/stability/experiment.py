@@ -81,7 +81,7 @@ def configuration(recipe: Recipe, trial: Trial, data: Path) -> Config:
             "precision": "fp32",
             "loss": recipe.loss if recipe.loss in ("logits", "sigmoid_bce") else "logits",
             "noise": {"sigma": recipe.sigma},
-            "optimizer": {"lr_g": recipe.lr_g, "lr_d": recipe.lr_d, "beta2": recipe.beta2},
+            "optimizer": {"lr_g": recipe.lr_g, "lr_d": recipe.lr_d},
         }
     )
 

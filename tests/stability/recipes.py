@@ -16,7 +16,6 @@ class Recipe:
     loss: Loss = "logits"
     lr_g: float = 2e-4
     lr_d: float = 2e-4
-    beta2: float = 0.999
     sigma: float = 0.0
     """Instance noise on D's inputs, where images span [-1, 1]."""
     sigma_zero_at: int | None = None

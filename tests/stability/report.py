@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib import pyplot
-from PIL import Image
 
 from tests.stability.jump import BATCH, WIDTHS
 from tests.stability.recipes import PHASES
@@ -154,13 +153,3 @@ def plot_jumps(path: Path) -> None:
     panel.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
-
-
-def picture(tiles: Sequence[Path], path: Path, columns: int) -> None:
-    """Put grids of samples side by side into one JPEG."""
-    images = [Image.open(tile) for tile in tiles]
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * (width + 8), -(-len(images) // columns) * (height + 8)), "white")
-    for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * (width + 8), index // columns * (height + 8)))
-    sheet.save(path, quality=85)

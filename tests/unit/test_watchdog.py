@@ -84,3 +84,15 @@ def test_a_resumed_watchdog_goes_on_counting() -> None:
 
 def test_one_image_per_rank_says_nothing_about_diversity() -> None:
     assert Watchdog().observe(rows(1, 1000, **{"diversity/real": 0.0, "diversity/fake": 0.0})) is None
+
+
+def test_a_checkpoint_of_other_rules_is_taken_over_as_far_as_it_goes() -> None:
+    old = Watchdog()
+    old.observe(rows(1, 2, **BROKEN["mode collapse"]))
+    values = json.loads(json.dumps(old.values()))
+    for part in values.values():
+        del part["oscillation"]
+        part["a rule of another version"] = 1
+    watchdog = Watchdog()
+    watchdog.load_values(values)
+    assert watchdog.values() == old.values()
