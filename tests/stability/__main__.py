@@ -42,7 +42,7 @@ def main() -> None:
     elif options.command == "evidence":
         for name in evidence.NAMES:
             evidence.measure(name, options.photos, options.minutes, options.work / "evidence")
-        results.gather_evidence(options.work / "evidence")
+        report.show_grids(results.gather_evidence(options.work / "evidence"), report.PLOTS / "evidence_grids.jpg")
     elif options.command == "jump":
         jump.measure(options.photos)
     elif options.phase is None:
@@ -52,7 +52,9 @@ def main() -> None:
     else:
         with ThreadPoolExecutor(options.at_once) as pool:
             list(pool.map(lambda trial: start(trial, options), PHASES[options.phase]()))
-        print(f"{results.gather(options.phase, options.work)} trials gathered")
+        grids = results.gather(options.phase, options.work)
+        report.show_grids(grids, report.PLOTS / f"{options.phase}_grids.jpg")
+        print(f"{len(grids)} trials gathered")
 
 
 def start(trial: Trial, options: argparse.Namespace) -> None:

@@ -78,7 +78,7 @@ def configuration(recipe: Recipe, trial: Trial, data: Path) -> Config:
             "global_batch": trial.batch,
             "max_steps": trial.steps,
             "seed": trial.seed,
-            "precision": "fp32",
+            "precision": trial.precision,
             "loss": recipe.loss if recipe.loss in ("logits", "sigmoid_bce") else "logits",
             "noise": {"sigma": recipe.sigma},
             "optimizer": {"lr_g": recipe.lr_g, "lr_d": recipe.lr_d},

@@ -61,8 +61,9 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-SURVIVORS = ("logits", "noise 0.1")
-"""Recipes at full width that the screening left, best first."""
+SURVIVORS = ("logits", "noise 0.1", "rate of D's last layer / 10")
+"""Recipes at full width that the screening left; the first is the default."""
+SEEDS = (0, 1, 2)
 
 
 class Trial(NamedTuple):
@@ -73,11 +74,13 @@ class Trial(NamedTuple):
     seed: int
     batch: int
     steps: int
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def name(self) -> str:
         """A name for its folder."""
         words = f"{self.recipe} {self.data} seed {self.seed} batch {self.batch} steps {self.steps}"
+        words += "" if self.precision == "fp32" else f" {self.precision}"
         return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in words)
 
 
@@ -87,9 +90,20 @@ def screen() -> list[Trial]:
 
 
 def compare() -> list[Trial]:
-    """What survived the screening, against the plain nets of both widths: three seeds, two data sets."""
-    names = ["plain, width 64", *SURVIVORS, "plain"]
-    return [Trial(name, data, seed, 32, 300) for seed in (0, 1, 2) for data in ("photos", "rooms") for name in names]
+    """What survived the screening on three seeds, the default and the plain nets of both widths on two data sets."""
+    on_both = ("plain, width 64", SURVIVORS[0], "plain")
+    photos = [Trial(name, "photos", seed, 32, 300) for seed in SEEDS for name in (*on_both, *SURVIVORS[1:])]
+    return photos + [Trial(name, "rooms", seed, 32, 300) for seed in SEEDS for name in on_both]
 
 
-PHASES = {"screen": screen, "compare": compare}
+def batches() -> list[Trial]:
+    """The default at larger batches, in the precision that it has on a GPU."""
+    return [Trial(SURVIVORS[0], "photos", 0, batch, 150, "bf16") for batch in (64, 128)]
+
+
+def prove() -> list[Trial]:
+    """The default for longer, in the precision that it has on a GPU."""
+    return [Trial(SURVIVORS[0], data, 0, 32, 2000, "bf16") for data in ("photos", "rooms")]
+
+
+PHASES = {"screen": screen, "compare": compare, "batches": batches, "prove": prove}

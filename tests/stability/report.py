@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import pyplot
@@ -30,6 +30,8 @@ def main() -> None:
             plot_kid(results, PLOTS / f"{phase}_kid.png")
             plot_verdicts(results, PLOTS / f"{phase}_logits.png")
     plot_jumps(PLOTS / "jump.png")
+    if evidence():
+        plot_evidence(PLOTS / "evidence.png")
     README.write_text(with_tables(README.read_text()))
 
 
@@ -37,7 +39,7 @@ def with_tables(text: str) -> str:
     """Return the page with the tables that belong to the results."""
     for phase in PHASES:
         text = put(text, phase, table(read(phase)))
-    return put(text, "jump", jump_table())
+    return put(put(text, "jump", jump_table()), "evidence", evidence_table())
 
 
 def put(text: str, name: str, content: str) -> str:
@@ -152,4 +154,63 @@ def plot_jumps(path: Path) -> None:
     panel.legend(fontsize=7)
     panel.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def evidence() -> dict[str, list[dict[str, float]]]:
+    """Return the rows of `evidence.jsonl` by what was trained."""
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    path = FOLDER / "evidence.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        found[row.pop("name")].append(row)
+    return found
+
+
+def evidence_table() -> str:
+    """Return a row per contender: what it had learned at equal images and at equal time."""
+    contenders = evidence()
+    if not contenders:
+        return ""
+    common = min(rows[-1]["images"] for rows in contenders.values())
+    lines = [f"| trained | images | minutes | 1000 KID at the end | at {common:,.0f} images |", "|---|---|---|---|---|"]
+    for name, rows in contenders.items():
+        at_common = min(rows, key=lambda row: abs(row["images"] - common))
+        lines.append(
+            f"| {name} | {rows[-1]['images']:,} | {rows[-1]['seconds'] / 60:.0f} | {1000 * rows[-1]['kid']:.0f} | "
+            f"{1000 * at_common['kid']:.0f} (at {at_common['images']:,}) |"
+        )
+    return "".join(line + "\n" for line in lines)
+
+
+def plot_evidence(path: Path) -> None:
+    """Plot KID over images and over minutes of training."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for name, rows in evidence().items():
+        kid = [row["kid"] for row in rows]
+        panels[0].plot([row["images"] for row in rows], kid, "-o", ms=3, label=name)
+        panels[1].plot([row["seconds"] / 60 for row in rows], kid, "-o", ms=3, label=name)
+    panels[0].set(xlabel="images", ylabel="KID (EfficientNet-Lite0)")
+    panels[1].set(xlabel="minutes of training")
+    panels[0].legend(fontsize=8)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def show_grids(grids: Mapping[str, Path], path: Path) -> None:
+    """Put grids of generated images side by side, each under its name."""
+    columns = min(4, len(grids))
+    lines = -(-len(grids) // columns)
+    figure, panels = pyplot.subplots(
+        lines, columns, squeeze=False, figsize=(3 * columns, 3.2 * lines), layout="constrained"
+    )
+    for panel in panels.flat:
+        panel.axis("off")
+    for panel, (name, grid) in zip(panels.flat, grids.items(), strict=False):
+        panel.imshow(pyplot.imread(grid))
+        panel.set_title(name, fontsize=8)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=130, pil_kwargs={"quality": 85})
     pyplot.close(figure)

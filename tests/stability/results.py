@@ -47,19 +47,28 @@ class Result:
         return [collapse for row in self.rows() if (collapse := watchdog.observe([row])) is not None]
 
 
-def gather(phase: str, work: Path) -> int:
-    """Write the results of the finished trials of a phase; return how many there are."""
+def gather(phase: str, work: Path) -> dict[str, Path]:
+    """Write the results of the finished trials of a phase; return their last grids by what each is."""
     finished = [trial for trial in PHASES[phase]() if (work / trial.name / "done").exists()]
     FOLDER.mkdir(exist_ok=True)
     lines = [json.dumps({"trial": trial._asdict()} | _columns(work / trial.name)) for trial in finished]
     (FOLDER / f"{phase}.jsonl").write_text("".join(line + "\n" for line in lines))
-    return len(finished)
+    return {
+        f"{trial.recipe}\n{trial.data}, seed {trial.seed}, batch {trial.batch}": max(
+            (work / trial.name).glob("step-*.png")
+        )
+        for trial in finished
+    }
 
 
-def gather_evidence(folder: Path) -> None:
-    """Write the results of the finished runs of the evidence."""
-    lines = [path.read_text() for path in sorted(folder.glob("*.jsonl"))]
-    (FOLDER / "evidence.jsonl").write_text("".join(lines))
+def gather_evidence(folder: Path) -> dict[str, Path]:
+    """Write the results of the finished runs of the evidence; return their last grids by what each is."""
+    finished = sorted(folder.glob("*.jsonl"))
+    (FOLDER / "evidence.jsonl").write_text("".join(path.read_text() for path in finished))
+    return {
+        json.loads(path.read_text().splitlines()[-1])["name"]: max(folder.glob(f"{path.stem}_*.png"))
+        for path in finished
+    }
 
 
 def read(phase: str) -> list[Result]:

@@ -25,7 +25,9 @@ Row = dict[str, float]
 
 def study_step(state: TrainState, recipe: Recipe, real: Tensor, per_layer: bool) -> Row:
     """Take one step on `real` and return what happened in it; `per_layer` adds norms and ratios of each layer."""
-    fake = state.generator(draw_latents(state.config, "z", state.step, state.slots, state.world.device))
+    z = draw_latents(state.config, "z", state.step, state.slots, state.world.device).to(state.dtype)
+    with state.autocast():
+        fake = state.generator(z)
     row: Row = {"diversity/real": float(diversity(real)), "diversity/fake": float(diversity(fake))}
     if not recipe.alternate or state.step % 2 == 0:
         row |= discriminator_turn(state, recipe, real, fake.detach(), per_layer)
@@ -40,10 +42,12 @@ def study_step(state: TrainState, recipe: Recipe, real: Tensor, per_layer: bool)
 def discriminator_turn(state: TrainState, recipe: Recipe, real: Tensor, fake: Tensor, per_layer: bool) -> Row:
     """Update D."""
     state.optimizer_d.zero_grad(set_to_none=True)
-    logits_real = state.discriminator(_with_noise(state, recipe, real, "noise on real"))
+    with state.autocast():
+        logits_real = state.discriminator(_with_noise(state, recipe, real, "noise on real"))
     loss_real = LOSSES_D_REAL[recipe.loss](logits_real)
     (loss_real + _gradient_penalty(state, recipe, real)).backward()
-    logits_fake = state.discriminator(_with_noise(state, recipe, fake, "noise on fake"))
+    with state.autocast():
+        logits_fake = state.discriminator(_with_noise(state, recipe, fake, "noise on fake"))
     loss_fake = LOSSES_D_FAKE[recipe.loss](logits_fake)
     loss_fake.backward()
     row = {
@@ -61,7 +65,8 @@ def generator_turn(state: TrainState, recipe: Recipe, fake: Tensor, per_layer: b
     """Update G."""
     state.optimizer_g.zero_grad(set_to_none=True)
     state.discriminator.requires_grad_(False)
-    logits_fake = state.discriminator(_with_noise(state, recipe, fake, "noise under G"))
+    with state.autocast():
+        logits_fake = state.discriminator(_with_noise(state, recipe, fake, "noise under G"))
     state.discriminator.requires_grad_(True)
     loss = LOSSES_G[recipe.loss](logits_fake)
     loss.backward()
@@ -123,7 +128,7 @@ def _with_noise(state: TrainState, recipe: Recipe, images: Tensor, stream: str) 
     count, channels, height, width = images.shape
     key = stream_seed(state.config.seed, stream, state.step)
     noise = normal(key, state.slots, channels * height * width)
-    return images + noise.view(count, height, width, channels).permute(0, 3, 1, 2) * sigma
+    return images + noise.view(count, height, width, channels).permute(0, 3, 1, 2).to(state.dtype) * sigma
 
 
 def _update(optimizer: torch.optim.Adam, network: nn.Module, suffix: str, per_layer: bool) -> Row:

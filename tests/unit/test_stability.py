@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,8 +23,8 @@ TRIAL = Trial("", "photos", seed=3, batch=8, steps=3)
 SMALL = {name: replace(recipe, width=8) for name, recipe in RECIPES.items()}
 
 
-def train(recipe: Recipe, study: bool) -> dict[str, torch.Tensor]:
-    config = configuration(recipe, TRIAL, Path("unused"))
+def train(recipe: Recipe, study: bool, trial: Trial = TRIAL) -> dict[str, torch.Tensor]:
+    config = configuration(recipe, trial, Path("unused"))
     with process_group(60, "cpu") as world:
         state = TrainState(config, make_plan(config, 1, 100), world, 64)
         if study:
@@ -46,8 +46,10 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", ["plain", "logits", "noise 0.3", "rate 1e-4"])
-def test_the_study_computes_what_the_product_computes(name: str) -> None:
-    assert distance(train(SMALL[name], study=True), train(SMALL[name], study=False)) <= 1e-6
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_study_computes_what_the_product_computes(name: str, precision: Literal["fp32", "bf16"]) -> None:
+    trial = TRIAL._replace(precision=precision)
+    assert distance(train(SMALL[name], True, trial), train(SMALL[name], False, trial)) <= 1e-6
 
 
 CHANGING = [name for name in SMALL if name not in ("plain", "plain, width 64", "logits")]
