@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -13,11 +13,14 @@ from pydantic_settings import CliPositionalArg
 from shards.command_line import Options, build, nearest, parse_flags, run
 from shards.convert import convert
 from shards.demo import write_demo
+from shards.entries import Selection, read_keys
 from shards.errors import UserError
 from shards.manifest import Manifest
+from shards.merge import merge
 from shards.preview import preview
 from shards.progress import Progress
-from shards.sources import LmdbSource
+from shards.reports import Part
+from shards.sources import open_source
 from shards.verify import verify
 
 PROG = "python -m shards"
@@ -37,20 +40,39 @@ class DemoOptions(Options):
 
 
 class ConvertOptions(Options):
-    """Turn an LMDB of images into WebDataset shards: centre crop, resize, one manifest."""
+    """Turn images into WebDataset shards: centre crop, resize, one manifest.
 
-    source: CliPositionalArg[Path]
-    """Folder of the LMDB, as unzipped from LSUN's archive."""
+    Killed at any moment, the same command goes on."""
+
+    sources: CliPositionalArg[list[Path]] = Field(min_length=1)
+    """What to convert: LMDBs as LSUN publishes them, folders of images, tars or folders of tars."""
     out: Path
     """Folder to write the data set to, new or empty."""
     image_size: int = Field(64, ge=8, le=1024)
     """Pixels a side."""
     samples_per_shard: int = Field(4096, ge=1)
     """Source entries that go into one shard."""
+    fast: bool = False
+    """Decode JPEGs at the reduced scale that leaves the filter twice the size: twice as fast, not the same pixels."""
+    max_images: int | None = Field(None, ge=1)
+    """Take only the first so many entries."""
+    exclude: Path | None = None
+    """File of keys to leave out, one a line."""
+    damaged: Literal["skip", "fail"] = "skip"
+    """What to do with an image that cannot be decoded: list it in rejected.jsonl, or end there."""
+    max_rejected: float = Field(0.001, ge=0, le=1)
+    """Fraction of the entries that may be skipped before the conversion fails."""
     workers: int = Field(0, ge=0, le=1024)
     """Worker processes; 0 means one for each available core. The bytes written do not depend on it."""
-    max_rejected: float = Field(0.001, ge=0, le=1)
-    """Fraction of the source's entries that may be unusable before the conversion fails."""
+    part: str = Field("1/1", pattern=r"^[1-9]\d{0,4}/[1-9]\d{0,4}$")
+    """Convert only part I of N (I/N), as one task of a job array; `merge` completes the data set after the last."""
+
+
+class MergeOptions(Options):
+    """Complete a data set whose parts have all been converted."""
+
+    directory: CliPositionalArg[Path]
+    """Folder that the parts were written to."""
 
 
 class VerifyOptions(Options):
@@ -82,9 +104,33 @@ def demo_command(options: DemoOptions) -> None:
 
 def convert_command(options: ConvertOptions) -> None:
     """Convert, and say what came of it."""
-    with LmdbSource(options.source) as source:
-        manifest = convert(source, **options.model_dump(exclude={"source"}))
-    print(f"{_size(manifest)}, {manifest.rejected:,} rejected, at {options.out}, digest {manifest.digest()}")
+    number, of = map(int, options.part.split("/"))
+    if number > of:
+        raise UserError(f"--part {options.part}: the first number counts from 1 to the second")
+    sources = [open_source(path) for path in options.sources]
+    manifest = convert(
+        sources,
+        options.out,
+        image_size=options.image_size,
+        samples_per_shard=options.samples_per_shard,
+        fast=options.fast,
+        selection=Selection(read_keys(options.exclude) if options.exclude else frozenset(), options.max_images),
+        max_rejected=options.max_rejected if options.damaged == "skip" else 0.0,
+        workers=options.workers,
+        part=Part(number, of),
+    )
+    ignored = sum(getattr(source, "ignored", 0) for source in sources)
+    if ignored:
+        print(f"{ignored:,} files without the extension of an image were left out")
+    if manifest is None:
+        print(f"part {options.part} at {options.out}; after the last: {PROG} merge {options.out}")
+    else:
+        print(_converted(manifest, options.out))
+
+
+def merge_command(options: MergeOptions) -> None:
+    """Merge, and say what came of it."""
+    print(_converted(merge(options.directory), options.directory))
 
 
 def verify_command(options: VerifyOptions) -> None:
@@ -114,6 +160,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command(DemoOptions, demo_command),
     "convert": Command(ConvertOptions, convert_command),
+    "merge": Command(MergeOptions, merge_command),
     "verify": Command(VerifyOptions, verify_command),
     "preview": Command(PreviewOptions, preview_command),
 }
@@ -129,6 +176,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unknown command {word}{nearest(word, COMMANDS)} (--help lists them all)")
     command = COMMANDS[word]
     command.function(build(command.options, parse_flags(command.options, argv[1:], f"{PROG} {word}")))
+
+
+def _converted(manifest: Manifest, out: Path) -> str:
+    excluded = f", {manifest.excluded:,} excluded" if manifest.excluded else ""
+    return f"{_size(manifest)}, {manifest.rejected:,} rejected{excluded}, at {out}, digest {manifest.digest()}"
 
 
 def _size(manifest: Manifest) -> str:

@@ -1,4 +1,4 @@
-"""The folder that a conversion fills: held by one at a time, and never at the cost of other files."""
+"""The folder that a conversion fills: never at the cost of other files, and never by two at the same shard."""
 
 from __future__ import annotations
 
@@ -7,70 +7,89 @@ import fcntl
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from shards.errors import UserError
-from shards.files import sync_directory
 from shards.manifest import MANIFEST_NAME
+from shards.reports import FOLDER_NAME, Part
 from shards.writer import KEYS_NAME, REJECTED_NAME
 
-MARKER_NAME = "unfinished-conversion"
-"""Stands in the folder from a conversion's start to its end, and marks what it left there as its own."""
-
-_OURS = re.compile(rf"(shard-\d{{6,}}\.tar|{KEYS_NAME}|{REJECTED_NAME}|{MANIFEST_NAME}\.tmp)(\.tmp)?")
+_OURS = re.compile(rf"(shard-\d{{6,}}\.tar|{KEYS_NAME}|{REJECTED_NAME}|{MANIFEST_NAME})(\.tmp)?")
+_LOCK_NAME = "lock"
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What a network file system answers that has no locks, as Lustre without its flock option."""
 
 
 @contextmanager
-def claim(out: Path, required_bytes: int) -> Iterator[None]:
-    """Hold the folder `out` for a conversion while the block runs, without what an unfinished one left there.
+def claim(out: Path, part: Part, required_bytes: int = 0) -> Iterator[None]:
+    """Hold the folder `out` for a part of a conversion while the block runs.
 
-    Where the block raises, its files stay under the marker, for the next conversion to replace. Raises
-    UserError, before anything on the disk changes, where `out` holds a data set or files of others, where
-    another conversion is writing there, or where its disk has no room for `required_bytes`.
+    What the block writes stays, for a later conversion to take over or replace. Raises UserError, before
+    anything on the disk changes, where `out` holds files of others or its disk has no room for
+    `required_bytes`; and where another conversion is at this part, or at parts of another count.
     """
-    leftovers = _leftovers(out)
-    _check_room(out, required_bytes - sum(path.stat().st_size for path in leftovers))
-    out.mkdir(parents=True, exist_ok=True)
-    marker = out / MARKER_NAME
-    with marker.open("a") as lock:
-        _lock(lock, out)
-        for path in _leftovers(out):  # again: another may have ended before the lock was ours
-            path.unlink()
+    ours = _ours(out)
+    _check_room(out, required_bytes - sum(path.stat().st_size for path in ours))
+    (out / FOLDER_NAME).mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        lock = stack.enter_context((out / FOLDER_NAME / _LOCK_NAME).open("a+"))
+        if part.of == 1:
+            _lock(lock, fcntl.LOCK_EX, out)
+            _write(lock, "1")
+        else:
+            _lock(lock, fcntl.LOCK_SH, out)
+            if _read(lock) != str(part.of):
+                _lock(lock, fcntl.LOCK_EX, out)
+                _write(lock, str(part.of))
+                _lock(lock, fcntl.LOCK_SH, out)
+            of_part = stack.enter_context((out / FOLDER_NAME / f"{part.name}.{_LOCK_NAME}").open("a"))
+            _lock(of_part, fcntl.LOCK_EX, out)
         yield
-        marker.unlink()
-        sync_directory(out)
 
 
-def _lock(file: IO[str], out: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another conversion is writing to {out}: wait, or give another --out") from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+@contextmanager
+def claim_whole(out: Path) -> Iterator[int]:
+    """Hold `out`, where all parts have been written, for their merge; yields the number of parts.
+
+    Raises UserError where no conversion is under way or some part still is.
+    """
+    path = out / FOLDER_NAME / _LOCK_NAME
+    if not path.is_file():
+        raise UserError(f"nothing to merge at {out}: run convert --part I/N for all parts first")
+    with path.open("a+") as lock:
+        _lock(lock, fcntl.LOCK_EX, out)
+        yield int(_read(lock) or 0)
 
 
-def _leftovers(out: Path) -> list[Path]:
+def clean_up(out: Path, shards: int) -> None:
+    """Remove what older conversions left in `out` beyond the first `shards` shards."""
+    for path in _ours(out):
+        match = re.fullmatch(r"shard-(\d{6,})\.tar", path.name)
+        if path.suffix == ".tmp" or (match and int(match[1]) >= shards):
+            path.unlink()
+
+
+def finish(out: Path) -> None:
+    """Remove the reports: the manifest says it all."""
+    shutil.rmtree(out / FOLDER_NAME, ignore_errors=True)
+
+
+def _ours(out: Path) -> list[Path]:
     """Return the files of an unfinished conversion in `out`; raises UserError where it holds others."""
     if not out.exists():
         return []
     if not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder that is new or empty")
-    paths = sorted(out.iterdir())
-    if out / MANIFEST_NAME in paths:
-        raise UserError(f"{out} already holds a data set: give another --out, or remove it first")
-    unfinished = out / MARKER_NAME in paths
-    leftovers = [path for path in paths if unfinished and _OURS.fullmatch(path.name)]
-    foreign = [path.name for path in paths if path not in leftovers and path.name != MARKER_NAME]
+    paths = sorted(path for path in out.iterdir() if path.name != FOLDER_NAME)
+    unfinished = (out / FOLDER_NAME).is_dir()
+    ours = [path for path in paths if unfinished and _OURS.fullmatch(path.name)]
+    foreign = [path.name for path in paths if path not in ours]
     if foreign:
         raise UserError(f"--out {out} is not empty (it holds {foreign[0]}): give a folder that is new or empty")
-    return leftovers
+    return ours
 
 
 def _check_room(out: Path, required_bytes: int) -> None:
@@ -78,3 +97,24 @@ def _check_room(out: Path, required_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < required_bytes:
         raise UserError(f"no room at {out}: the shards take {required_bytes:,} bytes, {free:,} are free")
+
+
+def _lock(file: IO[str], kind: int, out: Path) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another conversion is writing to {out}: wait, or give another --out") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _read(lock: IO[str]) -> str:
+    lock.seek(0)
+    return lock.read()
+
+
+def _write(lock: IO[str], content: str) -> None:
+    lock.truncate(0)
+    lock.write(content)
+    lock.flush()

@@ -35,10 +35,11 @@ class ImageError(Exception):
     """Bytes that do not become a picture. The message is the reason: one line, the same on every run."""
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, enough: int | None = None) -> Image.Image:
     """Return the picture in `data` as a viewer shows it: RGB, 8 bits, upright, an animation's first frame.
 
-    Transparency is laid over white; 16 bits keep their upper 8; colour profiles are not applied. Raises
+    Transparency is laid over white; 16 bits keep their upper 8; colour profiles are not applied. Where
+    `enough` pixels a side suffice, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which costs less. Raises
     ImageError where `data` is not one of FORMATS, is damaged, or has more than MAX_PIXELS pixels.
     """
     with warnings.catch_warnings():
@@ -47,6 +48,8 @@ def decode_image(data: bytes) -> Image.Image:
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"too large: {image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+            if enough is not None and image.format == "JPEG":
+                image.draft(None, (enough, enough))
             image.load()
             orientation = _orientation(image)
             image = _to_rgb(image)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,7 @@ from shards.errors import UserError
 from shards.files import publish
 
 FORMAT = "dist_dcgan-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ORDER_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
@@ -95,6 +95,17 @@ class ShardEntry(Options):
     """SHA-256 of the file, in hex."""
 
 
+class Origin(Options):
+    """One source of a data set."""
+
+    kind: Literal["lmdb", "folder", "tar"]
+    """What it is."""
+    name: str
+    """Name of its file or folder."""
+    entries: int = Field(ge=0)
+    """Entries taken from it, rejected ones included."""
+
+
 class Preparation(Options):
     """How the pixels were made from the source's images."""
 
@@ -102,6 +113,8 @@ class Preparation(Options):
     """Crop before resizing."""
     filter: str = "lanczos"
     """Resampling filter."""
+    decoding: Literal["full", "reduced"] = "full"
+    """Whether JPEGs were decoded in full, or by `--fast` at the reduced scale that leaves the filter twice the size."""
     decoder: str = ""
     """Library that decoded the images, with its version."""
 
@@ -119,12 +132,16 @@ class Manifest(Options):
     """Pixels a side."""
     samples_per_shard: int = Field(ge=1)
     """Source entries that went into each shard but the last; a shard holds fewer where some were rejected."""
-    source: Mapping[str, Any]
-    """What the images came from: kind, name, entries."""
+    sources: tuple[Origin, ...] = Field(min_length=1)
+    """What the images came from, in order."""
     preparation: Preparation = Preparation()
     """How the pixels were made."""
     rejected: int = Field(0, ge=0)
-    """Source entries left out; `rejected.jsonl` says which and why."""
+    """Source entries that are no usable images; `rejected.jsonl` says which and why."""
+    excluded: int = Field(0, ge=0)
+    """Source entries left out by request."""
+    lists: Mapping[Literal["keys.jsonl", "rejected.jsonl"], str] = {}
+    """SHA-256, in hex, of the lists beside the manifest."""
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
     """The shards in order."""
 

@@ -13,8 +13,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Counts images: a live bar on a terminal; elsewhere a plain line every ten seconds and at the end."""
 
-    def __init__(self, total: int, label: str) -> None:
-        self._total, self._label, self._done = total, label, 0
+    def __init__(self, total: int | None, label: str) -> None:
+        self._total, self._label, self._done, self._note = total, label, 0, ""
         self._start = self._last_line = time.monotonic()
         self._live = sys.stderr.isatty()
         # nrows: tqdm would hide the bar on a terminal that does not tell its height, as in some containers
@@ -39,9 +39,20 @@ class Progress:
         if not self._live and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._print_line()
 
+    def note(self, text: str) -> None:
+        """Show `text` beside the count from now on."""
+        self._note = text
+        self._bar.set_postfix_str(text, refresh=False)
+
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         meter = tqdm.format_meter(
-            self._done, self._total, self._last_line - self._start, ncols=0, prefix=self._label, unit="img"
+            self._done,
+            self._total,
+            self._last_line - self._start,
+            ncols=0,
+            prefix=self._label,
+            unit="img",
+            postfix=self._note or None,
         )
         print(meter, file=sys.stderr, flush=True)

@@ -1,115 +1,26 @@
-"""Where images come from: (key, bytes) entries of an LMDB, read run by run without listing all keys."""
+"""Which kind of source a path is."""
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import lmdb
-
+from shards.entries import Source
 from shards.errors import UserError
+from shards.folder_source import FolderSource
+from shards.lmdb_source import DATA_NAME, LmdbSource
+from shards.tar_source import TarSource
 
-_DATA = "data.mdb"
 
+def open_source(path: Path) -> Source:
+    """Return the source at `path`: an LMDB, a tar, a folder of tars, or a folder of images.
 
-class LmdbSource:
-    """An LMDB of encoded images as LSUN publishes them, opened when first read, in the process that reads.
-
-    It can be pickled: an environment survives neither a fork nor pickling (pytorch/vision#689), so that a
-    copy opens its own. Every method raises UserError where the LMDB is missing, damaged or of another kind.
+    Raises UserError, with the remedy, where it is none of them.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._environment: lmdb.Environment | None = None
-
-    def __reduce__(self) -> tuple[type[LmdbSource], tuple[Path]]:
-        return LmdbSource, (self.path,)
-
-    def __enter__(self) -> LmdbSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._environment is not None:
-            self._environment.close()
-            self._environment = None
-
-    def describe(self) -> dict[str, Any]:
-        """Return what the manifest says of the source: its kind, name and number of entries."""
-        return {"kind": "lmdb", "name": self.path.resolve().name, "entries": self.entries()}
-
-    def entries(self) -> int:
-        """Return the number of entries, at least 1."""
-        with _damage_is_user_error(self.path):
-            entries = self._open().stat()["entries"]
-        if not entries:
-            raise UserError(f"the LMDB {self.path} is empty: it has no entries to convert")
-        return entries
-
-    def starts(self, step: int) -> Iterator[bytes]:
-        """Yield the first key of every run of `step` entries, in key order, while the walk goes on.
-
-        Reads only the pages that hold keys: listing all of LSUN first takes hours (pytorch/vision#2544).
-        """
-        with _damage_is_user_error(self.path), self._open().begin() as transaction:
-            yield from islice(transaction.cursor().iternext(keys=True, values=False), 0, None, step)
-
-    def read(self, start: bytes, count: int) -> Iterator[tuple[bytes, bytes]]:
-        """Yield `count` (key, value) entries in key order from the key `start` on; fewer at the end."""
-        with _damage_is_user_error(self.path), self._open().begin() as transaction:
-            cursor = transaction.cursor()
-            if not cursor.set_range(start) or cursor.key() != start:
-                raise UserError(f"the LMDB {self.path} changed while it was read: key {start!r} is gone")
-            yield from islice(cursor.iternext(), count)
-
-    def _open(self) -> lmdb.Environment:
-        if self._environment is None:
-            _check_path(self.path)
-            # No lock: nobody writes a published data set, and it may lie on a read-only disk. No readahead:
-            # an LMDB filled in random order, as by SHA-1 keys, scatters its values, and reading 128 KiB
-            # around each of 14 KiB costs far more than larger reads save where values lie in order.
-            environment = lmdb.open(str(self.path), readonly=True, lock=False, create=False, readahead=False)
-            _check_length(self.path / _DATA, environment)
-            self._environment = environment
-        return self._environment
-
-
-@contextmanager
-def _damage_is_user_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except lmdb.InvalidError:
-        raise UserError(f"{path / _DATA} is not an LMDB, or its first page is damaged") from None
-    except lmdb.Error as error:
-        raise UserError(f"cannot read the LMDB {path}: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _check_path(path: Path) -> None:
-    """Raise UserError, with the remedy, where `path` is no folder that holds a data.mdb."""
     if not path.exists():
-        raise UserError(f"no LMDB at {path}: no such directory")
+        raise UserError(f"no source at {path}: no such file or directory")
     if path.is_file():
-        remedy = "unzip it first" if zipfile.is_zipfile(path) else f"give the folder that holds {_DATA}"
-        raise UserError(f"{path} is a file, not the folder of an LMDB: {remedy}")
-    if (path / _DATA).is_file():
-        return
-    below = sorted(found.parent for pattern in (f"*/{_DATA}", f"*/*/{_DATA}") for found in path.glob(pattern))
-    if below:
-        raise UserError(f"{path} holds no {_DATA}, but {' and '.join(map(str, below[:3]))} does: give that folder")
-    zips = sorted(path.glob("*_lmdb.zip"))
-    raise UserError(f"{path} is not the folder of an LMDB: no {_DATA} in it" + (f"; unzip {zips[0]}" if zips else ""))
-
-
-def _check_length(data: Path, environment: lmdb.Environment) -> None:
-    """Raise UserError where the file ends before its last page: reading that page would kill the process."""
-    expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    size = data.stat().st_size
-    if size < expected:
-        environment.close()
-        raise UserError(f"{data} has {size} bytes of {expected}: an incomplete copy, copy or unzip it again")
+        return TarSource(path) if path.suffix == ".tar" else LmdbSource(path)
+    if any(path.glob("*.tar")):
+        return TarSource(path)
+    holds_lmdb = any(any(path.glob(pattern)) for pattern in (DATA_NAME, f"*/{DATA_NAME}", "*_lmdb.zip"))
+    return LmdbSource(path) if holds_lmdb else FolderSource(path)

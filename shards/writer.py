@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from shards.errors import UserError
-from shards.files import atomic_file, sync_directory
+from shards.files import atomic_file, file_sha256, sync_directory
 from shards.manifest import TAR_BLOCK, TAR_END, Layout, ShardEntry
 
 KEYS_NAME = "keys.jsonl"
@@ -34,8 +33,8 @@ def tar_header(key: str, size: int) -> bytes:
 def write_shard(path: Path, layout: Layout, samples: Iterator[tuple[str, bytes]]) -> ShardEntry | None:
     """Write (member key, PPM file) `samples` as the shard `path`, atomically, and return its manifest entry.
 
-    Returns None, and writes nothing, where there are no samples. Raises UserError where two of them share a
-    key, and leaves no file behind where anything fails.
+    Returns None, and writes nothing, where there are no samples; leaves no file behind where anything fails.
+    No two samples share a key.
     """
     first = next(samples, None)
     if first is None:
@@ -44,9 +43,7 @@ def write_shard(path: Path, layout: Layout, samples: Iterator[tuple[str, bytes]]
     padding = bytes(layout.stride - TAR_BLOCK - layout.member_bytes)
     with atomic_file(path) as file:
         for key, ppm in chain([first], samples):
-            if key in keys:
-                raise UserError(f"{path.name}: two source entries are named {key}: rename one of them")
-            assert len(ppm) == layout.member_bytes, (key, len(ppm))
+            assert key not in keys and len(ppm) == layout.member_bytes, (key, len(ppm))
             keys.add(key)
             block = tar_header(key, len(ppm)) + ppm + padding
             sha256.update(block)
@@ -84,19 +81,23 @@ class JsonLines:
             finally:  # closing writes the rest, which a full disk refuses
                 self._temporary.unlink()
 
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Add one object."""
-        if self._file is None:
+    def extend(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Add some objects."""
+        if self._file is None and lines:
             self._file = self._temporary.open("w", encoding="ascii")
-        self._file.write(json.dumps(line) + "\n")
+        for line in lines:
+            assert self._file is not None
+            self._file.write(json.dumps(line) + "\n")
 
-    def publish(self) -> None:
-        """Make the file appear, whole and durable."""
+    def publish(self) -> str | None:
+        """Make the file appear, whole and durable, and return its SHA-256; without a line there is none."""
         if self._file is None:
-            return
+            self.path.unlink(missing_ok=True)
+            return None
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
         self._temporary.replace(self.path)
         sync_directory(self.path.parent)
+        return file_sha256(self.path)

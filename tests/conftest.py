@@ -8,7 +8,7 @@ import pytest
 
 from shards.convert import convert
 from shards.demo import write_demo
-from shards.sources import LmdbSource
+from shards.lmdb_source import LmdbSource
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

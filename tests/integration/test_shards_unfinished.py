@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from shards.destination import MARKER_NAME, claim
+from shards.destination import claim
 from shards.errors import UserError
 from shards.manifest import read_manifest
+from shards.reports import FOLDER_NAME, Part
 from tests.shards_fixtures import ROOT, contents, encoded, error_of, numbered, picture, run_shards, write_lmdb
 
 
@@ -72,7 +73,7 @@ def test_an_interrupt_ends_a_conversion_at_once_and_quietly(long_source: Path, t
     assert "Traceback" not in stderr and len(stderr.splitlines()) == 1  # how far it was
     wait_for(lambda: ended(process.pid))
     left = set(contents(out))
-    assert MARKER_NAME in left and "manifest.json" not in left
+    assert f"{FOLDER_NAME}/lock" in left and "manifest.json" not in left
     assert not any(name.endswith(".tmp") for name in left)
 
 
@@ -96,25 +97,16 @@ def test_workers_die_with_a_killed_parent_and_the_next_conversion_replaces_what_
 def test_two_conversions_into_one_folder_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "data"
     small = write_lmdb(tmp_path / "small", numbered(3))
-    with claim(out, required_bytes=0):
+    with claim(out, Part()):
         assert error_of(run_shards("convert", small, "--out", out)).startswith(
             f"another conversion is writing to {out}"
         )
 
 
-def test_a_claim_that_fails_keeps_the_marker_and_one_that_ends_removes_it(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), claim(tmp_path / "data", 0):
-        raise RuntimeError
-    assert sorted(contents(tmp_path / "data")) == [MARKER_NAME]
-    with claim(tmp_path / "data", 0):
-        pass
-    assert contents(tmp_path / "data") == {}
-
-
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"no room at .*: the shards take 1,000,000,000,000,000,000 bytes"),
-        claim(tmp_path / "data", 10**18),
+        claim(tmp_path / "data", Part(), 10**18),
     ):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -135,4 +127,4 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_no_half_file(tmp_path: Path
     process = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.splitlines()[1:] == [f"error: cannot write to {out}: File too large"]
-    assert sorted(contents(out)) == [MARKER_NAME]
+    assert sorted(contents(out)) == [f"{FOLDER_NAME}/lock"]

@@ -30,8 +30,8 @@ from dist_dcgan.metrics.quality import quality
 from shards.convert import convert
 from shards.demo import write_demo
 from shards.errors import UserError
+from shards.lmdb_source import LmdbSource
 from shards.manifest import read_manifest
-from shards.sources import LmdbSource
 from tests.distributed.test_metrics import mosaic_extractor, mosaics
 from tests.shards_fixtures import data_set, photographs
 
@@ -171,7 +171,7 @@ def ladder(efficientnet: Extractor, demo_shards: Path, tmp_path_factory: pytest.
     folder = tmp_path_factory.mktemp("ladder")
     has_photographs = bool(os.environ.get("DIST_DCGAN_PHOTOS"))
     source = photographs(folder) if has_photographs else write_demo(folder, images=180, seed=1, workers=1)
-    convert(LmdbSource(source), folder / "shards", workers=1)
+    convert([LmdbSource(source)], folder / "shards", workers=1)
     own = read_images(reader_of(folder / "shards"), np.random.default_rng(0).permutation(180))
     other = read_images(reader_of(demo_shards), np.arange(90))
     sets = {

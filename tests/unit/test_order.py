@@ -18,7 +18,13 @@ def manifest(counts: list[int], order_version: int = 1) -> Manifest:
         ShardEntry(name=shard_name(i), samples=count, bytes=layout.shard_bytes(count), sha256="0" * 64)
         for i, count in enumerate(counts)
     )
-    return Manifest(image_size=64, samples_per_shard=1, source={}, shards=shards, order_version=order_version)
+    return Manifest(
+        image_size=64,
+        samples_per_shard=1,
+        sources=[{"kind": "lmdb", "name": "source", "entries": 1}],
+        shards=shards,
+        order_version=order_version,
+    )
 
 
 @settings(max_examples=60, deadline=None)

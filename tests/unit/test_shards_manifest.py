@@ -31,7 +31,7 @@ def manifest_of(*samples: int, **changes: Any) -> Manifest:
     values = {
         "image_size": 64,
         "samples_per_shard": 10,
-        "source": {"kind": "lmdb", "entries": 14},
+        "sources": [{"kind": "lmdb", "name": "bedroom", "entries": 14}],
         "shards": shards,
     }
     return Manifest(**(values | changes))
@@ -74,27 +74,30 @@ def test_a_manifest_reads_back_equal_with_the_same_digest(tmp_path: Path) -> Non
 
 def test_the_digest_is_pinned() -> None:
     # A change here makes every existing data set another one: raise FORMAT_VERSION with it.
-    assert manifest_of(10, 4).digest() == "8efa8cb9c4f1e5768b28a5995523c651f1758e8201a3cfac08c92c770290147f"
+    assert manifest_of(10, 4).digest() == "c9242d5669314fa3d2f0baf9c9ccc473809528c99218c0913cd122f09f35b6cf"
 
 
 def test_the_digest_depends_on_every_field() -> None:
     changes: list[dict[str, Any]] = [
         {"samples_per_shard": 11},
-        {"source": {"kind": "lmdb", "entries": 15}},
+        {"sources": [{"kind": "lmdb", "name": "bedroom", "entries": 15}]},
+        {"sources": [{"kind": "folder", "name": "bedroom", "entries": 14}]},
+        {"excluded": 1},
+        {"lists": {"keys.jsonl": "0" * 64}},
         {"rejected": 1},
         {"order_version": 2},
         {"preparation": {"decoder": "other"}},
     ]
     digests = {manifest_of(10, 4).digest(), manifest_of(4, 10).digest(), manifest_of(10).digest()}
     digests |= {manifest_of(10, 4, **change).digest() for change in changes}
-    assert len(digests) == 8
+    assert len(digests) == 11
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "version 2; this version reads .* version 1: convert again"),
-        ({"format": "other"}, "is 'other' version 1"),
+        ({"format_version": 1}, "version 1; this version reads .* version 2: convert again"),
+        ({"format": "other"}, "is 'other' version 2"),
         ({"digest": "0" * 64}, "its digest does not match"),
         ({"digest": None}, "its digest does not match"),
         ({"samples": 15}, "its digest does not match"),
@@ -103,7 +106,7 @@ def test_the_digest_depends_on_every_field() -> None:
         ({"image_size": 4}, "image_size: input should be greater than or equal to 8, got 4"),
         ({"image_size": 32}, "shard-000000.tar says 134144 bytes, but 10 samples of 32 pixels make 41984"),
         ({"shards": []}, "shards: .* at least 1 item"),
-        ({"source": None}, "source: "),
+        ({"sources": None}, "sources: "),
     ],
 )
 def test_a_changed_manifest_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import lmdb
 import pytest
 
+from shards.entries import Selection, Source, Walk
 from shards.errors import UserError
-from shards.sources import LmdbSource
+from shards.lmdb_source import LmdbSource
 from tests.shards_fixtures import contents, write_lmdb
 
 ENTRIES = {b"%03d" % i: bytes([i % 256]) * (i * 37) for i in range(1, 101)}
@@ -22,29 +23,32 @@ def entries_of(path: Path) -> int:
         return source.entries()
 
 
-@pytest.mark.parametrize("step", [1, 7, 50, 99, 100, 101, 4096])
-def test_runs_together_give_every_entry_once_in_key_order(tmp_path: Path, step: int) -> None:
+def all_of(source: Source) -> list[tuple[bytes, bytes]]:
+    return [(key, source.read(key, place)) for key, place in source.walk()]
+
+
+@pytest.mark.parametrize("length", [1, 7, 50, 99, 100, 101, 4096])
+def test_runs_together_give_every_entry_once_in_key_order(tmp_path: Path, length: int) -> None:
     with LmdbSource(write_lmdb(tmp_path / "source", ENTRIES)) as source:
-        starts = list(source.starts(step))
-        read = [list(source.read(start, step)) for start in starts]
-    assert len(starts) == -(-100 // step)
-    assert [entry for run in read for entry in run] == sorted(ENTRIES.items())
-    assert {len(run) for run in read[:-1]} <= {step}
+        runs = list(Walk([source], Selection()).runs(length))
+        read = [(entry.key, source.read(entry.key)) for run in runs for entry in run]
+    assert read == sorted(ENTRIES.items())
+    assert {len(run) for run in runs[:-1]} <= {length} and len(runs) == -(-100 // length)
 
 
 def test_arbitrary_keys_and_empty_values_come_back(tmp_path: Path) -> None:
     rng = random.Random(0)
     entries = {rng.randbytes(rng.randint(1, 511)): rng.randbytes(rng.choice([0, 1, 5000])) for _ in range(60)}
     with LmdbSource(write_lmdb(tmp_path / "source", entries)) as source:
-        assert [e for start in source.starts(9) for e in source.read(start, 9)] == sorted(entries.items())
+        assert all_of(source) == sorted(entries.items())
 
 
-def test_runs_are_read_while_the_walk_goes_on(tmp_path: Path) -> None:
+def test_entries_are_read_while_the_walk_goes_on(tmp_path: Path) -> None:
     with LmdbSource(write_lmdb(tmp_path / "source", ENTRIES)) as source:
-        walk = source.starts(10)
-        first = next(walk)
-        assert len(list(source.read(first, 10))) == 10
-        assert len(list(walk)) == 9
+        walk = source.walk()
+        key, _ = next(walk)
+        assert source.read(key) == ENTRIES[key]
+        assert len(list(walk)) == 99
 
 
 def test_a_pickled_source_opens_its_own_environment(tmp_path: Path) -> None:
@@ -65,7 +69,7 @@ def test_reading_changes_nothing_on_the_disk(tmp_path: Path) -> None:
 
 def test_describe_names_the_folder_without_its_place(tmp_path: Path) -> None:
     with LmdbSource(write_lmdb(tmp_path / "source", ENTRIES)) as source:
-        assert source.describe() == {"kind": "lmdb", "name": "source", "entries": 100}
+        assert source.describe() == {"kind": "lmdb", "name": "source"}
 
 
 def test_a_key_that_is_gone_is_an_error(tmp_path: Path) -> None:
@@ -73,7 +77,7 @@ def test_a_key_that_is_gone_is_an_error(tmp_path: Path) -> None:
         LmdbSource(write_lmdb(tmp_path / "source", ENTRIES)) as source,
         pytest.raises(UserError, match="changed"),
     ):
-        list(source.read(b"0505", 1))
+        source.read(b"0505")
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

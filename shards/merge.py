@@ -1,0 +1,147 @@
+"""From the shards and reports that a conversion's parts have left to the data set's manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shards.destination import claim_whole, clean_up, finish
+from shards.errors import UserError
+from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, write_manifest
+from shards.reports import Part, PartRecord, Reports, ShardReport, chain_of
+from shards.writer import KEYS_NAME, REJECTED_NAME, JsonLines
+
+_REASONS_SHOWN = 3
+
+
+class Rejects:
+    """Counts rejected entries against what is allowed: the fraction `allowed` of `entries`, where that is known."""
+
+    def __init__(self, entries: int | None, allowed: float) -> None:
+        self.entries, self.allowed = entries, allowed
+        self.count = 0
+        self._first: list[str] = []
+
+    def check(self, report: ShardReport) -> None:
+        """Count a run's rejects; raises UserError, naming the first, for too many."""
+        self.count += len(report.rejected)
+        for line in report.rejected[: _REASONS_SHOWN - len(self._first)]:
+            self._first.append(f"{line.get('key', line.get('key_hex'))}: {line['reason']}")
+        if self.allowed == 0 and self.count:
+            raise UserError(
+                f"a source entry is unusable, and none may be with --damaged fail or --max-rejected 0 ({self.first})"
+            )
+        if self.entries is not None and self.count > self.allowed * self.entries:
+            raise UserError(
+                f"{self.count} of {self.entries} source entries are unusable, more than --max-rejected "
+                f"{self.allowed} allows ({self.first})"
+            )
+
+    @property
+    def first(self) -> str:
+        """The first few, with their reasons."""
+        return "; ".join(self._first)
+
+
+def existing(out: Path, expected: Mapping[str, Any]) -> Manifest | None:
+    """Return the manifest of the data set that is complete at `out`, None where there is none.
+
+    Ends what a conversion had left to do that was killed after writing its manifest. Raises UserError where the
+    data set was made from other sources or otherwise.
+    """
+    if not (out / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(out)
+    finish(out)
+    found = {
+        "image_size": manifest.image_size,
+        "samples_per_shard": manifest.samples_per_shard,
+        "preparation": manifest.preparation,
+        "names": [{"kind": origin.kind, "name": origin.name} for origin in manifest.sources],
+    }
+    if found != expected:
+        raise UserError(f"{out} already holds another data set: give another --out, or remove it first")
+    return manifest
+
+
+def merge(out: Path) -> Manifest:
+    """Complete the data set at `out` whose parts have all been converted; return its manifest.
+
+    Raises UserError where a part is missing, still being written or of another conversion, and where more
+    entries were rejected than allowed.
+    """
+    if (out / MANIFEST_NAME).is_file():
+        manifest = read_manifest(out)
+        finish(out)
+        return manifest
+    try:
+        with claim_whole(out) as parts:
+            return merge_claimed(out, parts)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
+
+
+def merge_claimed(out: Path, parts: int) -> Manifest:
+    """Do the same for a folder that is held."""
+    records = list(_records(out, parts))
+    record = records[0]
+    rejects = Rejects(sum(origin.entries for origin in record.sources), record.max_rejected)
+    shards: list[ShardEntry] = []
+    chains: list[list[str]] = [[] for _ in range(parts)]
+    with JsonLines(out / KEYS_NAME) as keys, JsonLines(out / REJECTED_NAME) as rejected:
+        for index in range(record.shards):
+            report = Reports(out).shard(index)
+            if report is None:
+                raise _missing(out, Part(index % parts + 1, parts))
+            chains[index % parts].append(report.identity)
+            rejects.check(report)
+            keys.extend(report.renamed)
+            rejected.extend(report.rejected)
+            if report.shard is not None:
+                shards.append(report.shard)
+            elif index < record.shards - 1 or not shards:
+                raise UserError(
+                    f"a run of {report.entries} source entries has no usable image ({rejects.first}): no shard may "
+                    "be empty, give more --samples-per-shard"
+                )
+        for index, (chain, own) in enumerate(zip(chains, records, strict=True), 1):
+            if chain_of(chain) != own.chain:
+                raise _missing(out, Part(index, parts))
+        lists = {keys.path.name: keys.publish(), rejected.path.name: rejected.publish()}
+    clean_up(out, len(shards))
+    manifest = Manifest(
+        image_size=record.image_size,
+        samples_per_shard=record.samples_per_shard,
+        sources=record.sources,
+        preparation=record.preparation,
+        rejected=rejects.count,
+        excluded=record.excluded,
+        lists={name: sha256 for name, sha256 in lists.items() if sha256 is not None},
+        shards=tuple(shards),
+    )
+    write_manifest(out, manifest)
+    finish(out)
+    return manifest
+
+
+def _records(out: Path, parts: int) -> Iterator[PartRecord]:
+    """Yield the records of all parts; raises UserError where one is missing or does not belong to the others."""
+    first: PartRecord | None = None
+    for index in range(1, parts + 1):
+        part = Part(index, parts)
+        record = Reports(out).part(part)
+        if record is None:
+            raise _missing(out, part)
+        first = first or record
+        if record.model_copy(update={"chain": first.chain}) != first:
+            raise UserError(
+                f"part {index}/{parts} at {out} was converted from other sources or otherwise: convert it again"
+            )
+        yield record
+
+
+def _missing(out: Path, part: Part) -> UserError:
+    return UserError(
+        f"part {part.number}/{part.of} at {out} is not complete: run convert --part {part.number}/{part.of} again"
+    )

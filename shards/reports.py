@@ -1,0 +1,128 @@
+"""What a conversion knows of the shards it has written: how it goes on where it was killed, and in parts.
+
+They lie in the folder `unfinished-conversion` of the data set until its manifest is written. A shard is taken
+over by a later run of the same command, or of another one, if its report bears the same identity: the hash of
+everything that decides its bytes but the pixels of the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import Field, ValidationError
+
+from shards.command_line import Options
+from shards.errors import UserError
+from shards.files import file_sha256, publish
+from shards.manifest import Origin, Preparation, ShardEntry
+
+FOLDER_NAME = "unfinished-conversion"
+
+Record = TypeVar("Record", bound=Options)
+
+
+class Part(NamedTuple):
+    """One of the equal parts that a conversion is cut into, counted from 1."""
+
+    number: int = 1
+    of: int = 1
+
+    @property
+    def name(self) -> str:
+        """Its name in file names."""
+        return f"part-{self.number}-of-{self.of}"
+
+    def has(self, shard: int) -> bool:
+        """Return whether a shard, counted from 0, belongs to it."""
+        return shard % self.of == self.number - 1
+
+
+class ShardReport(Options):
+    """What came of a run of entries."""
+
+    identity: str
+    """Hash of what decides the shard's bytes."""
+    entries: int
+    """Entries of the run."""
+    shard: ShardEntry | None
+    """None where all of them were rejected."""
+    renamed: tuple[dict[str, str], ...]
+    """Lines for `keys.jsonl`."""
+    rejected: tuple[dict[str, str], ...]
+    """Lines for `rejected.jsonl`."""
+
+
+class PartRecord(Options):
+    """What a finished part says to the merge. All parts of a conversion say the same, but for `chain`."""
+
+    image_size: int
+    samples_per_shard: int
+    sources: tuple[Origin, ...]
+    preparation: Preparation
+    max_rejected: float
+    excluded: int
+    shards: int = Field(ge=1)
+    """Shards of all parts together."""
+    chain: str
+    """Hash of the identities of this part's shards, in order."""
+
+
+@dataclass(frozen=True)
+class Reports:
+    """The reports of the data set in the folder `out`."""
+
+    out: Path
+
+    def write_shard(self, index: int, report: ShardReport) -> None:
+        """Write the report of a shard, counted from 0."""
+        self._write(f"shard-{index:06d}.json", report)
+
+    def write_part(self, part: Part, record: PartRecord) -> None:
+        """Write the record of a finished part."""
+        self._write(f"{part.name}.json", record)
+
+    def shard(self, index: int) -> ShardReport | None:
+        """Return the report of a shard, or None where there is no sound one."""
+        return self._read(f"shard-{index:06d}.json", ShardReport)
+
+    def part(self, part: Part) -> PartRecord | None:
+        """Return the record of a part, or None where there is no sound one."""
+        return self._read(f"{part.name}.json", PartRecord)
+
+    def finished(self, index: int, identity: str) -> ShardReport | None:
+        """Return the report of a shard that is done, whole and of that identity; None where it has to be written."""
+        report = self.shard(index)
+        if report is None or report.identity != identity:
+            return None
+        if report.shard is not None:
+            path = self.out / report.shard.name
+            if not path.is_file() or file_sha256(path) != report.shard.sha256:
+                return None
+        return report
+
+    def _write(self, name: str, record: Options) -> None:
+        publish(self.out / FOLDER_NAME / name, record.model_dump_json().encode())
+
+    def _read(self, name: str, kind: type[Record]) -> Record | None:
+        path = self.out / FOLDER_NAME / name
+        try:
+            return kind.model_validate_json(path.read_bytes()) if path.is_file() else None
+        except ValidationError:  # of another version, or damaged: the shard is written again
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def hash_of(values: Any) -> str:
+    """Return the SHA-256, in hex, of values that JSON knows, and bytes."""
+    return hashlib.sha256(json.dumps(values, default=lambda value: value.hex()).encode()).hexdigest()
+
+
+def chain_of(identities: Iterable[str]) -> str:
+    """Return one hash for many."""
+    return hash_of(list(identities))
