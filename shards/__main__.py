@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from shards.command_line import Options, build, nearest, parse_flags, run
-from shards.convert import convert
+from shards.convert import Settings, convert, convert_part
 from shards.demo import write_demo
 from shards.entries import Selection, read_keys
 from shards.errors import UserError
@@ -108,24 +108,21 @@ def convert_command(options: ConvertOptions) -> None:
     if number > of:
         raise UserError(f"--part {options.part}: the first number counts from 1 to the second")
     sources = [open_source(path) for path in options.sources]
-    manifest = convert(
-        sources,
-        options.out,
+    settings = Settings(
         image_size=options.image_size,
         samples_per_shard=options.samples_per_shard,
         fast=options.fast,
         selection=Selection(read_keys(options.exclude) if options.exclude else frozenset(), options.max_images),
         max_rejected=options.max_rejected if options.damaged == "skip" else 0.0,
-        workers=options.workers,
-        part=Part(number, of),
     )
+    if of == 1:
+        print(_converted(convert(sources, options.out, settings, options.workers), options.out))
+    else:
+        convert_part(sources, options.out, Part(number, of), settings, options.workers)
+        print(f"part {options.part} at {options.out}; after the last: {PROG} merge {options.out}")
     ignored = sum(getattr(source, "ignored", 0) for source in sources)
     if ignored:
         print(f"{ignored:,} files without the extension of an image were left out")
-    if manifest is None:
-        print(f"part {options.part} at {options.out}; after the last: {PROG} merge {options.out}")
-    else:
-        print(_converted(manifest, options.out))
 
 
 def merge_command(options: MergeOptions) -> None:

@@ -37,6 +37,11 @@ class Part(NamedTuple):
         """Its name in file names."""
         return f"part-{self.number}-of-{self.of}"
 
+    def entries_of(self, total: int, samples_per_shard: int) -> int:
+        """Return how many of `total` entries belong to it."""
+        starts = range((self.number - 1) * samples_per_shard, total, self.of * samples_per_shard)
+        return sum(min(samples_per_shard, total - start) for start in starts)
+
     def has(self, shard: int) -> bool:
         """Return whether a shard, counted from 0, belongs to it."""
         return shard % self.of == self.number - 1

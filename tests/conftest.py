@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.convert import convert
+from shards.convert import Settings, convert
 from shards.demo import write_demo
 from shards.lmdb_source import LmdbSource
 
@@ -32,5 +32,5 @@ def demo_lmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_shards(demo_lmdb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as shards of 10 samples, the last of 6."""
     out = tmp_path_factory.mktemp("shards") / "demo"
-    convert(LmdbSource(demo_lmdb), out, samples_per_shard=10, workers=1)
+    convert([LmdbSource(demo_lmdb)], out, Settings(samples_per_shard=10), workers=1)
     return out

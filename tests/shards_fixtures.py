@@ -17,7 +17,7 @@ import lmdb
 import numpy as np
 from PIL import Image
 
-from shards.convert import convert
+from shards.convert import Settings, convert
 from shards.demo import write_demo
 from shards.lmdb_source import LmdbSource
 from shards.manifest import Manifest, read_manifest
@@ -62,7 +62,7 @@ def _prototype(count: int, samples_per_shard: int) -> tempfile.TemporaryDirector
     folder = tempfile.TemporaryDirectory()
     with LmdbSource(write_lmdb(Path(folder.name) / "source", numbered(count))) as source:
         out = Path(folder.name) / "data"
-        convert([source], out, image_size=16, samples_per_shard=samples_per_shard, workers=1)
+        convert([source], out, Settings(image_size=16, samples_per_shard=samples_per_shard), workers=1)
     return folder
 
 

@@ -185,7 +185,7 @@ def seconds_between_steps(config: Config, world: World) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         lmdb = write_demo(Path(folder), images=10 * config.global_batch)
-        manifest = convert(LmdbSource(lmdb), Path(folder) / "shards", workers=1)
+        manifest = convert([LmdbSource(lmdb)], Path(folder) / "shards", workers=1)
         paths = {"data": {"path": Path(folder) / "shards"}, "run_dir": Path(folder) / "run", "max_steps": LOOP_STEPS}
         config = Config.model_validate(config.model_dump(exclude={"data", "run_dir", "max_steps"}) | paths)
         plan = make_plan(config, 1, manifest.samples)

@@ -1,0 +1,85 @@
+"""The task that turns one run of entries into one shard and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from shards.entries import Entry, Source
+from shards.images import ImageError, decode_image, prepare, to_ppm
+from shards.manifest import Layout, Preparation, member_key, shard_name
+from shards.reports import Reports, ShardReport, hash_of
+from shards.workers import Tick
+from shards.writer import describe_key, write_shard
+
+
+class Run(NamedTuple):
+    """The entries that make a shard, counted from 0."""
+
+    shard: int
+    entries: list[Entry]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """From where to where, and how."""
+
+    sources: tuple[Source, ...]
+    out: Path
+    layout: Layout
+    preparation: Preparation
+
+    def identity(self, run: Run) -> str:
+        """Return the hash of what decides the shard's bytes, but for the images themselves."""
+        names = [source.describe() for source in self.sources]
+        return hash_of([self.layout.image_size, self.preparation.model_dump(), names, run])
+
+    def __call__(self, run: Run, tick: Tick) -> ShardReport:
+        """Write the shard of `run` and its report, unless both are there."""
+        identity, reports = self.identity(run), Reports(self.out)
+        if (report := reports.finished(run.shard, identity)) is not None:
+            tick(report.entries)
+            return report
+        renamed, rejected = list[dict[str, str]](), list[dict[str, str]]()
+        samples = self._samples(run.entries, renamed, rejected, tick)
+        shard = write_shard(self.out / shard_name(run.shard), self.layout, samples)
+        report = ShardReport(
+            identity=identity,
+            entries=len(run.entries),
+            shard=shard,
+            renamed=tuple(renamed),
+            rejected=tuple(rejected),
+        )
+        reports.write_shard(run.shard, report)
+        return report
+
+    def _samples(
+        self, entries: list[Entry], renamed: list[dict[str, str]], rejected: list[dict[str, str]], tick: Tick
+    ) -> Iterator[tuple[str, bytes]]:
+        taken = set[str]()
+        for entry in entries:
+            key = self.key_of(entry)
+            member = member_key(key)
+            try:
+                if member in taken:
+                    raise ImageError(f"its name {member} is taken by an entry before it")
+                ppm = self._ppm(self.sources[entry.source].read(entry.key, entry.place))
+            except ImageError as error:
+                rejected.append(describe_key(key) | {"reason": str(error)})
+            else:
+                taken.add(member)
+                if member.encode() != key:
+                    renamed.append({"member": member} | describe_key(key))
+                yield member, ppm
+            tick(1)
+
+    def key_of(self, entry: Entry) -> bytes:
+        """Return the key of an entry: with several sources it begins with the number of its own, so that none meet."""
+        return b"%d_%s" % (entry.source, entry.key) if len(self.sources) > 1 else entry.key
+
+    def _ppm(self, data: bytes) -> bytes:
+        size = self.layout.image_size
+        enough = 2 * size if self.preparation.decoding == "reduced" else None
+        return to_ppm(prepare(decode_image(data, enough), size))
