@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -21,13 +22,28 @@ REJECTED_NAME = "rejected.jsonl"
 """The key of every source entry that was left out, with the reason."""
 
 
+_NAME_BYTES = 100
+_CHECKSUM = slice(148, 156)
+
+
 def tar_header(key: str, size: int) -> bytes:
     """Return the USTAR header of the member `key`.ppm of `size` bytes: one block, without time and owner."""
-    member = tarfile.TarInfo(f"{key}.ppm")  # mode 0644; time, user and group 0; no user and group name
+    nameless, total = _nameless_header(size)
+    name = key.encode("ascii") + b".ppm"
+    assert len(name) <= _NAME_BYTES, key
+    checksum = b"%06o\0 " % (total + sum(name))
+    rest = nameless[_NAME_BYTES : _CHECKSUM.start], nameless[_CHECKSUM.stop :]
+    return name.ljust(_NAME_BYTES, b"\0") + rest[0] + checksum + rest[1]
+
+
+@functools.cache
+def _nameless_header(size: int) -> tuple[bytes, int]:
+    """Return the header of a member without a name, and the sum of its bytes with spaces for the checksum."""
+    member = tarfile.TarInfo()  # mode 0644; time, user and group 0; no user and group name
     member.size = size
     header = member.tobuf(tarfile.USTAR_FORMAT)
-    assert len(header) == TAR_BLOCK, key
-    return header
+    assert len(header) == TAR_BLOCK
+    return header, sum(header) - sum(header[_CHECKSUM]) + 8 * ord(" ")
 
 
 def write_shard(path: Path, layout: Layout, samples: Iterator[tuple[str, bytes]]) -> ShardEntry | None:

@@ -197,3 +197,10 @@ def test_json_lines_that_are_not_published_leave_nothing(tmp_path: Path) -> None
         lines.extend([{"key": "a"}])
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["a", "k" * 90, "0123456789abcdef" * 2, "A-Z_z"])
+def test_headers_are_those_of_tarfile(key: str) -> None:
+    member = tarfile.TarInfo(f"{key}.ppm")
+    member.size = 12301
+    assert tar_header(key, 12301) == member.tobuf(tarfile.USTAR_FORMAT)

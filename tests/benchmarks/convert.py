@@ -1,0 +1,135 @@
+"""Times the conversion against a plain loop, and watches its memory.
+
+    python -m tests.benchmarks.convert LMDB [--rounds 3] [--json FILE]
+
+The plain loop is what most scripts do in one process: read the value, decode it in full, crop, resize by Lanczos; it
+writes nothing. The conversion is the whole command: start, walk, decode, tar, SHA-256, fsync, manifest. All in one run,
+taking turns, so that the ratios hold on a noisy machine; ratios per core are of the conversion with one worker.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+from shards.command_line import Options, build, parse_flags, run
+from shards.images import decode_image, prepare
+from shards.lmdb_source import LmdbSource
+from shards.manifest import read_manifest
+from shards.reader import locate, read_sample
+
+SIZE = 64
+COMPARED = 500
+SHARDS = ("--samples-per-shard", "500")
+
+
+class Benchmark(Options):
+    """Time the conversion."""
+
+    source: CliPositionalArg[Path]
+    """LMDB to convert, with thousands of images."""
+    rounds: int = Field(3, ge=1)
+    """Rounds in which all variants take a turn."""
+    json_: Path | None = Field(None, alias="json")
+    """File for the figures, by name."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and print."""
+    options = build(Benchmark, parse_flags(Benchmark, argv, "python -m tests.benchmarks.convert"))
+    with tempfile.TemporaryDirectory() as folder:
+        variants: dict[str, Callable[[], int]] = {
+            "plain loop": lambda: plain_loop(options.source),
+            "exact, 1 worker": lambda: command(options.source, Path(folder) / "exact", "--workers", "1"),
+            "exact, 2 workers": lambda: command(options.source, Path(folder) / "exact 2", "--workers", "2"),
+            "fast, 1 worker": lambda: command(options.source, Path(folder) / "fast", "--workers", "1", "--fast"),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        memory = dict.fromkeys(variants, 0)
+        for _ in range(options.rounds):
+            for name, variant in variants.items():
+                started = time.perf_counter()
+                memory[name] = max(memory[name], variant())
+                seconds[name].append(time.perf_counter() - started)
+        images = read_manifest(Path(folder) / "exact").samples
+        figures = report(images, {name: statistics.median(times) for name, times in seconds.items()})
+        figures["peak anonymous memory, 2 workers, MiB"] = memory["exact, 2 workers"] / 2**20
+        figures["mean difference of fast to exact, grey levels"] = difference(
+            Path(folder) / "exact", Path(folder) / "fast"
+        )
+    for name, value in figures.items():
+        print(f"{name:48} {value:10.2f}")
+    if options.json_ is not None:
+        options.json_.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def report(images: int, medians: dict[str, float]) -> dict[str, float]:
+    """Return rates and ratios by name."""
+    figures = {f"{name}, images/s": images / seconds for name, seconds in medians.items()}
+    plain, exact = medians["plain loop"], medians["exact, 1 worker"]
+    figures["exact to plain loop, 1 worker"] = plain / exact
+    figures["fast to plain loop, 1 worker"] = plain / medians["fast, 1 worker"]
+    figures["2 workers to 1, exact"] = exact / medians["exact, 2 workers"]
+    return figures
+
+
+def plain_loop(path: Path) -> int:
+    """Decode, crop and resize every image of the LMDB."""
+    with LmdbSource(path) as source:
+        for key, _ in source.walk():
+            np.asarray(prepare(decode_image(source.read(key)), SIZE))
+    return 0
+
+
+def command(source: Path, out: Path, *options: str) -> int:
+    """Run the command, and return the most anonymous memory in bytes that its processes had together."""
+    shutil.rmtree(out, ignore_errors=True)
+    words = [sys.executable, "-m", "shards", "convert", str(source), "--out", str(out), *options, *SHARDS]
+    peak = 0
+    with subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        while process.poll() is None:
+            peak = max(peak, anonymous_memory(process.pid))
+            time.sleep(0.1)
+    assert process.returncode == 0
+    return peak
+
+
+def anonymous_memory(session: int) -> int:
+    """Return the bytes of anonymous memory of all processes of a session."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) == session:
+                (line,) = [line for line in (folder / "status").read_text().splitlines() if line.startswith("RssAnon")]
+                total += 1024 * int(line.split()[1])
+        except (OSError, ValueError):  # it ended meanwhile
+            continue
+    return total
+
+
+def difference(a: Path, b: Path) -> float:
+    """Return the mean absolute difference of the first samples of two data sets, in grey levels."""
+    manifest = read_manifest(a)
+    differences = []
+    for position in range(min(COMPARED, manifest.samples)):
+        name, index = locate(manifest, position)
+        pixels = [read_sample(folder / name, manifest.layout, index)[1].astype(int) for folder in (a, b)]
+        differences.append(float(np.abs(pixels[0] - pixels[1]).mean()))
+    return statistics.mean(differences)
+
+
+if __name__ == "__main__":
+    run(main)
