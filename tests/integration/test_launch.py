@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shards_fixtures import contents, numbered, write_lmdb
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 STAND_INS = {
     "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "$@" >> requeued; fi',
@@ -73,3 +75,23 @@ def test_no_other_run_is(tmp_path: Path, number: signal.Signals | None, marker: 
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch")))
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", LAUNCH / script], check=True)
+
+
+def test_the_tasks_of_an_array_and_the_merge_that_the_first_submits_make_the_data_set(tmp_path: Path) -> None:
+    source, out = write_lmdb(tmp_path / "source", numbered(20)), tmp_path / "with space" / "data"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >> submitted\n')
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": str(LAUNCH.parent)}
+    options = [str(source), "--samples-per-shard", "4", "--out"]
+    for task in (5, 1, 3):
+        array = {"ID": task, "MIN": 1, "MAX": 5, "STEP": 2, "COUNT": 3}
+        variables = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()}
+        command = ["bash", LAUNCH / "convert.sbatch", *options, str(out)]
+        subprocess.run(command, env=env | variables | {"SLURM_ARRAY_JOB_ID": "7"}, cwd=tmp_path, check=True)
+    submitted = (tmp_path / "submitted").read_text().splitlines()
+    assert submitted[:2] == ["--job-name=dist_dcgan-merge", "--dependency=afterok:7"] and submitted[-2] == "--wrap"
+    subprocess.run(["bash", "-c", submitted[-1]], env=env, cwd=tmp_path, check=True)
+    command = ["bash", LAUNCH / "convert.sbatch", *options, str(tmp_path / "whole")]
+    subprocess.run(command, env=env, cwd=tmp_path, check=True)
+    assert contents(out) == contents(tmp_path / "whole")
