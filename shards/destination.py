@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import random
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ from shards.writer import KEYS_NAME, REJECTED_NAME
 
 _OURS = re.compile(rf"(shard-\d{{6,}}\.tar|{KEYS_NAME}|{REJECTED_NAME}|{MANIFEST_NAME})(\.tmp)?")
 _LOCK_NAME = "lock"
+
+_TRIES, _SECONDS_TO_WAIT = 100, 5.0
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What a network file system answers that has no locks, as Lustre without its flock option."""
@@ -32,7 +36,7 @@ def claim(out: Path, part: Part, required_bytes: int = 0) -> Iterator[None]:
     `required_bytes`; and where another conversion is at this part, or at parts of another count.
     """
     ours = _ours(out)
-    _check_room(out, required_bytes - sum(path.stat().st_size for path in ours))
+    _check_room(out, required_bytes - sum(map(_size, ours)))
     (out / FOLDER_NAME).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = stack.enter_context((out / FOLDER_NAME / _LOCK_NAME).open("a+"))
@@ -40,11 +44,7 @@ def claim(out: Path, part: Part, required_bytes: int = 0) -> Iterator[None]:
             _lock(lock, fcntl.LOCK_EX, out)
             _write(lock, "1")
         else:
-            _lock(lock, fcntl.LOCK_SH, out)
-            if _read(lock) != str(part.of):
-                _lock(lock, fcntl.LOCK_EX, out)
-                _write(lock, str(part.of))
-                _lock(lock, fcntl.LOCK_SH, out)
+            _lock_with_other_parts(lock, str(part.of), out)
             of_part = stack.enter_context((out / FOLDER_NAME / f"{part.name}.{_LOCK_NAME}").open("a"))
             _lock(of_part, fcntl.LOCK_EX, out)
         yield
@@ -92,6 +92,13 @@ def _ours(out: Path) -> list[Path]:
     return ours
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # another part has just given it its name
+        return 0
+
+
 def _check_room(out: Path, required_bytes: int) -> None:
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -100,13 +107,32 @@ def _check_room(out: Path, required_bytes: int) -> None:
 
 
 def _lock(file: IO[str], kind: int, out: Path) -> None:
+    if not _try_lock(file, kind):
+        raise UserError(f"another conversion is writing to {out}: wait, or give another --out")
+
+
+def _lock_with_other_parts(lock: IO[str], count: str, out: Path) -> None:
+    """Share the lock with the other parts; the first of them writes how many there are, alone for a moment."""
+    for _ in range(_TRIES):
+        if _try_lock(lock, fcntl.LOCK_SH) and _read(lock) == count:
+            return
+        _try_lock(lock, fcntl.LOCK_UN)
+        if _try_lock(lock, fcntl.LOCK_EX):
+            _write(lock, count)
+        else:
+            time.sleep(random.uniform(0, 2 * _SECONDS_TO_WAIT / _TRIES))
+    raise UserError(f"another conversion is writing to {out}: wait, or give another --out")
+
+
+def _try_lock(file: IO[str], kind: int) -> bool:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another conversion is writing to {out}: wait, or give another --out") from None
+        return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+    return True
 
 
 def _read(lock: IO[str]) -> str:

@@ -128,3 +128,16 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_no_half_file(tmp_path: Path
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.splitlines()[1:] == [f"error: cannot write to {out}: File too large"]
     assert sorted(contents(out)) == [f"{FOLDER_NAME}/lock"]
+
+
+def test_parts_that_start_together_share_the_folder_and_other_counts_are_refused(tmp_path: Path) -> None:
+    out, small = tmp_path / "data", write_lmdb(tmp_path / "small", numbered(24))
+    words = [sys.executable, "-m", "shards", "convert", small, "--out", out, "--samples-per-shard", "1"]
+    parts = [subprocess.Popen([*words, "--part", f"{n}/6"], cwd=ROOT, stdout=subprocess.DEVNULL) for n in range(1, 7)]
+    assert [part.wait(timeout=60) for part in parts] == [0] * 6
+    with claim(out, Part(1, 6)):
+        for part in ("1/6", "1/3", "1/1"):
+            error = error_of(run_shards(*words[3:], "--part", part))
+            assert error.startswith(f"another conversion is writing to {out}")
+        assert "another conversion is writing" in error_of(run_shards("merge", out))
+    assert run_shards("merge", out).returncode == 0 and read_manifest(out).samples == 24
