@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from shards.errors import UserError
-from shards.files import sync_directory
+from shards.files import check_room, sync_directory
 from shards.manifest import MANIFEST_NAME
 from shards.writer import KEYS_NAME, REJECTED_NAME
 
@@ -34,7 +33,7 @@ def claim(out: Path, required_bytes: int) -> Iterator[None]:
     another conversion is writing there, or where its disk has no room for `required_bytes`.
     """
     leftovers = _leftovers(out)
-    _check_room(out, required_bytes - sum(path.stat().st_size for path in leftovers))
+    check_room(out, required_bytes - sum(path.stat().st_size for path in leftovers), "the shards take")
     out.mkdir(parents=True, exist_ok=True)
     marker = out / MARKER_NAME
     with marker.open("a") as lock:
@@ -71,10 +70,3 @@ def _leftovers(out: Path) -> list[Path]:
     if foreign:
         raise UserError(f"--out {out} is not empty (it holds {foreign[0]}): give a folder that is new or empty")
     return leftovers
-
-
-def _check_room(out: Path, required_bytes: int) -> None:
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < required_bytes:
-        raise UserError(f"no room at {out}: the shards take {required_bytes:,} bytes, {free:,} are free")
