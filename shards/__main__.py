@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, HttpUrl
 from pydantic_settings import CliPositionalArg
 
 from shards.command_line import Options, build, nearest, parse_flags, run
@@ -15,6 +15,8 @@ from shards.convert import Settings, convert, convert_part
 from shards.demo import write_demo
 from shards.entries import Selection, read_keys
 from shards.errors import UserError
+from shards.lmdb_source import LmdbSource
+from shards.lsun import ADDRESS, CATEGORIES, lmdb_names
 from shards.manifest import Manifest
 from shards.merge import merge
 from shards.preview import preview
@@ -24,6 +26,23 @@ from shards.sources import open_source
 from shards.verify import verify
 
 PROG = "python -m shards"
+
+
+class DownloadOptions(Options):
+    """Bring LSUN's scenes from their publisher, unzipped; after a cut or a kill the same command goes on."""
+
+    categories: CliPositionalArg[list[str]] = Field(default=[])
+    """Categories, `test` for the test set, or `all`."""
+    out: Path = Path("data")
+    """Folder to put the LMDBs in."""
+    split: Literal["train", "val"] | None = None
+    """Only this split of each category; both by default."""
+    address: HttpUrl = HttpUrl(ADDRESS)
+    """Where the archives lie, for a mirror."""
+    keep_zip: bool = False
+    """Keep each archive beside its folder."""
+    list_categories: bool = Field(False, alias="list")
+    """Print the categories and do nothing else."""
 
 
 class DemoOptions(Options):
@@ -95,6 +114,21 @@ class PreviewOptions(Options):
     """Number of images, evenly spread over the data set."""
 
 
+def download_command(options: DownloadOptions) -> None:
+    """Bring one LMDB after the other, and say of each that it is there."""
+    if options.list_categories:
+        print("\n".join(CATEGORIES))
+        return
+    if not options.categories:
+        raise UserError("no category given: name some, or test or all (--list prints them)")
+    from shards.download import download  # here, as HTTP takes as long to import as all the rest
+
+    for name in lmdb_names(options.categories, options.split):
+        is_new = download(name, options.out, str(options.address), options.keep_zip)
+        with LmdbSource(options.out / name) as source:
+            print(f"{source.entries():,} images {'' if is_new else 'already '}at {source.path}", flush=True)
+
+
 def demo_command(options: DemoOptions) -> None:
     """Write the demo LMDB."""
     with Progress(options.images, "demo") as progress:
@@ -155,6 +189,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "download": Command(DownloadOptions, download_command),
     "demo": Command(DemoOptions, demo_command),
     "convert": Command(ConvertOptions, convert_command),
     "merge": Command(MergeOptions, merge_command),

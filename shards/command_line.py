@@ -122,7 +122,7 @@ def _explain_field(model: type[BaseModel], detail: dict[str, Any]) -> str:
     reason: str = detail["msg"].removeprefix("Value error, ")
     if not name:
         return reason
-    reason = reason[0].lower() + reason[1:]
+    reason = reason if reason[:2].isupper() else reason[0].lower() + reason[1:]
     return f"{name}: {reason}, got {detail['input']!r}"
 
 

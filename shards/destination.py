@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from shards.errors import UserError
+from shards.files import check_room
 from shards.manifest import MANIFEST_NAME
 from shards.reports import FOLDER_NAME, Part
 from shards.writer import KEYS_NAME, REJECTED_NAME
@@ -36,7 +37,7 @@ def claim(out: Path, part: Part, required_bytes: int = 0) -> Iterator[None]:
     `required_bytes`; and where another conversion is at this part, or at parts of another count.
     """
     ours = _ours(out)
-    _check_room(out, required_bytes - sum(map(_size, ours)))
+    check_room(out, required_bytes - sum(map(_size, ours)), "the shards take")
     (out / FOLDER_NAME).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = stack.enter_context((out / FOLDER_NAME / _LOCK_NAME).open("a+"))
@@ -97,13 +98,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:  # another part has just given it its name
         return 0
-
-
-def _check_room(out: Path, required_bytes: int) -> None:
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < required_bytes:
-        raise UserError(f"no room at {out}: the shards take {required_bytes:,} bytes, {free:,} are free")
 
 
 def _lock(file: IO[str], kind: int, out: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from shards.errors import UserError
 
 
 def publish(path: Path, content: bytes) -> None:
@@ -51,3 +54,11 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_room(directory: Path, required_bytes: int, purpose: str) -> None:
+    """Raise UserError where the disk of `directory`, which may not exist yet, has no room; `purpose` is what for."""
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < required_bytes:
+        raise UserError(f"no room at {directory}: {purpose} {required_bytes:,} bytes, {free:,} are free")

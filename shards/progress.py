@@ -11,14 +11,19 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts images: a live bar on a terminal; elsewhere a plain line every ten seconds and at the end."""
+    """Counts images: a live bar on a terminal; elsewhere a plain line every ten seconds and at the end.
 
-    def __init__(self, total: int | None, label: str) -> None:
-        self._total, self._label, self._done, self._note = total, label, 0, ""
+    With the unit `B` it counts bytes, and says kB, MB or GB. What is done already at the start does not count
+    into the rate; a `total` of None is one that is not known.
+    """
+
+    def __init__(self, total: int | None, label: str, unit: str = "img", start: int = 0) -> None:
+        self._label, self._done, self._note = label, start, ""
         self._start = self._last_line = time.monotonic()
         self._live = sys.stderr.isatty()
+        self._format = {"total": total, "initial": start, "unit": unit, "unit_scale": unit == "B"}
         # nrows: tqdm would hide the bar on a terminal that does not tell its height, as in some containers
-        self._bar = tqdm(total=total, desc=label, unit="img", nrows=20, disable=not self._live)
+        self._bar = tqdm(desc=label, nrows=20, disable=not self._live, **self._format)
 
     def __enter__(self) -> Progress:
         return self
@@ -28,12 +33,12 @@ class Progress:
         if not self._live:
             self._print_line()
 
-    def advance(self, images: int) -> None:
-        """Count `images` more."""
-        self.reach(self._done + images)
+    def advance(self, count: int) -> None:
+        """Count `count` more."""
+        self.reach(self._done + count)
 
     def reach(self, done: int) -> None:
-        """Take note that `done` images are done in all."""
+        """Take note that `done` are done in all."""
         self._bar.update(done - self._done)
         self._done = done
         if not self._live and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
@@ -46,13 +51,8 @@ class Progress:
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
+        elapsed, note = self._last_line - self._start, self._note or None
         meter = tqdm.format_meter(
-            self._done,
-            self._total,
-            self._last_line - self._start,
-            ncols=0,
-            prefix=self._label,
-            unit="img",
-            postfix=self._note or None,
+            self._done, elapsed=elapsed, ncols=0, prefix=self._label, postfix=note, **self._format
         )
         print(meter, file=sys.stderr, flush=True)

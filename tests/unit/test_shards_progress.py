@@ -28,6 +28,24 @@ def test_a_log_gets_plain_lines_every_ten_seconds_and_at_the_end(
     ]
 
 
+def test_bytes_are_shown_as_such_and_what_was_there_is_no_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with Progress(43_000_000_000, "archive", unit="B", start=21_500_000_000) as progress:
+        clock[0] = 10.0
+        progress.advance(100_000_000)
+    with Progress(None, "archive", unit="B") as progress:
+        clock[0] = 12.0
+        progress.advance(3_000)
+    assert [re.sub(" +", " ", line) for line in capsys.readouterr().err.splitlines()] == [
+        "archive: 50% 21.6G/43.0G [00:10<35:40, 10.0MB/s]",
+        "archive: 50% 21.6G/43.0G [00:10<35:40, 10.0MB/s]",
+        "archive: 3.00kB [00:02, 1.50kB/s]",
+    ]
+
+
 def test_reach_counts_as_advance_does(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(10, "demo") as progress:
         progress.advance(3)

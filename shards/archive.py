@@ -1,0 +1,98 @@
+"""Unzips an archive that should hold one LMDB, and trusts nothing that it says of itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from shards.files import check_room, sync_directory
+from shards.progress import Progress
+
+_CHUNK_BYTES = 1 << 20
+
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError, OverflowError)
+"""What zipfile raises for damaged bytes."""
+
+
+class ArchiveError(Exception):
+    """An archive is damaged or holds what it should not; the text says what."""
+
+
+def unpack(archive: Path, name: str, folder: Path) -> None:
+    """Unzip `name`/data.mdb, and `name`/lock.mdb where there is one, to the new folder `folder`, durably.
+
+    Raises ArchiveError where the archive holds anything else or a byte is damaged, UserError where the disk has no
+    room, OSError where it fails; then there is no `folder`.
+    """
+    try:
+        with _damage_is_archive_error(), zipfile.ZipFile(archive) as source:
+            members = check_members(source.infolist(), name)
+            total = sum(member.file_size for member in members)
+            check_room(folder.parent, total, f"the images of {archive.name} take")
+            folder.mkdir()
+            with Progress(total, f"unzip {name}", unit="B") as progress:
+                for member in members:
+                    _extract(source, member, folder / Path(member.filename).name, progress)
+        sync_directory(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def check_members(members: Sequence[zipfile.ZipInfo], name: str) -> list[zipfile.ZipInfo]:
+    """Return the files among `members`; raises ArchiveError unless they are the LMDB `name` and nothing else."""
+    names: set[str] = set()
+    for member in members:
+        objection = "which it held before" if member.orig_filename in names else _objection(member, name)
+        if objection:
+            raise ArchiveError(f"it holds {member.orig_filename[:80]!r}, {objection}")
+        names.add(member.orig_filename)
+    if f"{name}/data.mdb" not in names:
+        raise ArchiveError(f"it holds no {name}/data.mdb")
+    return [member for member in members if not member.is_dir()]
+
+
+def _objection(member: zipfile.ZipInfo, name: str) -> str:
+    """Return why `member` may not be unpacked, or nothing."""
+    # orig_filename: the name as it stands in the archive, which zipfile cuts at a zero byte
+    if member.orig_filename not in (f"{name}/", f"{name}/data.mdb", f"{name}/lock.mdb"):
+        return f"which is no file of {name}"
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    if kind not in (0, stat.S_IFDIR if member.is_dir() else stat.S_IFREG):
+        return "which is a link or a device"
+    if member.header_offset < 0:
+        return "which begins before the archive does"
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "which is neither stored nor deflated"
+    if member.flag_bits & 1:
+        return "which is encrypted"
+    return ""
+
+
+def _extract(source: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, progress: Progress) -> None:
+    """Write one member durably: zipfile stops at the declared size, and compares the CRC at the end."""
+    written = 0
+    with source.open(member) as compressed, path.open("xb") as file:
+        while chunk := compressed.read(_CHUNK_BYTES):
+            file.write(chunk)
+            written += len(chunk)
+            progress.advance(len(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+    if written != member.file_size:
+        raise ArchiveError(f"{member.filename} has {written:,} bytes, not the {member.file_size:,} that it declares")
+
+
+@contextmanager
+def _damage_is_archive_error() -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGE as error:
+        raise ArchiveError(f"it is damaged, or no zip file ({' '.join(str(error).split())[:200]})") from None

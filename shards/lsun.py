@@ -1,0 +1,42 @@
+"""What LSUN publishes, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shards.command_line import nearest
+from shards.errors import UserError
+
+ADDRESS = "http://dl.yf.io/lsun/scenes/"
+CATEGORIES = (
+    "bedroom",
+    "bridge",
+    "church_outdoor",
+    "classroom",
+    "conference_room",
+    "dining_room",
+    "kitchen",
+    "living_room",
+    "restaurant",
+    "tower",
+)
+SPLITS = ("train", "val")
+
+
+def lmdb_names(words: Sequence[str], split: str | None = None) -> list[str]:
+    """Return the names of the LMDBs that `words` ask for: categories, `test`, or `all`.
+
+    A category means both its splits, or only `split`; `all` means the test set, too, where no split is given.
+    Raises UserError for a word that is none of them.
+    """
+    names: list[str] = []
+    for word in words:
+        if word not in (*CATEGORIES, "test", "all"):
+            near = nearest(word, [*CATEGORIES, "test", "all"])
+            raise UserError(f"unknown category {word!r}{near} (--list prints them all)")
+        if word != "test":
+            categories = CATEGORIES if word == "all" else (word,)
+            names += [f"{name}_{part}_lmdb" for name in categories for part in ((split,) if split else SPLITS)]
+        if word == "test" or (word == "all" and not split):
+            names.append("test_lmdb")
+    return list(dict.fromkeys(names))

@@ -1,0 +1,219 @@
+"""One file over HTTP: it goes on where it was cut, and never mixes two versions of the file."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from http import HTTPStatus
+from http.client import IncompleteRead
+from pathlib import Path
+from time import sleep
+
+import requests
+from pydantic import ValidationError
+from urllib3.exceptions import HTTPError
+from urllib3.util import Retry
+
+from shards.command_line import Options
+from shards.errors import UserError
+from shards.files import check_room, publish
+from shards.progress import Progress
+
+_CONNECT_SECONDS, _SILENCE_SECONDS = 15.0, 60.0
+_ATTEMPTS = 8
+"""Attempts without a new byte before giving up: about two minutes."""
+_LONGEST_WAIT_SECONDS, _LONGEST_RETRY_AFTER_SECONDS = 60.0, 300.0
+_CHUNK_BYTES = 1 << 16
+"""A silence in the middle of a chunk loses its bytes, so it is not larger than speed asks for."""
+
+_CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,18})-[0-9]{1,18}|\*)/(?:([0-9]{1,18})|\*)")
+
+
+class Version(Options):
+    """Which version of the server's file the bytes of a part belong to."""
+
+    validator: str | None
+    """Its strong ETag, else its Last-Modified; without either no byte can be trusted to belong to another."""
+    total: int | None
+    """Its length in bytes, where the server told it."""
+
+
+class TransferError(Exception):
+    """An attempt that failed in a way that the next one may not; the text says how."""
+
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+def fetch(address: str, part: Path) -> None:
+    """Bring the file at `address` to `part`, going on with what an earlier call or process left there.
+
+    Raises UserError where the server refuses, where eight attempts in a row bring no new byte, or where the disk
+    has no room for the file and as much again unpacked; OSError where the disk fails. What arrived stays.
+    """
+    failures, reached = 0, _size(part)
+    with requests.Session() as session:
+        session.headers["Accept-Encoding"] = "identity"  # the lengths are those of the file itself
+        while not _is_complete(part):
+            try:
+                _attempt(session, address, part)
+                return
+            except TransferError as error:
+                # Measured against the most that was ever there: a server that cuts and never resumes has an end, too
+                failures = 0 if _size(part) > reached else failures + 1
+                reached = max(reached, _size(part))
+                if failures == _ATTEMPTS:
+                    raise UserError(_given_up(address, part, str(error))) from None
+                _wait(error, failures, part.stem)
+
+
+def discard(part: Path) -> None:
+    """Remove `part` and what is known of it."""
+    part.unlink(missing_ok=True)  # first: bytes without a version are never used, a version without bytes is harmless
+    _version_path(part).unlink(missing_ok=True)
+
+
+def _attempt(session: requests.Session, address: str, part: Path) -> None:
+    """Bring what is missing of the file in one request; raises TransferError where that ends too early."""
+    held, headers = _read_version(part), {}
+    offset = _size(part) if held else 0
+    if held and held.validator and offset:
+        headers = {"Range": f"bytes={offset}-", "If-Range": held.validator}
+    try:
+        with _ask(session, address, headers) as response:
+            _receive(response, part, held if headers else None, offset)
+    except (requests.RequestException, HTTPError) as error:
+        raise TransferError(_cause(error)) from None
+
+
+def _ask(session: requests.Session, address: str, headers: Mapping[str, str]) -> requests.Response:
+    """Send a request; raises UserError where the address, or one that it leads to, is not one of HTTP."""
+    try:
+        return session.get(address, headers=headers, stream=True, timeout=(_CONNECT_SECONDS, _SILENCE_SECONDS))
+    except (ValueError, requests.TooManyRedirects) as error:  # requests' own errors of this kind are ValueErrors
+        raise UserError(f"cannot get {address}: {_cause(error)}; check --address") from None
+
+
+def _receive(response: requests.Response, part: Path, held: Version | None, offset: int) -> None:
+    """Write what `response` brings after the first `offset` bytes of the version `held`, or all of it anew."""
+    if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and held:
+        if held.total in (None, offset) and _content_range(response) == (None, offset):
+            return  # all of it was there: its length had not been told before
+        discard(part)
+        raise TransferError("the file on the server changed: starting again")
+    if response.status_code == HTTPStatus.PARTIAL_CONTENT and held:
+        total = _check_continuation(response, part, held, offset)
+    elif response.status_code == HTTPStatus.OK:
+        total, offset = _start_again(response, part), 0
+    else:
+        raise _refusal(response)
+    if total is not None:
+        check_room(part.parent, 2 * total - offset, "the archive and its unzipped images take about")
+    _write(response, part, offset, total)
+
+
+def _check_continuation(response: requests.Response, part: Path, held: Version, offset: int) -> int | None:
+    """Return the whole file's length; where the answer does not continue `part`, discard that, raise TransferError."""
+    start, total = _content_range(response)
+    header = "ETag" if str(held.validator).startswith('"') else "Last-Modified"
+    same_version = response.headers.get(header, held.validator) == held.validator
+    same_length = total == held.total or None in (total, held.total)
+    if start != offset or not same_version or not same_length:
+        discard(part)
+        raise TransferError("the server answers with another range or file than was asked for: starting again")
+    return held.total if total is None else total
+
+
+def _start_again(response: requests.Response, part: Path) -> int | None:
+    """Note the version that `response` begins to bring, and return its length."""
+    length = response.headers.get("Content-Length", "")
+    total = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+    etag = response.headers.get("ETag", "")
+    validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")  # weak ETags name no bytes
+    discard(part)
+    publish(_version_path(part), Version(validator=validator, total=total).model_dump_json().encode())
+    return total
+
+
+def _write(response: requests.Response, part: Path, offset: int, total: int | None) -> None:
+    """Append the body; raises TransferError where it is shorter or longer than the announced `total`."""
+    done = offset
+    with part.open("ab") as file, Progress(total, part.stem, unit="B", start=offset) as progress:
+        for chunk in response.raw.stream(_CHUNK_BYTES, decode_content=False):
+            done += len(chunk)
+            if total is not None and done > total:
+                break
+            file.write(chunk)
+            progress.reach(done)
+    if total is not None and done > total:
+        discard(part)
+        raise TransferError(f"the server sends more than the {total:,} bytes that it announced")
+    if total is not None and done < total:
+        raise TransferError(f"the server sent {done:,} of {total:,} bytes")
+
+
+def _refusal(response: requests.Response) -> Exception:
+    """Return the error for a status that brings no file."""
+    status = response.status_code
+    phrase = next((known.phrase for known in HTTPStatus if known == status), "no known status")
+    if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
+        return TransferError(f"the server answers {status} ({phrase})", _retry_after(response))
+    return UserError(f"cannot get {response.url}: the server answers {status} ({phrase}); check --address")
+
+
+def _retry_after(response: requests.Response) -> float:
+    try:
+        seconds = Retry().parse_retry_after(response.headers.get("Retry-After", "0"))
+    except (HTTPError, ValueError, OverflowError):
+        return 0.0
+    return min(seconds, _LONGEST_RETRY_AFTER_SECONDS)
+
+
+def _wait(error: TransferError, failures: int, name: str) -> None:
+    seconds = max(min(2.0 ** max(failures - 1, 0), _LONGEST_WAIT_SECONDS), error.retry_after)
+    print(f"{name}: {error}; trying again in {seconds:.0f} s", file=sys.stderr, flush=True)
+    sleep(seconds)
+
+
+def _given_up(address: str, part: Path, reason: str) -> str:
+    arrived = _size(part)
+    rest = f"{arrived:,} bytes are kept, the same command goes on" if arrived else "the same command tries again"
+    return f"cannot get {address}: {reason}, after {_ATTEMPTS} attempts without progress; {rest}"
+
+
+def _cause(error: BaseException) -> str:
+    """Return what lies at the bottom of the wrapped errors of an HTTP library, in one line that a terminal bears."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    if isinstance(error, IncompleteRead):
+        return "the connection was cut"
+    return "".join(filter(str.isprintable, str(getattr(error, "strerror", None) or error)))[:200]
+
+
+def _content_range(response: requests.Response) -> tuple[int | None, int | None]:
+    """Return where the body starts in the file, and the length of that; None for what is not told."""
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    start, total = match.groups() if match else (None, None)
+    return None if start is None else int(start), None if total is None else int(total)
+
+
+def _is_complete(part: Path) -> bool:
+    version = _read_version(part)
+    return version is not None and part.exists() and _size(part) == version.total
+
+
+def _read_version(part: Path) -> Version | None:
+    try:
+        return Version.model_validate_json(_version_path(part).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _version_path(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
