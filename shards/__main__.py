@@ -14,6 +14,7 @@ from shards.command_line import Options, build, nearest, parse_flags, run
 from shards.convert import convert
 from shards.demo import write_demo
 from shards.errors import UserError
+from shards.export import EXTENSIONS, UNKNOWN, ExportReport, export
 from shards.manifest import Manifest
 from shards.preview import preview
 from shards.progress import Progress
@@ -53,6 +54,19 @@ class ConvertOptions(Options):
     """Fraction of the source's entries that may be unusable before the conversion fails."""
 
 
+class ExportOptions(Options):
+    """Write the images of an LMDB as files, byte for byte, in the folders of LSUN's own export."""
+
+    source: CliPositionalArg[Path]
+    """Folder of the LMDB, as unzipped from LSUN's archive."""
+    out: Path
+    """Folder to write to. Files that are there already with the same bytes stay; others are never replaced."""
+    flat: bool = False
+    """All files in one folder, not in folders of their names' first six characters."""
+    limit: int | None = Field(None, ge=1)
+    """Export only so many, the first in key order."""
+
+
 class VerifyOptions(Options):
     """Check every byte of a data set against its manifest and the format."""
 
@@ -87,6 +101,13 @@ def convert_command(options: ConvertOptions) -> None:
     print(f"{_size(manifest)}, {manifest.rejected:,} rejected, at {options.out}, digest {manifest.digest()}")
 
 
+def export_command(options: ExportOptions) -> None:
+    """Export, and say how many of which kind."""
+    with LmdbSource(options.source) as source:
+        report = export(source, **options.model_dump(exclude={"source"}))
+    print(f"{report.extensions.total():,} files at {options.out}: {_kinds(report)}")
+
+
 def verify_command(options: VerifyOptions) -> None:
     """Print every problem on stdout; damage is a UserError, so that the exit status is 2."""
     manifest, problems = verify(options.directory, options.workers)
@@ -114,6 +135,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command(DemoOptions, demo_command),
     "convert": Command(ConvertOptions, convert_command),
+    "export": Command(ExportOptions, export_command),
     "verify": Command(VerifyOptions, verify_command),
     "preview": Command(PreviewOptions, preview_command),
 }
@@ -134,6 +156,15 @@ def main(argv: Sequence[str]) -> None:
 def _size(manifest: Manifest) -> str:
     shards = len(manifest.shards)
     return f"{manifest.samples:,} images in {shards:,} {'shard' if shards == 1 else 'shards'}"
+
+
+def _kinds(report: ExportReport) -> str:
+    found = [extension for extension in EXTENSIONS if report.extensions[extension]]
+    kinds = ", ".join(f"{report.extensions[extension]:,} {extension}" for extension in found)
+    unknown = " (unknown content)" if UNKNOWN in found else ""
+    renamed = f"; {report.renamed:,} named by the SHA-1 of their key" if report.renamed else ""
+    present = f"; {report.present:,} were there already" if report.present else ""
+    return kinds + unknown + renamed + present
 
 
 def _overview() -> str:

@@ -19,7 +19,7 @@ from tests.shards_fixtures import ROOT, contents, data_set, error_of, numbered, 
 def test_help_lists_the_commands() -> None:
     process = run_shards("--help")
     assert process.returncode == 0
-    for command in ("demo", "convert", "verify", "preview"):
+    for command in ("demo", "convert", "export", "verify", "preview"):
         assert sum(line.strip().startswith(f"{command} ") for line in process.stdout.splitlines()) == 1
 
 
