@@ -143,6 +143,16 @@ COMMANDS = {
 
 def main(argv: Sequence[str]) -> None:
     """Run the command that the first word names; without one, or with --help, list them."""
+    try:
+        _run_command(argv)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of a path too long, say, or one that only another user may read
+        where = error.filename or "the output"
+        raise UserError(f"cannot use {where} ({error.strerror or error}): give another place") from None
+
+
+def _run_command(argv: Sequence[str]) -> None:
     word = argv[0] if argv else ""
     if word in ("", "-h", "--help"):
         print(_overview())

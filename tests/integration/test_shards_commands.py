@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,53 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"env -u PYTHONUNBUFFERED {sys.executable} -m shards --help | true; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("word", ["--help", "export"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    workplace: Path, tmp_path: Path, word: str, unbuffered: str
+) -> None:
+    words = [word] if word == "--help" else [word, str(workplace / "source"), "--out", str(tmp_path / "out")]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "shards", *words],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert process.returncode == 2
+    lines = [line for line in process.stderr.splitlines() if not line.startswith("export: 100%")]
+    assert len(lines) == 1 and "output (No space left on device)" in lines[0]
+
+
+@pytest.mark.parametrize("command", ["convert", "export", "verify", "preview", "demo"])
+def test_a_path_that_no_disk_takes_is_one_line(workplace: Path, tmp_path: Path, command: str) -> None:
+    place = tmp_path / ("line\nbreak" + "x" * 300)
+    words = {
+        "convert": [workplace / "source", "--out", place],
+        "export": [workplace / "source", "--out", place],
+        "verify": [place],
+        "preview": [place, "--out", tmp_path / "sheet.png"],
+        "demo": ["--out", place, "--images", 1, "--workers", 1],
+    }
+    process = run_shards(command, *words[command])
+    lines = [line for line in process.stderr.splitlines() if not line.startswith("demo:")]
+    assert process.returncode == 2 and process.stdout == ""
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "File name too long" in lines[0]
+
+
+def test_a_folder_whose_name_is_not_utf8_serves_as_well(tmp_path: Path) -> None:
+    source = write_lmdb(tmp_path / "source", numbered(3))
+    out = tmp_path / os.fsdecode(b"\xff")
+    out.mkdir()
+    assert run_shards("demo", "--out", out / "demo", "--images", 1, "--workers", 1).returncode == 0
+    assert run_shards("export", source, "--out", out / "files").returncode == 0
+    assert run_shards("convert", source, "--out", out / "data").returncode == 0
+    process = run_shards("verify", out / "data")
+    assert process.returncode == 0 and f"all intact, at {tmp_path}/\\udcff/data, digest" in process.stdout
 
 
 def test_the_package_imports_no_torch() -> None:
