@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
-from shards.manifest import TAR_BLOCK, TAR_END, Layout, Manifest, ShardEntry, read_manifest
+from shards.manifest import TAR_BLOCK, TAR_END, Layout, Manifest, ShardEntry, member_key, read_manifest
 from shards.progress import Progress
 from shards.reader import NAME_FIELD, member_of
 from shards.workers import Tick, available_cores, map_in_order
-from shards.writer import tar_header
+from shards.writer import KEYS_NAME, REJECTED_NAME, describe_key, tar_header
 
-_PROBLEMS_PER_SHARD = 20
-"""More lines about one shard tell nothing new."""
+_PROBLEMS_PER_FILE = 20
+"""More lines about one file tell nothing new."""
 
 _CHECKSUM_FIELD = slice(148, 156)
 
@@ -41,8 +44,9 @@ def verify(directory: Path, workers: int = 0) -> tuple[Manifest, list[str]]:
     """Check the data set in `directory`; return its manifest and one line per problem, none where intact.
 
     Checks the manifest's digest, the set of shards, and of every shard its size, SHA-256, every header, PPM
-    header and padding, and the end. `workers` 0 means all available cores. Raises UserError where there is no
-    data set or its manifest is damaged.
+    header and padding, and the end. Of the listings of renamed and rejected keys, which the manifest does not
+    hash, it checks what can be told: that every renamed key has that SHA-1, and how many are rejected.
+    `workers` 0 means all available cores. Raises UserError where there is no data set or its manifest is damaged.
     """
     manifest = read_manifest(directory)
     workers = min(workers or available_cores(), len(manifest.shards))
@@ -51,7 +55,7 @@ def verify(directory: Path, workers: int = 0) -> tuple[Manifest, list[str]]:
         closing(map_in_order(ShardCheck(directory, manifest), manifest.shards, workers, progress)) as results,
     ):
         problems = [problem for result in results for problem in result]
-    return manifest, problems + _strays(directory, manifest)
+    return manifest, [*problems, *_strays(directory, manifest), *_listing_problems(directory, manifest)]
 
 
 def _strays(directory: Path, manifest: Manifest) -> list[str]:
@@ -60,6 +64,76 @@ def _strays(directory: Path, manifest: Manifest) -> list[str]:
     return [
         f"{path.name}: not in the manifest" for path in sorted(directory.glob("shard-*.tar")) if path.name not in listed
     ]
+
+
+def _lines_about(name: str, problems: Iterator[str]) -> Iterator[str]:
+    """Yield the first few of a file's problems, and how many more, each with the file's name."""
+    yield from (f"{name}: {problem}" for problem in islice(problems, _PROBLEMS_PER_FILE))
+    more = sum(1 for _ in problems)
+    if more:
+        yield f"{name}: and {more} problems more"
+
+
+def _listing_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield what is wrong with the listings of renamed and of rejected keys."""
+    keys, rejected = directory / KEYS_NAME, directory / REJECTED_NAME
+    yield from _lines_about(KEYS_NAME, _readable(_wrong_lines(keys, _is_renaming)))
+    wrong = chain(_wrong_lines(rejected, _is_rejection), _wrong_count(rejected, manifest.rejected))
+    yield from _lines_about(REJECTED_NAME, _readable(wrong))
+
+
+def _readable(problems: Iterator[str]) -> Iterator[str]:
+    try:
+        yield from problems
+    except OSError as error:
+        yield f"cannot be read: {error.strerror}"
+
+
+def _wrong_lines(path: Path, is_right: Callable[[Any], bool]) -> Iterator[str]:
+    """Yield the lines of a listing, which may be absent, that are not as the format asks."""
+    if not path.exists():
+        return
+    number = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not _is_right_line(line, is_right):
+                yield f"line {number} is none that the format allows: {line[:60]!r}"
+    if number == 0:
+        yield "is empty, it is there only where it has lines"
+
+
+def _wrong_count(path: Path, rejected: int) -> Iterator[str]:
+    if not path.exists():
+        if rejected:
+            yield f"is missing, the manifest counts {rejected} rejected entries"
+        return
+    with path.open("rb") as file:
+        lines = sum(1 for _ in file)
+    if lines != rejected:
+        yield f"has {lines} lines, the manifest counts {rejected} rejected entries"
+
+
+def _is_right_line(line: bytes, is_right: Callable[[Any], bool]) -> bool:
+    try:
+        return line.endswith(b"\n") and is_right(json.loads(line))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False  # not JSON, or not of the fields and types that were asked for
+
+
+def _is_renaming(entry: Any) -> bool:
+    """Return whether `entry` of keys.jsonl pairs a key with the name that replaces it: the name is its SHA-1."""
+    key = _key_of(entry)
+    member = member_key(key)
+    return member.encode() != key and bool(entry == {"member": member} | describe_key(key))
+
+
+def _is_rejection(entry: Any) -> bool:
+    """Return whether `entry` of rejected.jsonl gives a key and a reason."""
+    return isinstance(entry["reason"], str) and entry == describe_key(_key_of(entry)) | {"reason": entry["reason"]}
+
+
+def _key_of(entry: Any) -> bytes:
+    return bytes.fromhex(entry["key_hex"]) if "key_hex" in entry else entry["key"].encode()
 
 
 @dataclass(frozen=True)
@@ -71,14 +145,7 @@ class ShardCheck:
 
     def __call__(self, shard: ShardEntry, tick: Tick) -> list[str]:
         """Return what is wrong with `shard`, one line each: the first few, and how many more."""
-        try:
-            problems = list(self._problems(shard, tick))
-        except OSError as error:
-            problems = [f"cannot be read: {error.strerror}"]
-        more = len(problems) - _PROBLEMS_PER_SHARD
-        if more > 0:
-            problems[_PROBLEMS_PER_SHARD:] = [f"and {more} problems more"]
-        return [f"{shard.name}: {problem}" for problem in problems]
+        return list(_lines_about(shard.name, _readable(self._problems(shard, tick))))
 
     def _problems(self, shard: ShardEntry, tick: Tick) -> Iterator[str]:
         path, layout = self.directory / shard.name, self.manifest.layout
