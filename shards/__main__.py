@@ -15,6 +15,7 @@ from shards.convert import Settings, convert, convert_part
 from shards.demo import write_demo
 from shards.entries import Selection, read_keys
 from shards.errors import UserError
+from shards.export import EXTENSIONS, UNKNOWN, ExportReport, export
 from shards.lmdb_source import LmdbSource
 from shards.lsun import ADDRESS, CATEGORIES, lmdb_names
 from shards.manifest import Manifest
@@ -94,6 +95,19 @@ class MergeOptions(Options):
     """Folder that the parts were written to."""
 
 
+class ExportOptions(Options):
+    """Write the images of an LMDB as files, byte for byte, in the folders of LSUN's own export."""
+
+    source: CliPositionalArg[Path]
+    """Folder of the LMDB, as unzipped from LSUN's archive."""
+    out: Path
+    """Folder to write to. Files that are there already with the same bytes stay; others are never replaced."""
+    flat: bool = False
+    """All files in one folder, not in folders of their names' first six characters."""
+    limit: int | None = Field(None, ge=1)
+    """Export only so many, the first in key order."""
+
+
 class VerifyOptions(Options):
     """Check every byte of a data set against its manifest and the format."""
 
@@ -164,6 +178,13 @@ def merge_command(options: MergeOptions) -> None:
     print(_converted(merge(options.directory), options.directory))
 
 
+def export_command(options: ExportOptions) -> None:
+    """Export, and say how many of which kind."""
+    with LmdbSource(options.source) as source:
+        report = export(source, **options.model_dump(exclude={"source"}))
+    print(f"{report.extensions.total():,} files at {options.out}: {_kinds(report)}")
+
+
 def verify_command(options: VerifyOptions) -> None:
     """Print every problem on stdout; damage is a UserError, so that the exit status is 2."""
     manifest, problems = verify(options.directory, options.workers)
@@ -193,6 +214,7 @@ COMMANDS = {
     "demo": Command(DemoOptions, demo_command),
     "convert": Command(ConvertOptions, convert_command),
     "merge": Command(MergeOptions, merge_command),
+    "export": Command(ExportOptions, export_command),
     "verify": Command(VerifyOptions, verify_command),
     "preview": Command(PreviewOptions, preview_command),
 }
@@ -200,6 +222,16 @@ COMMANDS = {
 
 def main(argv: Sequence[str]) -> None:
     """Run the command that the first word names; without one, or with --help, list them."""
+    try:
+        _run_command(argv)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of a path too long, say, or one that only another user may read
+        where = error.filename or "the output"
+        raise UserError(f"cannot use {where} ({error.strerror or error}): give another place") from None
+
+
+def _run_command(argv: Sequence[str]) -> None:
     word = argv[0] if argv else ""
     if word in ("", "-h", "--help"):
         print(_overview())
@@ -218,6 +250,15 @@ def _converted(manifest: Manifest, out: Path) -> str:
 def _size(manifest: Manifest) -> str:
     shards = len(manifest.shards)
     return f"{manifest.samples:,} images in {shards:,} {'shard' if shards == 1 else 'shards'}"
+
+
+def _kinds(report: ExportReport) -> str:
+    found = [extension for extension in EXTENSIONS if report.extensions[extension]]
+    kinds = ", ".join(f"{report.extensions[extension]:,} {extension}" for extension in found)
+    unknown = " (unknown content)" if UNKNOWN in found else ""
+    renamed = f"; {report.renamed:,} named by the SHA-1 of their key" if report.renamed else ""
+    present = f"; {report.present:,} were there already" if report.present else ""
+    return kinds + unknown + renamed + present
 
 
 def _overview() -> str:

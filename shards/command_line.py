@@ -7,11 +7,12 @@ misspelt flag or key, one line instead of a report, and exit status 2.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
@@ -80,20 +81,42 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     Under torchrun every rank meets the same mistake of the user, so only the first of each node prints it; a
     OneRankError is printed where it is met.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     try:
         try:
             main(sys.argv[1:] if argv is None else argv)
         finally:
-            sys.stdout.flush()  # a reader that went away is to be noticed here, not by the interpreter as it ends
+            _flush_output()  # a reader that went away is to be noticed here, not by the interpreter as it ends
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OneRankError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(0)
+
+
+def _flush_output() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise UserError(f"cannot write to standard output ({error.strerror}): redirect it to another place") from None
+
+
+def _drop_output() -> None:
+    """Let what is still to be flushed go nowhere, or the interpreter would complain of it as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _printable(message: str) -> str:
+    """Return `message` as one line that does a terminal no harm: paths and keys may hold any character."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
 
 
 def _expand(argv: Sequence[str], short: Mapping[str, str]) -> list[str]:
@@ -129,7 +152,8 @@ def _explain_field(model: type[BaseModel], detail: dict[str, Any]) -> str:
 def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
     for part in path:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        # get_origin: Python 3.10 takes tuple[...] for a type, and then issubclass raises
+        if get_origin(annotation) or not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation
     return list(model.model_fields)

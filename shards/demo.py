@@ -98,7 +98,7 @@ def _refuse_existing(target: Path) -> None:
 
 def _write_lmdb(folder: Path, images: int, chunks: Iterable[list[Record]]) -> None:
     map_size = (images + 1024) * MAP_BYTES_PER_PICTURE
-    with lmdb.open(str(folder), map_size=map_size, sync=False) as environment:
+    with lmdb.open(os.fsencode(folder), map_size=map_size, sync=False) as environment:
         for records in chunks:
             with environment.begin(write=True) as transaction:
                 for key, value in records:

@@ -20,22 +20,25 @@ def publish(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file that appears at `path`, whole and durable, when the block ends, and not where it raises.
 
-    Until then it is `path` + `.tmp`, which only a killed process leaves behind.
+    Until then it is `path` + `.tmp`, which only a killed process leaves behind. Without `durable` it is whole
+    for every process, but a power failure may still cut it short until the caller syncs the disk.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

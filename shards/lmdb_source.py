@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ class LmdbSource:
         with _damage_is_user_error(self.path):
             entries = self._open().stat()["entries"]
         if not entries:
-            raise UserError(f"the LMDB {self.path} is empty: it has no entries to convert")
+            raise UserError(f"the LMDB {self.path} is empty: it has no entries")
         return entries
 
     def walk(self) -> Iterator[tuple[bytes, None]]:
@@ -61,7 +62,12 @@ class LmdbSource:
                 found += 1
                 yield key, None
         if found != expected:
-            raise UserError(f"the LMDB {self.path} is damaged: it lacks entries that its header counts")
+            raise UserError(f"the LMDB {self.path} is damaged: it lacks entries that its header counts; copy it again")
+
+    def holds(self, key: bytes) -> bool:
+        """Return whether there is an entry of that key."""
+        with _damage_is_user_error(self.path), self._open().begin() as transaction:
+            return bool(transaction.cursor().set_key(key))
 
     def read(self, key: bytes, place: None = None) -> bytes:
         """Return the value of a key; raises UserError where it is gone or another process writes to the LMDB."""
@@ -80,7 +86,7 @@ class LmdbSource:
             # No lock: nobody writes a published data set, and it may lie on a read-only disk. No readahead:
             # an LMDB filled in random order, as by SHA-1 keys, scatters its values, and reading 128 KiB
             # around each of 14 KiB costs far more than larger reads save where values lie in order.
-            environment = lmdb.open(str(self.path), readonly=True, lock=False, create=False, readahead=False)
+            environment = lmdb.open(os.fsencode(self.path), readonly=True, lock=False, create=False, readahead=False)
             _check_length(self.path / DATA_NAME, environment)
             if self._transaction is None:
                 self._transaction = environment.info()["last_txnid"]

@@ -140,7 +140,7 @@ class Manifest(Options):
     """Source entries that are no usable images; `rejected.jsonl` says which and why."""
     excluded: int = Field(0, ge=0)
     """Source entries left out by request."""
-    lists: Mapping[Literal["keys.jsonl", "rejected.jsonl"], str] = {}
+    lists: Mapping[str, str] = {}
     """SHA-256, in hex, of the lists beside the manifest."""
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
     """The shards in order."""
@@ -184,7 +184,7 @@ def read_manifest(directory: Path) -> Manifest:
     """Read and check the manifest of the data set in `directory`; raises UserError, never anything else."""
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
-        raise UserError(f"no data set at {directory}: no such directory")
+        raise UserError(f"no data set at {directory}: no such directory (python -m shards convert makes one)")
     if not path.is_file():
         raise UserError(f"no data set at {directory}: it has no {MANIFEST_NAME} (python -m shards convert makes one)")
     try:
@@ -192,17 +192,24 @@ def read_manifest(directory: Path) -> Manifest:
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path} ({error.strerror}): copy it again") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise _damaged(path, error) from None
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         found = f"{content.get('format')!r} version {content.get('format_version')!r}"
         raise UserError(f"{path} is {found}; this version reads {FORMAT!r} version {FORMAT_VERSION}: convert again")
     digest, samples = content.pop("digest", None), content.pop("samples", None)
-    manifest = build(Manifest, content, where=str(path))
+    try:
+        manifest = build(Manifest, content)
+    except UserError as error:
+        raise _damaged(path, error) from None
     if manifest.digest() != digest or manifest.samples != samples:
-        raise UserError(f"{path} is damaged: its digest does not match its content")
+        raise _damaged(path, "its digest does not match its content")
     return manifest
+
+
+def _damaged(path: Path, why: object) -> UserError:
+    return UserError(f"{path} is damaged: {why}; convert or copy it again")
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:

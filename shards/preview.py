@@ -33,7 +33,7 @@ def preview(directory: Path, out: Path, num: int = 64) -> int:
     try:
         publish(out, encoded.getvalue())
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+        raise UserError(f"cannot write {out} ({error.strerror}): make room, or give another --out") from None
     return num
 
 

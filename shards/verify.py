@@ -8,11 +8,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.files import file_sha256
 from shards.manifest import TAR_BLOCK, TAR_END, Layout, Manifest, ShardEntry, read_manifest
 from shards.progress import Progress
 from shards.reader import NAME_FIELD, member_of
 from shards.workers import Tick, available_cores, map_in_order
-from shards.writer import tar_header
+from shards.writer import KEYS_NAME, REJECTED_NAME, tar_header
 
 _PROBLEMS_PER_SHARD = 20
 """More lines about one shard tell nothing new."""
@@ -41,8 +42,8 @@ def verify(directory: Path, workers: int = 0) -> tuple[Manifest, list[str]]:
     """Check the data set in `directory`; return its manifest and one line per problem, none where intact.
 
     Checks the manifest's digest, the set of shards, and of every shard its size, SHA-256, every header, PPM
-    header and padding, and the end. `workers` 0 means all available cores. Raises UserError where there is no
-    data set or its manifest is damaged.
+    header and padding, and the end; and the lists of renamed and of rejected keys. `workers` 0 means all
+    available cores. Raises UserError where there is no data set or its manifest is damaged.
     """
     manifest = read_manifest(directory)
     workers = min(workers or available_cores(), len(manifest.shards))
@@ -51,7 +52,7 @@ def verify(directory: Path, workers: int = 0) -> tuple[Manifest, list[str]]:
         closing(map_in_order(ShardCheck(directory, manifest), manifest.shards, workers, progress)) as results,
     ):
         problems = [problem for result in results for problem in result]
-    return manifest, problems + _strays(directory, manifest)
+    return manifest, [*problems, *_strays(directory, manifest), *_list_problems(directory, manifest)]
 
 
 def _strays(directory: Path, manifest: Manifest) -> list[str]:
@@ -60,6 +61,23 @@ def _strays(directory: Path, manifest: Manifest) -> list[str]:
     return [
         f"{path.name}: not in the manifest" for path in sorted(directory.glob("shard-*.tar")) if path.name not in listed
     ]
+
+
+def _list_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield what is wrong with the lists of renamed and of rejected keys."""
+    for name in (KEYS_NAME, REJECTED_NAME):
+        path, expected = directory / name, manifest.lists.get(name)
+        try:
+            found = file_sha256(path) if path.exists() else None
+        except OSError as error:
+            yield f"{name}: cannot be read: {error.strerror}"
+            continue
+        if found is None and expected is not None:
+            yield f"{name}: is missing"
+        elif expected is None and found is not None:
+            yield f"{name}: not in the manifest"
+        elif found != expected:
+            yield f"{name}: its SHA-256 is {found}, not the manifest's: the content changed"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.shards_fixtures import ROOT, contents, data_set, error_of, numbered, 
 def test_help_lists_the_commands() -> None:
     process = run_shards("--help")
     assert process.returncode == 0
-    for command in ("demo", "convert", "verify", "preview"):
+    for command in ("demo", "convert", "export", "verify", "preview"):
         assert sum(line.strip().startswith(f"{command} ") for line in process.stdout.splitlines()) == 1
 
 
@@ -65,7 +66,7 @@ def test_help_of_a_command_lists_its_options() -> None:
         (["convert", "SOURCE"], "the following arguments are required: --out"),
         (["convert", "--out", "OUT"], "the following arguments are required: SOURCES"),
         (["convert", "SOURCE", "nowhere", "--out", "OUT"], "no source at nowhere: no such file or directory"),
-        (["convert", "EMPTY", "--out", "OUT"], "is empty: it has no entries to convert"),
+        (["convert", "EMPTY", "--out", "OUT"], "is empty: it has no entries"),
         (["convert", "FILE", "--out", "OUT"], "is a file, not the folder of an LMDB"),
         (["convert", "SOURCE", "--out", "DATA"], "already holds another data set: give another --out"),
         (["convert", "SOURCE", "--out", "OUT", "--part", "3/2"], "--part 3/2: the first number counts from 1"),
@@ -182,6 +183,53 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"env -u PYTHONUNBUFFERED {sys.executable} -m shards --help | true; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("word", ["--help", "export"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    workplace: Path, tmp_path: Path, word: str, unbuffered: str
+) -> None:
+    words = [word] if word == "--help" else [word, str(workplace / "source"), "--out", str(tmp_path / "out")]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "shards", *words],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert process.returncode == 2
+    lines = [line for line in process.stderr.splitlines() if not line.startswith("export: 100%")]
+    assert len(lines) == 1 and "output (No space left on device)" in lines[0]
+
+
+@pytest.mark.parametrize("command", ["convert", "export", "verify", "preview", "demo"])
+def test_a_path_that_no_disk_takes_is_one_line(workplace: Path, tmp_path: Path, command: str) -> None:
+    place = tmp_path / ("line\nbreak" + "x" * 300)
+    words = {
+        "convert": [workplace / "source", "--out", place],
+        "export": [workplace / "source", "--out", place],
+        "verify": [place],
+        "preview": [place, "--out", tmp_path / "sheet.png"],
+        "demo": ["--out", place, "--images", 1, "--workers", 1],
+    }
+    process = run_shards(command, *words[command])
+    lines = [line for line in process.stderr.splitlines() if not line.startswith("demo:")]
+    assert process.returncode == 2 and process.stdout == ""
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "File name too long" in lines[0]
+
+
+def test_a_folder_whose_name_is_not_utf8_serves_as_well(tmp_path: Path) -> None:
+    source = write_lmdb(tmp_path / "source", numbered(3))
+    out = tmp_path / os.fsdecode(b"\xff")
+    out.mkdir()
+    assert run_shards("demo", "--out", out / "demo", "--images", 1, "--workers", 1).returncode == 0
+    assert run_shards("export", source, "--out", out / "files").returncode == 0
+    assert run_shards("convert", source, "--out", out / "data").returncode == 0
+    process = run_shards("verify", out / "data")
+    assert process.returncode == 0 and f"all intact, at {tmp_path}/\\udcff/data, digest" in process.stdout
 
 
 def test_the_package_imports_no_torch() -> None:

@@ -66,3 +66,12 @@ def test_a_users_mistake_is_one_line_on_the_first_rank_and_silence_elsewhere(
             run(fail, [])
         assert caught.value.code == 2
         assert capsys.readouterr().err == printed
+
+
+def test_an_error_stays_one_line_whatever_characters_a_path_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: object) -> None:
+        raise UserError("no file at a\nb \x1b[31m \u2028 \udcff ä")
+
+    with pytest.raises(SystemExit):
+        run(fail, [])
+    assert capsys.readouterr().err == "error: no file at a\\nb \\x1b[31m \\u2028 \\udcff ä\n"

@@ -70,7 +70,7 @@ def test_a_room_imports_only_what_lies_below(path: Path) -> None:
 
 def test_shards_work_without_torch() -> None:
     code = (
-        "import sys, shards.__main__, shards.convert, shards.verify, shards.demo, shards.preview; "
+        "import sys, shards.__main__, shards.convert, shards.export, shards.verify, shards.demo, shards.preview; "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,138 @@
+"""The values of an LMDB as files, byte for byte, in the folders that LSUN's own export makes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from shards.errors import UserError
+from shards.files import atomic_file
+from shards.lmdb_source import LmdbSource
+from shards.manifest import member_key
+from shards.progress import Progress
+
+UNKNOWN = ".bin"
+"""Extension of what is none of the formats that LSUN's readers expect."""
+
+EXTENSIONS = (".jpg", ".webp", ".png", UNKNOWN)
+
+FOLDER_LEVELS = 6
+"""LSUN's layout: one folder for each of the first six characters of a key."""
+
+
+@dataclass
+class ExportReport:
+    """What was exported: files by extension, those of them that were there already, and those named by a SHA-1."""
+
+    extensions: Counter[str] = field(default_factory=Counter)
+    present: int = 0
+    renamed: int = 0
+
+
+def export(source: LmdbSource, out: Path, *, flat: bool = False, limit: int | None = None) -> ExportReport:
+    """Write every value of `source`, or the first `limit` in key order, as a file of its own below `out`.
+
+    A file stands in the folders of its name's first six characters, or in `out` itself where `flat`. What is
+    there already with the same bytes stays, so that the same call goes on with an export that was cut short.
+    Raises UserError where the source is unusable, two keys would share a name, a file of other content is in
+    the way, another export is writing there, or the disk refuses.
+    """
+    entries = source.entries()
+    count = min(entries, limit or entries)
+    report = ExportReport()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _held(out), Progress(count, "export") as progress:
+            for key, _ in islice(source.walk(), count):
+                value = source.read(key)
+                name, extension = _unique_name(source, key), extension_of(value)
+                report.extensions[extension] += 1
+                report.renamed += name.encode() != key
+                report.present += _store(out / folder_of(name, flat) / (name + extension), key, value)
+                progress.advance(1)
+            # Once for all: waiting for the disk after each of three million files would take hours.
+            os.sync()
+    except OSError as error:
+        where = error.filename or out  # a write that fails does not say where
+        raise UserError(
+            f"cannot write {where} ({error.strerror}): mend that and give the same command again, or another --out"
+        ) from None
+    return report
+
+
+def folder_of(name: str, flat: bool) -> Path:
+    """Return the folder, below the export's, of a file called `name`: LSUN's a/b/c/d/e/f, or none where `flat`."""
+    return Path() if flat else Path(*name[:FOLDER_LEVELS])
+
+
+def extension_of(content: bytes) -> str:
+    """Return the extension that `content` asks for by its first bytes: LSUN's own export calls all `.webp`."""
+    if content.startswith(b"\xff\xd8\xff"):
+        return ".jpg"
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return ".webp"
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return ".png"
+    return UNKNOWN
+
+
+def _unique_name(source: LmdbSource, key: bytes) -> str:
+    """Return the name of the file for `key`; raises UserError where another key of `source` has the same.
+
+    That is the key whose own letters are the SHA-1 that stands for this one.
+    """
+    name = member_key(key)
+    if name.encode() != key and source.holds(name.encode()):
+        raise UserError(f"keys {key!r} and {name.encode()!r} of {source.path} would share a name: rename one of them")
+    return name
+
+
+def _store(path: Path, key: bytes, value: bytes) -> bool:
+    """Make `path` hold `value` and return whether it did before; raises UserError where it holds something else."""
+    if _is_there(path, key, value):
+        return True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, durable=False) as file:
+        file.write(value)
+    return False
+
+
+def _is_there(path: Path, key: bytes, value: bytes) -> bool:
+    """Return whether the file `path` holds `value`; raises UserError where it holds something else.
+
+    The start of `value`, then zeros, is what a power failure leaves of a file that had not reached the disk:
+    it counts as not there. Nothing is lost by writing over it.
+    """
+    if not os.path.lexists(path):
+        return False
+    content = path.read_bytes() if path.is_file() and path.stat().st_size <= len(value) else None
+    if content is None or not value.startswith(content.rstrip(b"\0")):
+        raise UserError(f"{path} exists and is not what key {key!r} holds: move it away, or give another --out")
+    return content == value
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold `folder` while the block runs: a second export would write the same temporary files.
+
+    Raises UserError where another holds it. A file system without locks, as some networks have, guards nothing.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another export is writing to {folder}: wait, or give another --out") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
