@@ -74,6 +74,8 @@ def _finished(sources: Sequence[Source], out: Path, settings: Settings) -> Manif
         "image_size": settings.image_size,
         "samples_per_shard": settings.samples_per_shard,
         "preparation": settings.preparation,
+        "exclude_sha256": settings.selection.exclude_sha256,
+        "max_images": settings.selection.limit,
         "names": [source.describe() for source in sources],
     }
     return existing(out, expected)
@@ -130,6 +132,8 @@ def _write_part(
         preparation=settings.preparation,
         max_rejected=settings.max_rejected,
         excluded=walk.excluded,
+        exclude_sha256=settings.selection.exclude_sha256,
+        max_images=settings.selection.limit,
         shards=shards,
         chain=chain_of(identities),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -40,8 +41,13 @@ class Entry(NamedTuple):
 class Selection(NamedTuple):
     """Which entries are taken: not those whose key is in `exclude`, and the first `limit` of the others."""
 
-    exclude: Container[bytes] = frozenset()
+    exclude: frozenset[bytes] = frozenset()
     limit: int | None = None
+
+    @property
+    def exclude_sha256(self) -> str | None:
+        """Hash of the keys that are not taken, None where there are none."""
+        return hashlib.sha256(b"\n".join(sorted(self.exclude))).hexdigest() if self.exclude else None
 
 
 class Walk:

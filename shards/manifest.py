@@ -140,6 +140,10 @@ class Manifest(Options):
     """Source entries that are no usable images; `rejected.jsonl` says which and why."""
     excluded: int = Field(0, ge=0)
     """Source entries left out by request."""
+    exclude_sha256: str | None = None
+    """SHA-256, in hex, of the sorted keys that were to be left out, a line each."""
+    max_images: int | None = None
+    """Most entries that were to be taken."""
     lists: Mapping[str, str] = {}
     """SHA-256, in hex, of the lists beside the manifest."""
     shards: tuple[ShardEntry, ...] = Field(min_length=1)

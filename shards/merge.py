@@ -58,6 +58,8 @@ def existing(out: Path, expected: Mapping[str, Any]) -> Manifest | None:
         "image_size": manifest.image_size,
         "samples_per_shard": manifest.samples_per_shard,
         "preparation": manifest.preparation,
+        "exclude_sha256": manifest.exclude_sha256,
+        "max_images": manifest.max_images,
         "names": [{"kind": origin.kind, "name": origin.name} for origin in manifest.sources],
     }
     if found != expected:
@@ -117,6 +119,8 @@ def merge_claimed(out: Path, parts: int) -> Manifest:
         preparation=record.preparation,
         rejected=rejects.count,
         excluded=record.excluded,
+        exclude_sha256=record.exclude_sha256,
+        max_images=record.max_images,
         lists={name: sha256 for name, sha256 in lists.items() if sha256 is not None},
         shards=tuple(shards),
     )

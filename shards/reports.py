@@ -71,6 +71,8 @@ class PartRecord(Options):
     preparation: Preparation
     max_rejected: float
     excluded: int
+    exclude_sha256: str | None
+    max_images: int | None
     shards: int = Field(ge=1)
     """Shards of all parts together."""
     chain: str

@@ -31,7 +31,7 @@ from shards.reader import locate, read_sample
 
 SIZE = 64
 COMPARED = 500
-SHARDS = ("--samples-per-shard", "500")
+SHARDS = ("--samples-per-shard", "1024")
 
 
 class Benchmark(Options):

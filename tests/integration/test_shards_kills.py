@@ -133,6 +133,20 @@ def test_what_a_kill_left_is_not_written_again(source: Path, tmp_path: Path) -> 
     assert read_manifest(out).image_size == 16 and verify(out, 1)[1] == []
 
 
+def test_the_same_command_on_a_complete_data_set_changes_nothing_and_another_is_refused(
+    source: Path, golden: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    (tmp_path / "keys.txt").write_bytes(b"image0000\n")
+    for _ in range(2):
+        assert run_shards("convert", source, "--out", out, *OPTIONS).returncode == 0
+        assert contents(out) == golden
+    for other in (["--max-images", 9], ["--fast"], ["--exclude", tmp_path / "keys.txt"], ["--samples-per-shard", 9]):
+        error = error_of(run_shards("convert", source, "--out", out, *OPTIONS, *other))
+        assert error.startswith(f"{out} already holds another data set")
+    assert contents(out) == golden
+
+
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
 def test_parts_in_any_order_and_a_merge_make_the_same_bytes(
     source: Path, golden: dict[str, bytes], tmp_path: Path, order: tuple[int, ...]
