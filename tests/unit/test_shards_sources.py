@@ -121,7 +121,7 @@ def test_a_data_file_of_another_kind_is_an_error(tmp_path: Path, content: bytes)
 
 def test_an_empty_lmdb_is_an_error(tmp_path: Path) -> None:
     lmdb.open(str(tmp_path / "source")).close()
-    with pytest.raises(UserError, match="is empty: it has no entries to convert"):
+    with pytest.raises(UserError, match="is empty: it has no entries"):
         entries_of(tmp_path / "source")
 
 
