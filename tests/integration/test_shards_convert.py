@@ -170,3 +170,30 @@ def test_the_manifest_says_how_the_pixels_were_made(converted: Path, source: Pat
     assert (manifest.preparation.crop, manifest.preparation.filter) == ("center-square", "lanczos")
     assert manifest.preparation.decoder.startswith("Pillow ")
     assert str(source.parent) not in (converted / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("layout", [[], ["--flat"]], ids=["folders", "flat"])
+def test_exported_photographs_make_the_same_shards(
+    source: Path, converted: Path, tmp_path: Path, layout: list[str]
+) -> None:
+    assert run_shards("export", source, "--out", tmp_path / "files", *layout).returncode == 0
+    process = run_shards("convert", tmp_path / "files", "--out", tmp_path / "data", "--samples-per-shard", 25)
+    assert process.returncode == 0, process.stderr
+    assert read_manifest(tmp_path / "data").shards == read_manifest(converted).shards
+
+
+def test_photographs_in_tars_make_the_same_shards(source: Path, converted: Path, tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    with LmdbSource(source) as opened:
+        for number, keys in enumerate(zip(*[iter(key for key, _ in opened.walk())] * 30, strict=False)):
+            with webdataset.TarWriter(str(tmp_path / "tars" / f"{number:03d}.tar")) as writer:
+                for key in keys:
+                    writer.write({"__key__": key.decode(), "jpg": opened.read(key), "cls": b"3"})
+        count = 30 * (number + 1)
+    process = run_shards("convert", tmp_path / "tars", "--out", tmp_path / "data", "--samples-per-shard", 25)
+    assert process.returncode == 0, process.stderr
+    assert f"{count} files without the extension of an image were left out" in process.stdout
+    expected = list(samples_of(converted))[:count]
+    found = list(samples_of(tmp_path / "data"))
+    assert [key for key, _ in found] == [key for key, _ in expected]
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(found, expected, strict=True))
