@@ -18,7 +18,7 @@ from shards.errors import UserError
 from shards.export import EXTENSIONS, UNKNOWN, ExportReport, export
 from shards.lmdb_source import LmdbSource
 from shards.lsun import ADDRESS, CATEGORIES, lmdb_names
-from shards.manifest import Manifest
+from shards.manifest import MANIFEST_NAME, Manifest
 from shards.merge import merge
 from shards.preview import preview
 from shards.progress import Progress
@@ -60,9 +60,7 @@ class DemoOptions(Options):
 
 
 class ConvertOptions(Options):
-    """Turn images into WebDataset shards: centre crop, resize, one manifest.
-
-    Killed at any moment, the same command goes on."""
+    """Turn images into WebDataset shards under one manifest; after a kill the same command goes on."""
 
     sources: CliPositionalArg[list[Path]] = Field(min_length=1)
     """What to convert: LMDBs as LSUN publishes them, folders of images, tars or folders of tars."""
@@ -73,7 +71,7 @@ class ConvertOptions(Options):
     samples_per_shard: int = Field(4096, ge=1)
     """Source entries that go into one shard."""
     fast: bool = False
-    """Decode JPEGs at the reduced scale that leaves the filter twice the size: twice as fast, not the same pixels."""
+    """Decode JPEGs at the reduced scale that leaves the filter twice the size: nearly twice as fast, other pixels."""
     max_images: int | None = Field(None, ge=1)
     """Take only the first so many entries."""
     exclude: Path | None = None
@@ -163,12 +161,14 @@ def convert_command(options: ConvertOptions) -> None:
         selection=Selection(read_keys(options.exclude) if options.exclude else frozenset(), options.max_images),
         max_rejected=options.max_rejected if options.damaged == "skip" else 0.0,
     )
-    if of == 1:
-        print(_converted(convert(sources, options.out, settings, options.workers), options.out))
+    was_complete = (options.out / MANIFEST_NAME).is_file()
+    if of == 1 or was_complete:
+        manifest = convert(sources, options.out, settings, options.workers)
+        print(("nothing to do: " if was_complete else "") + _converted(manifest, options.out))
     else:
         convert_part(sources, options.out, Part(number, of), settings, options.workers)
         print(f"part {options.part} at {options.out}; after the last: {PROG} merge {options.out}")
-    ignored = sum(getattr(source, "ignored", 0) for source in sources)
+    ignored = sum(source.ignored for source in sources)
     if ignored:
         print(f"{ignored:,} files without the extension of an image were left out")
 

@@ -63,9 +63,8 @@ def convert_part(
     sources: Sequence[Source], out: Path, part: Part, settings: Settings = DEFAULTS, workers: int = 0
 ) -> None:
     """Write the shards of one part of the same; `shards.merge.merge` completes the data set after the last."""
-    if _finished(sources, out, settings) is None:
-        with _claimed(sources, out, settings, part) as total:
-            _write_part(sources, out, settings, part, total, workers)
+    with _claimed(sources, out, settings, part) as total:
+        _write_part(sources, out, settings, part, total, workers)
 
 
 def _finished(sources: Sequence[Source], out: Path, settings: Settings) -> Manifest | None:
@@ -111,7 +110,8 @@ def _write_part(
             if part.has(shard):
                 yield Run(shard, entries)
 
-    task = ShardTask(tuple(sources), out, Layout(settings.image_size), settings.preparation)
+    states = tuple(source.state() for source in sources)
+    task = ShardTask(tuple(sources), states, out, Layout(settings.image_size), settings.preparation)
     entries = None if total is None else part.entries_of(total, settings.samples_per_shard)
     workers = workers or available_cores()
     if entries is not None:

@@ -20,6 +20,12 @@ class Source(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return what the manifest says of the source: its kind and its name."""
 
+    ignored: int
+    """What the last walk met that does not call itself an image."""
+
+    def state(self) -> Any:
+        """Return what tells this source from another of its name and from its own earlier self, as JSON knows it."""
+
     def entries(self) -> int | None:
         """Return the number of entries where the source knows it without a walk."""
 

@@ -59,6 +59,15 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def state_of(path: Path) -> tuple[str, int, int]:
+    """Return the place, size and time of change of a file, as JSON knows them; raises UserError where it is gone."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return os.fsencode(path.resolve()).hex(), status.st_size, status.st_mtime_ns
+
+
 def check_room(directory: Path, required_bytes: int, purpose: str) -> None:
     """Raise UserError where the disk of `directory`, which may not exist yet, has no room; `purpose` is what for."""
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())

@@ -12,6 +12,7 @@ from typing import Any
 import lmdb
 
 from shards.errors import UserError
+from shards.files import state_of
 
 DATA_NAME = "data.mdb"
 
@@ -22,6 +23,9 @@ class LmdbSource:
     It can be pickled: an environment survives neither a fork nor pickling (pytorch/vision#689), so that a
     copy opens its own. Every method raises UserError where the LMDB is missing, damaged or of another kind.
     """
+
+    ignored = 0
+    """An LMDB holds nothing else."""
 
     def __init__(self, path: Path, transaction: int | None = None) -> None:
         self.path = path
@@ -42,6 +46,10 @@ class LmdbSource:
     def describe(self) -> dict[str, Any]:
         """Return what the manifest says of the source: its kind and name."""
         return {"kind": "lmdb", "name": self.path.resolve().name}
+
+    def state(self) -> Any:
+        """Return its place, size and time of change."""
+        return state_of(self.path / DATA_NAME)
 
     def entries(self) -> int:
         """Return the number of entries, at least 1."""

@@ -2,7 +2,8 @@
 
 They lie in the folder `unfinished-conversion` of the data set until its manifest is written. A shard is taken
 over by a later run of the same command, or of another one, if its report bears the same identity: the hash of
-everything that decides its bytes but the pixels of the source.
+everything that decides its bytes but the content of the images: settings, keys, and the places, sizes and times of
+change of LMDBs and tars.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shards.entries import Entry, Source
 from shards.images import ImageError, decode_image, prepare, to_ppm
@@ -27,14 +27,15 @@ class ShardTask:
     """From where to where, and how."""
 
     sources: tuple[Source, ...]
+    states: tuple[Any, ...]
+    """What tells the sources from others of their names."""
     out: Path
     layout: Layout
     preparation: Preparation
 
     def identity(self, run: Run) -> str:
         """Return the hash of what decides the shard's bytes, but for the images themselves."""
-        names = [source.describe() for source in self.sources]
-        return hash_of([self.layout.image_size, self.preparation.model_dump(), names, run])
+        return hash_of([self.layout.image_size, self.preparation.model_dump(), self.states, run])
 
     def __call__(self, run: Run, tick: Tick) -> ShardReport:
         """Write the shard of `run` and its report, unless both are there."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from shards.entries import MAX_ENTRY_BYTES
 from shards.errors import UserError
+from shards.files import state_of
 from shards.folder_source import EXTENSIONS
 from shards.images import ImageError
 from shards.manifest import TAR_BLOCK
@@ -44,6 +45,10 @@ class TarSource:
     def describe(self) -> dict[str, Any]:
         """Return what the manifest says of the source: its kind and name."""
         return {"kind": "tar", "name": self.path.resolve().name}
+
+    def state(self) -> Any:
+        """Return the places, sizes and times of change of the tars."""
+        return [state_of(path) for path in self.paths]
 
     def entries(self) -> None:
         """Return nothing: counting would walk all headers first."""

@@ -31,7 +31,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, and how many bytes of body it got."""
+    """What was asked for, and how many bytes of body it is sent."""
 
     path: str
     range: str | None
@@ -94,11 +94,12 @@ def _respond(handler: BaseHTTPRequestHandler, server: Server) -> None:
     for name, value in (headers | answer.headers).items():
         if value is not None:
             handler.send_header(name, value)
-    handler.end_headers()
     sent = body[: min(x for x in (answer.cut, answer.hang, len(body)) if x is not None)]
+    # before it is answered: a client that does not want the answer asks again at once
+    server.requests.append(Request(handler.path, handler.headers.get("Range"), len(sent)))
+    handler.end_headers()
     handler.wfile.write(sent)
     handler.wfile.flush()
-    server.requests.append(Request(handler.path, handler.headers.get("Range"), len(sent)))
     if answer.hang is not None:
         server.closing.wait(30)
 

@@ -133,13 +133,24 @@ def test_what_a_kill_left_is_not_written_again(source: Path, tmp_path: Path) -> 
     assert read_manifest(out).image_size == 16 and verify(out, 1)[1] == []
 
 
+def test_another_source_of_the_same_name_and_keys_is_not_taken_for_the_first(tmp_path: Path) -> None:
+    first = write_lmdb(tmp_path / "first" / "photos", numbered(16))
+    second = write_lmdb(tmp_path / "second" / "photos", {key: encoded(picture(99)) for key in numbered(16)})
+    assert run_shards("convert", second, "--out", tmp_path / "expected", *OPTIONS).returncode == 0
+    assert run_shards("convert", first, "--out", tmp_path / "data", *OPTIONS, "--part", "1/2").returncode == 0
+    assert run_shards("convert", second, "--out", tmp_path / "data", *OPTIONS).returncode == 0
+    assert contents(tmp_path / "data") == contents(tmp_path / "expected")
+
+
 def test_the_same_command_on_a_complete_data_set_changes_nothing_and_another_is_refused(
     source: Path, golden: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "data"
     (tmp_path / "keys.txt").write_bytes(b"image0000\n")
-    for _ in range(2):
-        assert run_shards("convert", source, "--out", out, *OPTIONS).returncode == 0
+    assert run_shards("convert", source, "--out", out, *OPTIONS).returncode == 0
+    for part in ([], ["--part", "1/2"]):
+        process = run_shards("convert", source, "--out", out, *OPTIONS, *part)
+        assert process.returncode == 0 and process.stdout.startswith("nothing to do: 158 images in 20 shards")
         assert contents(out) == golden
     for other in (["--max-images", 9], ["--fast"], ["--exclude", tmp_path / "keys.txt"], ["--samples-per-shard", 9]):
         error = error_of(run_shards("convert", source, "--out", out, *OPTIONS, *other))

@@ -62,7 +62,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 SURVIVORS = ("logits", "noise 0.1", "rate of D's last layer / 10")
-"""Recipes at full width that the screening left; the first is the default."""
+"""Recipes at full width that the screening left; the first goes through all phases."""
 SEEDS = (0, 1, 2)
 
 
@@ -90,19 +90,19 @@ def screen() -> list[Trial]:
 
 
 def compare() -> list[Trial]:
-    """What survived the screening on three seeds, the default and the plain nets of both widths on two data sets."""
+    """What survived the screening on three seeds, the first and the plain nets of both widths on two data sets."""
     on_both = ("plain, width 64", SURVIVORS[0], "plain")
     photos = [Trial(name, "photos", seed, 32, 300) for seed in SEEDS for name in (*on_both, *SURVIVORS[1:])]
     return photos + [Trial(name, "rooms", seed, 32, 300) for seed in SEEDS for name in on_both]
 
 
 def batches() -> list[Trial]:
-    """The default at larger batches, in the precision that it has on a GPU."""
+    """The first survivor at larger batches, in the precision that it has on a GPU."""
     return [Trial(SURVIVORS[0], "photos", 0, batch, 150, "bf16") for batch in (64, 128)]
 
 
 def prove() -> list[Trial]:
-    """The default for longer, in the precision that it has on a GPU."""
+    """The first survivor for longer, in the precision that it has on a GPU."""
     return [Trial(SURVIVORS[0], data, 0, 32, 2000, "bf16") for data in ("photos", "rooms")]
 
 
