@@ -92,8 +92,8 @@ def report(images: int, medians: dict[str, float]) -> dict[str, float]:
 def plain_loop(path: Path, start: int = 0, step: int = 1) -> int:
     """Decode, crop and resize every image of the LMDB, or every second."""
     with LmdbSource(path) as source:
-        for key, _ in islice(source.walk(), start, None, step):
-            np.asarray(prepare(decode_image(source.read(key)), SIZE))
+        for key, place in islice(source.walk(), start, None, step):
+            np.asarray(prepare(decode_image(source.read(key, place)), SIZE))
     return 0
 
 

@@ -53,7 +53,7 @@ def samples_of(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def test_every_source_image_is_a_sample_in_key_order(source: Path, converted: Path) -> None:
     with LmdbSource(source) as opened:
-        originals = [(key, opened.read(key)) for key, _ in opened.walk()]
+        originals = [(key, opened.read(key, place)) for key, place in opened.walk()]
     samples = list(samples_of(converted))
     assert [key for key, _ in samples] == [key.decode() for key, _ in originals]
     for (_, pixels), (_, data) in zip(samples, originals, strict=True):
@@ -185,10 +185,10 @@ def test_exported_photographs_make_the_same_shards(
 def test_photographs_in_tars_make_the_same_shards(source: Path, converted: Path, tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     with LmdbSource(source) as opened:
-        for number, keys in enumerate(zip(*[iter(key for key, _ in opened.walk())] * 30, strict=False)):
+        for number, entries in enumerate(zip(*[opened.walk()] * 30, strict=False)):
             with webdataset.TarWriter(str(tmp_path / "tars" / f"{number:03d}.tar")) as writer:
-                for key in keys:
-                    writer.write({"__key__": key.decode(), "jpg": opened.read(key), "cls": b"3"})
+                for key, place in entries:
+                    writer.write({"__key__": key.decode(), "jpg": opened.read(key, place), "cls": b"3"})
         count = 30 * (number + 1)
     process = run_shards("convert", tmp_path / "tars", "--out", tmp_path / "data", "--samples-per-shard", 25)
     assert process.returncode == 0, process.stderr

@@ -17,6 +17,7 @@ import pytest
 
 from shards.errors import UserError
 from shards.export import ExportReport, export, extension_of, folder_of
+from shards.lmdb_pages import Place
 from shards.lmdb_source import LmdbSource
 from tests.shards_fixtures import ROOT, contents, encoded, error_of, picture, run_shards, write_lmdb
 
@@ -252,7 +253,7 @@ def test_keys_are_read_as_files_are_written(tmp_path: Path, monkeypatch: pytest.
     ahead = []
 
     class Watched(LmdbSource):
-        def walk(self) -> Iterator[tuple[bytes, None]]:
+        def walk(self) -> Iterator[tuple[bytes, Place]]:
             for taken, entry in enumerate(super().walk()):
                 ahead.append(taken - len(list((tmp_path / "out").glob("*.*"))))
                 yield entry
