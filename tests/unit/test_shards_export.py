@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from shards import lmdb_source
 from shards.errors import UserError
 from shards.export import ExportReport, export, extension_of, folder_of
 from shards.lmdb_pages import Place
@@ -262,6 +263,12 @@ def test_keys_are_read_as_files_are_written(tmp_path: Path, monkeypatch: pytest.
     with Watched(tmp_path / "source") as source:
         export(source, tmp_path / "out", flat=True)
     assert ahead == [0] * 5
+
+
+def test_a_value_too_large_to_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmdb_source, "MAX_ENTRY_BYTES", 10)
+    with pytest.raises(UserError, match=rf"^cannot export key b'key' of {tmp_path}/source: too large: 11 bytes$"):
+        exported(tmp_path, {b"key": bytes(11)})
 
 
 def test_one_export_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
