@@ -45,7 +45,10 @@ class Entry(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Which entries are taken: not those whose key is in `exclude`, and the first `limit` of the others."""
+    """Which entries are taken: not those whose key is in `exclude`, and the first `limit` of the others.
+
+    With several sources, a key may be given with or without the number of its source in front.
+    """
 
     exclude: frozenset[bytes] = frozenset()
     limit: int | None = None
@@ -72,9 +75,11 @@ class Walk:
             yield run
 
     def _entries(self) -> Iterator[Entry]:
+        exclude = self._selection.exclude
         for index, source in enumerate(self._sources):
+            number = b"%d_" % index if len(self._sources) > 1 else b""
             for key, place in source.walk():
-                if key in self._selection.exclude:
+                if key in exclude or (number + key) in exclude:
                     self.excluded += 1
                 else:
                     self.taken[index] += 1
@@ -87,4 +92,4 @@ def read_keys(path: Path) -> frozenset[bytes]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return frozenset(line.strip() for line in lines if line.strip())
+    return frozenset({*lines, *(line.strip() for line in lines)} - {b""})  # a key may end in a blank

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.files import atomic_file
+from shards.images import ImageError
+from shards.lmdb_pages import Place
 from shards.lmdb_source import LmdbSource
 from shards.manifest import member_key
 from shards.progress import Progress
@@ -51,8 +53,8 @@ def export(source: LmdbSource, out: Path, *, flat: bool = False, limit: int | No
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _held(out), Progress(count, "export") as progress:
-            for key, _ in islice(source.walk(), count):
-                value = source.read(key)
+            for key, place in islice(source.walk(), count):
+                value = _read(source, key, place)
                 name, extension = _unique_name(source, key), extension_of(value)
                 report.extensions[extension] += 1
                 report.renamed += name.encode() != key
@@ -66,6 +68,13 @@ def export(source: LmdbSource, out: Path, *, flat: bool = False, limit: int | No
             f"cannot write {where} ({error.strerror}): mend that and give the same command again, or another --out"
         ) from None
     return report
+
+
+def _read(source: LmdbSource, key: bytes, place: Place) -> bytes:
+    try:
+        return source.read(key, place)
+    except ImageError as error:
+        raise UserError(f"cannot export key {key!r} of {source.path}: {error}") from None
 
 
 def folder_of(name: str, flat: bool) -> Path:

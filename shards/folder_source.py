@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shards.entries import MAX_ENTRY_BYTES
 from shards.errors import UserError
 from shards.images import ImageError
+from shards.plain_file import NotPlainError, open_plain
 
 EXTENSIONS = frozenset({b".jpg", b".jpeg", b".png", b".webp", b".ppm"})
 """Names of images. What a file holds is told by its content: LSUN's JPEGs are exported as `.webp`."""
+
+_LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class FolderSource:
     """The image files below a folder, in the order of their names, folder by folder.
 
     The key of a file is its path below the folder without the extension; folders of one character each that
-    spell the beginning of the name, as LSUN's export makes them, do not count. Links are followed.
+    spell the beginning of the name, as LSUN's export makes them, do not count. Links are followed; what is
+    hidden, its name beginning with a dot, is left out.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.ignored = 0
-        """Files without an image's extension, met by the walk."""
+        """Hidden files and folders, and files without an image's extension, met by the walk."""
 
     def describe(self) -> dict[str, Any]:
         """Return what the manifest says of the source: its kind and name."""
@@ -39,41 +44,85 @@ class FolderSource:
         """Return nothing: counting would list all files first."""
 
     def walk(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield (key, path below the folder) of every image file. Raises UserError for a folder that cannot be read."""
+        """Yield (key, path below the folder) of every image file.
+
+        Raises UserError for a folder that cannot be read, and for a link to a folder that is walked already or,
+        unless it has the name of an image, to nothing.
+        """
         self.ignored = 0
-        yield from self._walk(b"", ())
+        linked = set[tuple[int, int]]()
+        above = [self._open(b"")]
+        while above:
+            name = next(above[-1].names, None)
+            if name is None:
+                above.pop()
+                continue
+            place = os.path.join(above[-1].place, name)
+            if name not in above[-1].folders:
+                yield key_of(place), place
+                continue
+            folder = self._open(place)
+            if any(folder.identity == other.identity for other in above):
+                raise UserError(f"{self._shown(place)} is a link to a folder above it: remove it")
+            if above[-1].folders[name]:
+                if folder.identity in linked:
+                    raise UserError(f"{self._shown(place)} is the second link to one folder: remove it")
+                linked.add(folder.identity)
+            above.append(folder)
 
     def read(self, key: bytes, place: bytes) -> bytes:
-        """Return the content of the file at `place`; raises ImageError where it is too large."""
-        path = os.path.join(os.fsencode(self.path), place)
+        """Return the content of the file at `place`; raises ImageError where it is no plain file or too large."""
+        path = self._at(place)
         try:
-            with open(path, "rb") as file:
-                data = file.read(MAX_ENTRY_BYTES + 1)
+            with open_plain(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > MAX_ENTRY_BYTES:
+                    raise ImageError(f"too large: {size:,} bytes")
+                return os.pread(file.fileno(), size, 0)
+        except NotPlainError:
+            raise ImageError("not a plain file") from None
         except OSError as error:
-            raise UserError(f"cannot read {os.fsdecode(path)}: {error.strerror}; --exclude leaves it out") from None
-        if len(data) > MAX_ENTRY_BYTES:
-            raise ImageError(f"too large: more than {MAX_ENTRY_BYTES:,} bytes")
-        return data
+            if error.errno in _LEADS_NOWHERE and os.path.islink(path):
+                raise ImageError("a link to nothing") from None
+            raise UserError(f"cannot read {self._shown(place)}: {error.strerror}; --exclude leaves it out") from None
 
-    def _walk(self, below: bytes, ancestors: tuple[tuple[int, int], ...]) -> Iterator[tuple[bytes, bytes]]:
-        directory = os.path.join(os.fsencode(self.path), below)
+    def _at(self, place: bytes) -> bytes:
+        return os.path.join(os.fsencode(self.path), place)
+
+    def _shown(self, place: bytes) -> str:
+        return os.fsdecode(self._at(place))
+
+    def _open(self, place: bytes) -> _Folder:
+        images, folders = list[bytes](), dict[bytes, bool]()
         try:
-            status = os.stat(directory)
-            with os.scandir(directory) as found:
-                kinds = {entry.name: entry.is_dir() for entry in found}
+            status = os.stat(self._at(place))
+            with os.scandir(self._at(place)) as entries:
+                for entry in entries:
+                    if entry.name.startswith(b"."):
+                        self.ignored += 1
+                    elif _is_folder(entry):
+                        folders[entry.name] = entry.is_symlink()
+                    elif is_image_name(entry.name):
+                        images.append(entry.name)
+                    elif entry.is_symlink() and not os.path.exists(entry.path):
+                        raise UserError(f"{os.fsdecode(entry.path)} is a link to nothing: mend or remove it")
+                    else:
+                        self.ignored += 1
         except OSError as error:
-            raise UserError(f"cannot read the folder {os.fsdecode(directory)}: {error.strerror}") from None
-        identity = (status.st_dev, status.st_ino)
-        if identity in ancestors:
-            raise UserError(f"{os.fsdecode(directory)} is a link to a folder above it: remove it")
-        for name in sorted(kinds):
-            place = os.path.join(below, name)
-            if kinds[name]:
-                yield from self._walk(place, (*ancestors, identity))
-            elif not name.startswith(b".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
-                yield key_of(place), place
-            else:
-                self.ignored += 1
+            path = os.fsdecode(error.filename or self._at(place))
+            raise UserError(f"cannot read the folder {path}: {error.strerror}") from None
+        return _Folder(place, (status.st_dev, status.st_ino), folders, iter(sorted([*images, *folders])))
+
+
+class _Folder(NamedTuple):
+    """A folder on the way of the walk."""
+
+    place: bytes
+    identity: tuple[int, int]
+    folders: dict[bytes, bool]
+    """The folders in it, and whether they are links."""
+    names: Iterator[bytes]
+    """What is still to be visited in it."""
 
 
 def key_of(place: bytes) -> bytes:
@@ -81,3 +130,18 @@ def key_of(place: bytes) -> bytes:
     *folders, name = os.path.splitext(place)[0].split(b"/")
     is_fan_out = all(len(folder) == 1 for folder in folders) and name.startswith(b"".join(folders))
     return name if is_fan_out else b"/".join([*folders, name])
+
+
+def is_image_name(path: bytes) -> bool:
+    """Return whether a path has the extension of an image, and is not hidden."""
+    name = path.rpartition(b"/")[2]
+    return not name.startswith(b".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno in _LEADS_NOWHERE:
+            return False
+        raise

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lmdb
-
+from shards.entries import MAX_ENTRY_BYTES
 from shards.errors import UserError
 from shards.files import state_of
+from shards.images import ImageError
+from shards.lmdb_pages import ChangedError, DamagedError, LmdbFile, OtherFormError, Place, Snapshot
+from shards.plain_file import open_plain
 
 DATA_NAME = "data.mdb"
 
@@ -20,28 +22,29 @@ DATA_NAME = "data.mdb"
 class LmdbSource:
     """An LMDB of encoded images, opened when first read, in the process that reads.
 
-    It can be pickled: an environment survives neither a fork nor pickling (pytorch/vision#689), so that a
-    copy opens its own. Every method raises UserError where the LMDB is missing, damaged or of another kind.
+    It can be pickled: a copy opens the file itself, and sees whether it is still what the original saw. Nothing
+    is written or locked: a published data set has no writer, and may lie on a read-only disk. Every method
+    raises UserError where the LMDB is missing, damaged, written to meanwhile or of another kind.
     """
 
     ignored = 0
     """An LMDB holds nothing else."""
 
-    def __init__(self, path: Path, transaction: int | None = None) -> None:
+    def __init__(self, path: Path, snapshot: Snapshot | None = None) -> None:
         self.path = path
-        self._transaction = transaction
-        self._environment: lmdb.Environment | None = None
+        self._snapshot = snapshot
+        self._file: LmdbFile | None = None
 
-    def __reduce__(self) -> tuple[type[LmdbSource], tuple[Path, int | None]]:
-        return LmdbSource, (self.path, self._transaction)
+    def __reduce__(self) -> tuple[type[LmdbSource], tuple[Path, Snapshot | None]]:
+        return LmdbSource, (self.path, self._snapshot)
 
     def __enter__(self) -> LmdbSource:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._environment is not None:
-            self._environment.close()
-            self._environment = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def describe(self) -> dict[str, Any]:
         """Return what the manifest says of the source: its kind and name."""
@@ -54,64 +57,64 @@ class LmdbSource:
     def entries(self) -> int:
         """Return the number of entries, at least 1."""
         with _damage_is_user_error(self.path):
-            entries = self._open().stat()["entries"]
+            entries = self._open().snapshot.entries
         if not entries:
             raise UserError(f"the LMDB {self.path} is empty: it has no entries")
         return entries
 
-    def walk(self) -> Iterator[tuple[bytes, None]]:
-        """Yield the keys in order. Reads only the pages that hold keys.
+    def walk(self) -> Iterator[tuple[bytes, Place]]:
+        """Yield (key, place) of every entry in key order. Reads only the pages that hold keys.
 
         Listing all of LSUN first takes hours (pytorch/vision#2544).
         """
-        expected, found = self.entries(), 0
-        with _damage_is_user_error(self.path), self._open().begin() as transaction:
-            for key in transaction.cursor().iternext(keys=True, values=False):
-                found += 1
-                yield key, None
-        if found != expected:
-            raise UserError(f"the LMDB {self.path} is damaged: it lacks entries that its header counts; copy it again")
+        self.entries()
+        with _damage_is_user_error(self.path):
+            yield from self._open().walk()
 
     def holds(self, key: bytes) -> bool:
         """Return whether there is an entry of that key."""
-        with _damage_is_user_error(self.path), self._open().begin() as transaction:
-            return bool(transaction.cursor().set_key(key))
-
-    def read(self, key: bytes, place: None = None) -> bytes:
-        """Return the value of a key; raises UserError where it is gone or another process writes to the LMDB."""
         with _damage_is_user_error(self.path):
-            environment = self._open()
-            with environment.begin() as transaction:
-                value = transaction.get(key)
-            written = environment.info()["last_txnid"] != self._transaction
-        if value is None or written:
-            raise UserError(f"the LMDB {self.path} changed while it was read: wait until nobody writes to it")
-        return value
+            return self._open().find(key) is not None
 
-    def _open(self) -> lmdb.Environment:
-        if self._environment is None:
+    def read(self, key: bytes, place: Place) -> bytes:
+        """Return the value at a place; raises ImageError where it is too large for an image."""
+        if place.size > MAX_ENTRY_BYTES:
+            raise ImageError(f"too large: {place.size:,} bytes")
+        with _damage_is_user_error(self.path):
+            return self._open().read(place)
+
+    def _open(self) -> LmdbFile:
+        if self._file is None:
             _check_path(self.path)
-            # No lock: nobody writes a published data set, and it may lie on a read-only disk. No readahead:
-            # an LMDB filled in random order, as by SHA-1 keys, scatters its values, and reading 128 KiB
-            # around each of 14 KiB costs far more than larger reads save where values lie in order.
-            environment = lmdb.open(os.fsencode(self.path), readonly=True, lock=False, create=False, readahead=False)
-            _check_length(self.path / DATA_NAME, environment)
-            if self._transaction is None:
-                self._transaction = environment.info()["last_txnid"]
-            self._environment = environment
-        return self._environment
+            opened = open_plain(self.path / DATA_NAME)
+            # No readahead: an LMDB filled in random order, as by SHA-1 keys, scatters its values, and reading
+            # 128 KiB around each of 14 KiB costs far more than larger reads save where values lie in order.
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            try:
+                file = LmdbFile(opened)
+                _check_length(self.path / DATA_NAME, opened.fileno(), file.snapshot)
+                if file.snapshot != (self._snapshot or file.snapshot):
+                    raise ChangedError
+            except BaseException:
+                opened.close()
+                raise
+            self._file, self._snapshot = file, file.snapshot
+        return self._file
 
 
 @contextmanager
 def _damage_is_user_error(path: Path) -> Iterator[None]:
     try:
         yield
-    except lmdb.InvalidError:
-        raise UserError(f"{path / DATA_NAME} is not an LMDB, or its first page is damaged") from None
-    except lmdb.Error as error:
-        raise UserError(f"cannot read the LMDB {path}: {error}") from None
+    except DamagedError as error:
+        raise UserError(f"{path / DATA_NAME} {error}; copy or unzip it again") from None
+    except OtherFormError as error:
+        raise UserError(f"{path / DATA_NAME} {error}") from None
+    except ChangedError:
+        raise UserError(f"the LMDB {path} changed while it was read: wait until nobody writes to it") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path / DATA_NAME}: {error.strerror}") from None
 
 
 def _check_path(path: Path) -> None:
@@ -132,10 +135,8 @@ def _check_path(path: Path) -> None:
     )
 
 
-def _check_length(data: Path, environment: lmdb.Environment) -> None:
-    """Raise UserError where the file ends before its last page: reading that page would kill the process."""
-    expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    size = data.stat().st_size
-    if size < expected:
-        environment.close()
-        raise UserError(f"{data} has {size} bytes of {expected}: an incomplete copy, copy or unzip it again")
+def _check_length(data: Path, descriptor: int, snapshot: Snapshot) -> None:
+    """Raise UserError where the file ends before its last page."""
+    size = os.fstat(descriptor).st_size
+    if size < snapshot.file_bytes:
+        raise UserError(f"{data} has {size} bytes of {snapshot.file_bytes}: an incomplete copy, copy or unzip it again")

@@ -47,9 +47,17 @@ def map_in_order(
 
     `workers` 0 means all available cores; 1 runs in this process, for a debugger. `task` must pickle; each
     worker gets one copy of it. Close the generator (contextlib.closing) to stop the workers early. Raises
-    what a task raises, and UserError where a worker dies.
+    what a task raises, and UserError where a worker dies or memory does not suffice.
     """
-    workers = workers or available_cores()
+    try:
+        yield from _map_in_order(task, jobs, workers or available_cores(), progress)
+    except MemoryError:
+        raise UserError("not enough memory: try fewer --workers") from None
+
+
+def _map_in_order(
+    task: Callable[[Job, Tick], Result], jobs: Iterable[Job], workers: int, progress: Counter
+) -> Iterator[Result]:
     if workers == 1:
         yield from (task(job, progress.advance) for job in jobs)
         return

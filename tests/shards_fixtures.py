@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import lmdb
 import numpy as np
+import pytest
 from PIL import Image
 
+from shards.__main__ import main
 from shards.convert import Settings, convert
 from shards.demo import write_demo
+from shards.entries import Source
+from shards.errors import UserError
+from shards.images import ImageError
 from shards.lmdb_source import LmdbSource
 from shards.manifest import Manifest, read_manifest
+from shards.reader import read_sample
+from shards.sources import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,3 +107,93 @@ def error_of(process: subprocess.CompletedProcess[str]) -> str:
     assert len(lines) == 1, process.stderr
     assert lines[0].startswith("error: ")
     return lines[0].removeprefix("error: ")
+
+
+def convert_here(sources: Path | Iterable[Path], out: Path, *options: object) -> Manifest:
+    """Run `convert` as the command does, in this process and by one worker, for at most 60 seconds."""
+    given = [sources] if isinstance(sources, Path) else sources
+    with within(60):
+        main(["convert", *map(str, given), "--out", str(out), "--workers", "1", *map(str, options)])
+    return read_manifest(out)
+
+
+def rejected_in(out: Path) -> dict[str, str]:
+    """The reason for every key in `rejected.jsonl`; keys that are no text stand in hex."""
+    if not (out / "rejected.jsonl").exists():
+        return {}
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    return {line.get("key", line.get("key_hex")): line["reason"] for line in lines}
+
+
+def samples_in(out: Path) -> dict[str, np.ndarray]:
+    """The pixels of every sample under its original key; keys that are no text stand in hex."""
+    manifest = read_manifest(out)
+    lines = (out / "keys.jsonl").read_text().splitlines() if (out / "keys.jsonl").exists() else []
+    renamed = {line["member"]: line.get("key", line.get("key_hex")) for line in map(json.loads, lines)}
+    samples = [
+        read_sample(out / shard.name, manifest.layout, index)
+        for shard in manifest.shards
+        for index in range(shard.samples)
+    ]
+    return {renamed.get(member, member): pixels for member, pixels in samples}
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of every shard."""
+    return {name: content for name, content in contents(folder).items() if name.endswith(".tar")}
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """Write files under their paths below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def write_tar(path: Path, files: Mapping[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
+    """Write a tar of plain files."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fail rather than wait for something that hangs."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise AssertionError(f"not done after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def entries_of(source: Source, seconds: float = 20) -> list[tuple[bytes, bytes | str]]:
+    """Every key of a source with its bytes, or with the reason for which it is rejected."""
+    found: list[tuple[bytes, bytes | str]] = []
+    with within(seconds):
+        for key, place in source.walk():
+            try:
+                found.append((key, source.read(key, place)))
+            except ImageError as error:
+                found.append((key, str(error)))
+    return found
+
+
+def refusal(path: Path, seconds: float = 20) -> str:
+    """The one line for which a source is refused; it names the source."""
+    with pytest.raises(UserError) as caught:
+        entries_of(open_source(path), seconds)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message

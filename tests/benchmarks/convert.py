@@ -9,6 +9,7 @@ taking turns, so that the ratios hold on a noisy machine; ratios per core are of
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import shutil
@@ -22,13 +23,13 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import lmdb
 import numpy as np
+from PIL import Image
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from shards.command_line import Options, build, parse_flags, run
-from shards.images import decode_image, prepare
-from shards.lmdb_source import LmdbSource
 from shards.manifest import read_manifest
 from shards.reader import locate, read_sample
 
@@ -91,9 +92,13 @@ def report(images: int, medians: dict[str, float]) -> dict[str, float]:
 
 def plain_loop(path: Path, start: int = 0, step: int = 1) -> int:
     """Decode, crop and resize every image of the LMDB, or every second."""
-    with LmdbSource(path) as source:
-        for key, _ in islice(source.walk(), start, None, step):
-            np.asarray(prepare(decode_image(source.read(key)), SIZE))
+    with lmdb.open(str(path), readonly=True, lock=False, readahead=False) as source, source.begin() as reading:
+        for _, value in islice(reading.cursor(), start, None, step):
+            image = Image.open(io.BytesIO(value)).convert("RGB")
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.crop((left, top, left + side, top + side))
+            np.asarray(square.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
     return 0
 
 

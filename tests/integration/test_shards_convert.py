@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -14,18 +15,25 @@ import pytest
 import webdataset
 from PIL import Image
 
+from shards.errors import UserError
 from shards.images import decode_image, prepare
 from shards.lmdb_source import LmdbSource
 from shards.manifest import Manifest, Origin, read_manifest
 from shards.reader import read_sample
 from tests.shards_fixtures import (
     contents,
+    convert_here,
     encoded,
     numbered,
     photographs,
     picture,
+    rejected_in,
     run_shards,
+    samples_in,
+    shards_of,
+    write_files,
     write_lmdb,
+    write_tar,
 )
 
 
@@ -53,7 +61,7 @@ def samples_of(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def test_every_source_image_is_a_sample_in_key_order(source: Path, converted: Path) -> None:
     with LmdbSource(source) as opened:
-        originals = [(key, opened.read(key)) for key, _ in opened.walk()]
+        originals = [(key, opened.read(key, place)) for key, place in opened.walk()]
     samples = list(samples_of(converted))
     assert [key for key, _ in samples] == [key.decode() for key, _ in originals]
     for (_, pixels), (_, data) in zip(samples, originals, strict=True):
@@ -182,18 +190,169 @@ def test_exported_photographs_make_the_same_shards(
     assert read_manifest(tmp_path / "data").shards == read_manifest(converted).shards
 
 
-def test_photographs_in_tars_make_the_same_shards(source: Path, converted: Path, tmp_path: Path) -> None:
-    (tmp_path / "tars").mkdir()
+def manifest_but_for_its_sources(directory: Path) -> dict[str, object]:
+    return read_manifest(directory).model_dump(exclude={"sources"})
+
+
+def originals(source: Path) -> dict[str, bytes]:
     with LmdbSource(source) as opened:
-        for number, keys in enumerate(zip(*[iter(key for key, _ in opened.walk())] * 30, strict=False)):
-            with webdataset.TarWriter(str(tmp_path / "tars" / f"{number:03d}.tar")) as writer:
-                for key in keys:
-                    writer.write({"__key__": key.decode(), "jpg": opened.read(key), "cls": b"3"})
-        count = 30 * (number + 1)
+        return {key.decode(): opened.read(key, place) for key, place in opened.walk()}
+
+
+@pytest.fixture(scope="module")
+def as_lsun_exports_it(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEGs named `.webp`, each six folders deep."""
+    files = {"/".join([*key[:6], f"{key}.webp"]): data for key, data in originals(source).items()}
+    return write_files(tmp_path_factory.mktemp("exported") / "images", files)
+
+
+def test_lsun_s_own_export_gives_the_shards_of_its_lmdb(
+    as_lsun_exports_it: Path, converted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    (as_lsun_exports_it / "readme.txt").write_text("not an image")
+    process = run_shards("convert", as_lsun_exports_it, "--out", out, "--samples-per-shard", 25, "--workers", 2)
+    assert process.returncode == 0, process.stderr
+    assert "1 files without the extension of an image were left out" in process.stdout
+    assert shards_of(out) == shards_of(converted)
+    assert manifest_but_for_its_sources(out) == manifest_but_for_its_sources(converted)
+    count = read_manifest(converted).samples
+    assert read_manifest(out).sources == (Origin(kind="folder", name="images", entries=count),)
+
+
+def test_a_folder_for_each_class_gives_the_same_pixels_under_its_own_keys(
+    source: Path, converted: Path, tmp_path: Path
+) -> None:
+    files = {f"class-{i % 3}/{key}.jpg": data for i, (key, data) in enumerate(originals(source).items())}
+    convert_here(write_files(tmp_path / "classes", files), tmp_path / "data", "--samples-per-shard", 25)
+    found, expected = samples_in(tmp_path / "data"), samples_in(converted)
+    assert list(found) == sorted(name.removesuffix(".jpg") for name in files)
+    assert all(np.array_equal(pixels, expected[key.partition("/")[2]]) for key, pixels in found.items())
+
+
+def test_shards_of_webdataset_s_writer_give_the_pixels_of_the_lmdb(
+    source: Path, converted: Path, tmp_path: Path
+) -> None:
+    images = list(originals(source).items())
+    (tmp_path / "tars").mkdir()
+    for start in range(0, len(images), 25):
+        with webdataset.TarWriter(str(tmp_path / "tars" / f"{start:04d}.tar")) as writer:
+            for key, data in images[start : start + 25]:
+                writer.write({"__key__": key, "jpg": data, "cls": 7, "json": {"width": 256}})
     process = run_shards("convert", tmp_path / "tars", "--out", tmp_path / "data", "--samples-per-shard", 25)
     assert process.returncode == 0, process.stderr
-    assert f"{count} files without the extension of an image were left out" in process.stdout
-    expected = list(samples_of(converted))[:count]
-    found = list(samples_of(tmp_path / "data"))
-    assert [key for key, _ in found] == [key for key, _ in expected]
-    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(found, expected, strict=True))
+    assert f"{2 * len(images)} files without the extension of an image were left out" in process.stdout
+    assert shards_of(tmp_path / "data") == shards_of(converted)
+    assert manifest_but_for_its_sources(tmp_path / "data") == manifest_but_for_its_sources(converted)
+
+
+def test_one_tar_of_several_formats_is_read(tmp_path: Path) -> None:
+    images = {f"{format}.v1.{format.lower()}": encoded(picture(3), format) for format in ("JPEG", "PNG", "WEBP", "PPM")}
+    convert_here(write_tar(tmp_path / "images.tar", images), tmp_path / "data")
+    found = samples_in(tmp_path / "data")
+    assert list(found) == ["JPEG", "PNG", "WEBP", "PPM"]
+    assert np.array_equal(found["PNG"], found["PPM"])
+
+
+def test_several_sources_make_one_data_set_in_their_order(tmp_path: Path) -> None:
+    entries = numbered(7)
+    images = {key.decode() + ".jpg": data for key, data in entries.items()}
+    sources = [
+        write_tar(tmp_path / "z.tar", images),
+        write_lmdb(tmp_path / "lmdb", entries),
+        write_files(tmp_path / "a", images),
+    ]
+    out = tmp_path / "data"
+    process = run_shards("convert", *sources, "--out", out, "--samples-per-shard", 5, "--workers", 2)
+    assert process.returncode == 0, process.stderr
+    samples = list(samples_of(out))
+    assert [key for key, _ in samples] == [f"{i}_{key.decode()}" for i in range(3) for key in entries]
+    for i, (_, pixels) in enumerate(samples):
+        assert np.array_equal(pixels, samples[i % 7][1])
+    assert read_manifest(out).sources == tuple(
+        Origin(kind=kind, name=name, entries=7) for kind, name in (("tar", "z.tar"), ("lmdb", "lmdb"), ("folder", "a"))
+    )
+    assert [shard.samples for shard in read_manifest(out).shards] == [5, 5, 5, 5, 1]
+    assert run_shards("verify", out).returncode == 0
+
+
+def test_the_first_images_only(tmp_path: Path) -> None:
+    entries = numbered(7)
+    sources = [write_lmdb(tmp_path / name, entries) for name in "abc"]
+    manifest = convert_here(sources, tmp_path / "data", "--max-images", 9, "--samples-per-shard", 4)
+    assert [origin.entries for origin in manifest.sources] == [7, 2, 0]
+    assert list(samples_in(tmp_path / "data"))[-3:] == ["0_image0006", "1_image0000", "1_image0001"]
+    folder = write_files(tmp_path / "folder", {key.decode() + ".jpg": data for key, data in entries.items()})
+    assert convert_here(folder, tmp_path / "fewer", "--max-images", 3).samples == 3
+    assert convert_here(folder, tmp_path / "more", "--max-images", 99).samples == 7
+
+
+def test_excluded_keys_are_left_out_and_their_shards_filled_up(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(b"image0001\r\nimage0003\n\nnowhere\n")
+    options = ("--exclude", tmp_path / "keys", "--samples-per-shard", 4, "--max-rejected", 0)
+    entries = numbered(10) | {b"image0003": b"damaged"}
+    process = run_shards("convert", write_lmdb(tmp_path / "source", entries), "--out", tmp_path / "data", *options)
+    assert process.returncode == 0, process.stderr
+    assert ", 0 rejected, 2 excluded, at " in process.stdout
+    manifest = read_manifest(tmp_path / "data")
+    assert [shard.samples for shard in manifest.shards] == [4, 4]
+    assert (manifest.excluded, manifest.sources[0].entries) == (2, 8)
+    assert "image0001" not in samples_in(tmp_path / "data") and "image0002" in samples_in(tmp_path / "data")
+
+
+def test_two_files_of_one_name_are_one_sample_and_a_rejection(tmp_path: Path) -> None:
+    files = {"a.jpg": encoded(picture(0)), "a.png": encoded(picture(1), "PNG"), "b.jpg": encoded(picture(2))}
+    convert_here(write_files(tmp_path / "images", files), tmp_path / "data", "--max-rejected", 0.4)
+    assert list(samples_in(tmp_path / "data")) == ["a", "b"]
+    assert rejected_in(tmp_path / "data") == {"a": "its name a is taken by an entry before it"}
+
+
+def folder_of_twenty(tmp_path: Path) -> Path:
+    """As `spoiled`, in a folder, whose number of images nobody knows before its end."""
+    images = numbered(20) | {b"image0001": b"no image", b"image0011": b""}
+    return write_files(tmp_path / "folder", {key.decode() + ".jpg": data for key, data in images.items()})
+
+
+def test_the_budget_of_a_folder_is_counted_at_its_end(tmp_path: Path) -> None:
+    folder = folder_of_twenty(tmp_path)
+    for budget in (0.1, 1):
+        assert convert_here(folder, tmp_path / str(budget), "--max-rejected", budget).rejected == 2
+    with pytest.raises(UserError, match=r"^2 of 20 source entries are unusable, more than --max-rejected 0.09 allows "):
+        convert_here(folder, tmp_path / "fewer", "--max-rejected", 0.09)
+    assert not (tmp_path / "fewer" / "manifest.json").exists()
+
+
+def test_a_damaged_image_ends_a_conversion_that_is_told_so(tmp_path: Path) -> None:
+    for source in (folder_of_twenty(tmp_path), spoiled(tmp_path)):
+        process = run_shards("convert", source, "--out", tmp_path / source.name / "data", "--damaged", "fail")
+        assert process.returncode == 2
+        assert "image0001: not a readable JPEG" in process.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("files", [{}, {"notes.txt": b"", "a.gif": b""}])
+def test_a_folder_without_images_is_one_line(files: dict[str, bytes], tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "folder", files)
+    for options in ((), ("--max-images", 5)):
+        process = run_shards("convert", folder, "--out", tmp_path / "data", *options)
+        assert process.returncode == 2 and process.stdout == ""
+        assert process.stderr.splitlines()[-1] == "error: no images in folder: nothing to convert"
+        assert "Traceback" not in process.stderr and not (tmp_path / "data" / "manifest.json").exists()
+
+
+def test_a_damaged_container_is_one_line_whatever_the_workers(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "images.tar", {key.decode() + ".jpg": data for key, data in numbered(20).items()})
+    path.write_bytes(path.read_bytes()[:-15_000])
+    options = ("--workers", 2, "--samples-per-shard", 3)
+    process = run_shards("convert", path, "--out", tmp_path / "data", *options)
+    assert process.returncode == 2 and process.stdout == ""
+    assert re.fullmatch(rf"error: {path} ends .*: an incomplete copy", process.stderr.splitlines()[-1])
+    assert "Traceback" not in process.stderr and "shard-000000.tar" in contents(tmp_path / "data")
+
+
+def test_a_fifo_under_the_name_of_an_image_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "folder", {"a.jpg": encoded(picture(0))})
+    os.mkfifo(folder / "b.jpg")
+    out = tmp_path / "data"
+    process = run_shards("convert", folder, "--out", out, "--max-rejected", 0.5, "--workers", 2)
+    assert process.returncode == 0, process.stderr
+    assert rejected_in(out) == {"b": "not a plain file"}

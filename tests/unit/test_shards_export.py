@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from shards import lmdb_source
 from shards.errors import UserError
 from shards.export import ExportReport, export, extension_of, folder_of
+from shards.lmdb_pages import Place
 from shards.lmdb_source import LmdbSource
 from tests.shards_fixtures import ROOT, contents, encoded, error_of, picture, run_shards, write_lmdb
 
@@ -252,7 +254,7 @@ def test_keys_are_read_as_files_are_written(tmp_path: Path, monkeypatch: pytest.
     ahead = []
 
     class Watched(LmdbSource):
-        def walk(self) -> Iterator[tuple[bytes, None]]:
+        def walk(self) -> Iterator[tuple[bytes, Place]]:
             for taken, entry in enumerate(super().walk()):
                 ahead.append(taken - len(list((tmp_path / "out").glob("*.*"))))
                 yield entry
@@ -261,6 +263,12 @@ def test_keys_are_read_as_files_are_written(tmp_path: Path, monkeypatch: pytest.
     with Watched(tmp_path / "source") as source:
         export(source, tmp_path / "out", flat=True)
     assert ahead == [0] * 5
+
+
+def test_a_value_too_large_to_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmdb_source, "MAX_ENTRY_BYTES", 10)
+    with pytest.raises(UserError, match=rf"^cannot export key b'key' of {tmp_path}/source: too large: 11 bytes$"):
+        exported(tmp_path, {b"key": bytes(11)})
 
 
 def test_one_export_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ def square(job: int, tick: Tick) -> int:
         raise UserError("99 is no number")
     if job == 77:
         os._exit(1)
+    if job == 55:
+        raise MemoryError
     tick(job)
     return job * job
 
@@ -86,6 +88,12 @@ def test_the_error_of_a_task_is_raised_as_it_is(workers: int) -> None:
 def test_a_dead_worker_is_an_error_with_a_remedy() -> None:
     with pytest.raises(UserError, match=r"a worker process died, .* try fewer --workers"):
         list(map_in_order(square, [1, 77, 2], 2, Counted()))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_lack_of_memory_is_an_error_with_a_remedy(workers: int) -> None:
+    with pytest.raises(UserError, match=r"^not enough memory: try fewer --workers$"):
+        list(map_in_order(square, [1, 55, 2], workers, Counted()))
 
 
 def test_at_least_one_core_is_available() -> None:

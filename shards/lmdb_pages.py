@@ -1,0 +1,201 @@
+"""The pages of an LMDB, read as bytes that nobody vouches for.
+
+The library maps the file into memory and trusts it: a page that an incomplete copy left zeroed, or that a
+writer reuses, ends the process (an assertion, SIGBUS). Here every number is checked before it is used. Of the
+format (LMDB 0.9, 64 bits, little-endian) this knows what LSUN uses: one database of one value a key.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+_PAGE = struct.Struct("<QHHHH")
+"""Page number, unused, flags, end of the pointers, start of the nodes."""
+_OVERFLOW_PAGES = struct.Struct("<12xI")
+"""Of a value on pages of its own, how many they are."""
+_NODE = struct.Struct("<HHHH")
+"""Low and high half of a size or page number, flags, bytes of the key."""
+_META = struct.Struct("<8x2xH4xII16xI44x4xHH24xQQQQ")
+"""Page flags; magic, version; page size; of the database its flags, depth, entries, root; last page, transaction."""
+_NUMBER = struct.Struct("<Q")
+
+_MAGIC, _VERSION = 0xBEEFC0DE, 1
+_BRANCH, _LEAF, _OVERFLOW, _META_PAGE, _KINDS = 1, 2, 4, 8, 0x6F
+_BIG, _DATABASE = 1, 2
+_NO_PAGE = 2**64 - 1
+_FIRST_PAGE = 2
+_MAX_DEPTH = 32
+
+
+class DamagedError(Exception):
+    """The file is not what an LMDB must be. The message goes on after its name."""
+
+
+class OtherFormError(Exception):
+    """An LMDB, but none of LSUN's form. The message goes on after the file's name."""
+
+
+class ChangedError(Exception):
+    """Another process has written to the LMDB since it was opened."""
+
+
+class Snapshot(NamedTuple):
+    """The last state that a writer completed."""
+
+    transaction: int
+    page_bytes: int
+    entries: int
+    depth: int
+    root: int
+    last_page: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Size that the file has at least."""
+        return (self.last_page + 1) * self.page_bytes
+
+
+class Place(NamedTuple):
+    """Where a value lies."""
+
+    page: int
+    offset: int
+    size: int
+
+
+class LmdbFile:
+    """An open data.mdb. Whatever cannot be right raises DamagedError, ChangedError or OtherFormError."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.snapshot = self._latest()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def walk(self) -> Iterator[tuple[bytes, Place]]:
+        """Yield (key, place) of every entry, in key order."""
+        found, previous = 0, b""
+        levels = [iter([] if self.snapshot.root == _NO_PAGE else [self.snapshot.root])]
+        while levels:
+            number = next(levels[-1], None)
+            if number is None:
+                levels.pop()
+            elif len(levels) < self.snapshot.depth:
+                levels.append(iter([child for _, child in self._children(number)]))
+            else:
+                for key, place in self._entries(number):
+                    if key <= previous:
+                        raise DamagedError(f"is damaged: the keys of page {number} are out of order")
+                    found, previous = found + 1, key
+                    yield key, place
+        if found != self.snapshot.entries:
+            raise DamagedError(f"is damaged: its header counts {self.snapshot.entries:,} entries, it has {found:,}")
+
+    def find(self, key: bytes) -> Place | None:
+        """Return the place of a key's value, None where there is no such key."""
+        number = self.snapshot.root
+        if number == _NO_PAGE:
+            return None
+        for _ in range(self.snapshot.depth - 1):
+            first, *others = self._children(number)
+            number = next((child for begin, child in reversed(others) if begin <= key), first[1])
+        return dict(self._entries(number)).get(key)
+
+    def read(self, place: Place) -> bytes:
+        """Return the value at a place."""
+        data = self._bytes(place.page * self.snapshot.page_bytes, place.offset + place.size)
+        number, _, flags, _, _ = _PAGE.unpack_from(data)
+        is_big = place.offset == _PAGE.size
+        room = _OVERFLOW_PAGES.unpack_from(data)[0] * self.snapshot.page_bytes if is_big else self.snapshot.page_bytes
+        if number != place.page or flags & _KINDS != (_OVERFLOW if is_big else _LEAF) or room < len(data):
+            raise _damaged_page(place.page)
+        return data[place.offset :]
+
+    def _latest(self) -> Snapshot:
+        first = _snapshot(self._pread(0, _META.size))
+        second = _snapshot(self._pread(first.page_bytes, _META.size))
+        return max(first, second)
+
+    def _pread(self, offset: int, count: int) -> bytes:
+        return os.pread(self._file.fileno(), count, offset)
+
+    def _bytes(self, offset: int, count: int) -> bytes:
+        """Return bytes of the snapshot: its pages stay as they are until the next one is complete."""
+        data = self._pread(offset, count)
+        while len(data) < count and (more := self._pread(offset + len(data), count - len(data))):
+            data += more
+        if self._latest() != self.snapshot:
+            raise ChangedError
+        if len(data) < count:
+            raise DamagedError(f"ends before byte {offset + count}: an incomplete copy")
+        return data
+
+    def _nodes(self, number: int, kind: int) -> tuple[bytes, tuple[int, ...]]:
+        """Return a page and where its nodes are."""
+        if not _FIRST_PAGE <= number <= self.snapshot.last_page:
+            raise DamagedError(f"is damaged: it refers to page {number}, which it does not have")
+        page = self._bytes(number * self.snapshot.page_bytes, self.snapshot.page_bytes)
+        found, _, flags, lower, upper = _PAGE.unpack_from(page)
+        count, odd = divmod(lower - _PAGE.size, 2)
+        if found != number or flags & _KINDS != kind or odd or count < 1 or not lower <= upper <= len(page):
+            raise _damaged_page(number)
+        places = struct.unpack_from(f"<{count}H", page, _PAGE.size)
+        if min(places) < upper or max(places) > len(page) - _NODE.size:
+            raise _damaged_page(number)
+        return page, places
+
+    def _children(self, number: int) -> list[tuple[bytes, int]]:
+        """Return the pages below a branch, each with the key that none of its own lies before."""
+        page, places = self._nodes(number, _BRANCH)
+        found = []
+        for place in places:
+            low, high, highest, key_bytes = _NODE.unpack_from(page, place)
+            begin = place + _NODE.size
+            found.append((page[begin : begin + key_bytes], low | high << 16 | highest << 32))
+        return found
+
+    def _entries(self, number: int) -> list[tuple[bytes, Place]]:
+        page, places = self._nodes(number, _LEAF)
+        found = []
+        for place in places:
+            low, high, flags, key_bytes = _NODE.unpack_from(page, place)
+            start, size = place + _NODE.size + key_bytes, low | high << 16
+            if flags == _BIG and start + _NUMBER.size <= len(page):
+                value = Place(_NUMBER.unpack_from(page, start)[0], _PAGE.size, size)
+            elif flags == 0 and start + size <= len(page):
+                value = Place(number, start, size)
+            elif flags == _DATABASE:
+                raise OtherFormError("is an LMDB that holds databases within its own; only the outer one is read")
+            else:
+                raise _damaged_page(number)
+            end = value.page * self.snapshot.page_bytes + value.offset + value.size
+            if not key_bytes or value.page < _FIRST_PAGE or end > self.snapshot.file_bytes:
+                raise _damaged_page(number)
+            found.append((page[place + _NODE.size : start], value))
+        return found
+
+
+def _snapshot(meta: bytes) -> Snapshot:
+    """Return what one of the two first pages says."""
+    if len(meta) < _META.size:
+        raise DamagedError("is not an LMDB: it ends in its first pages")
+    kind, magic, version, page_bytes, flags, depth, entries, root, last_page, transaction = _META.unpack(meta)
+    if kind & _META_PAGE == 0 or magic != _MAGIC:
+        raise DamagedError("is not an LMDB, or its first pages are damaged")
+    if version != _VERSION:
+        raise OtherFormError(f"is an LMDB of format {version}; format {_VERSION} is read")
+    is_page_size = 256 <= page_bytes <= 32768 and page_bytes & (page_bytes - 1) == 0
+    if not is_page_size or depth > _MAX_DEPTH or (root == _NO_PAGE) != (depth == 0):
+        raise DamagedError("is damaged in its first pages")
+    if flags:
+        raise OtherFormError("is an LMDB of several values a key, or of keys in another order; neither is read")
+    return Snapshot(transaction, page_bytes, entries, depth, root, last_page)
+
+
+def _damaged_page(number: int) -> DamagedError:
+    return DamagedError(f"is damaged in page {number}")

@@ -1,0 +1,213 @@
+"""The members of a tar by its headers alone: in constant memory, and with no number believed unchecked.
+
+Python's tarfile ends silently at a damaged header, and over hostile ones it hangs (CVE-2025-8194,
+CVE-2024-6232), recurses without end or fills the memory. Here a tar is followed to its end or is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from shards.manifest import TAR_BLOCK
+
+_MAX_EXTENSION = 1 << 20
+"""Bytes of one extension header: a long name, or PAX records."""
+
+_MAX_END = 1024 + 10240
+"""Zeros at the end: two blocks, and tar fills up a record. A copy that stopped may leave more."""
+
+_PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+
+_NAME, _SIZE, _CHECKSUM, _KIND = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157)
+_MAGIC, _PREFIX = slice(257, 263), slice(345, 500)
+_SPARSE_MAP_GOES_ON, _SPARSE_BLOCK_GOES_ON = 482, 504
+
+_FILES, _FOLDER, _OLD_FILE, _WITHOUT_CONTENT = b"07\0", b"5", b"\0", b"123456"
+_LONG_NAME, _LONG_LINK, _SPARSE, _RECORDS, _RECORDS_FOR_ALL = b"L", b"K", b"S", b"xX", b"g"
+_EXTENSIONS = _LONG_NAME + _LONG_LINK + _RECORDS + _RECORDS_FOR_ALL
+
+_NUMBER = re.compile(rb"[0-9]{1,20}")
+_OCTAL_NUMBER = re.compile(rb" *([0-7]*) *(?:\0.*)?", re.DOTALL)
+
+
+class DamagedError(Exception):
+    """The file is not what a tar must be. The message goes on after its name."""
+
+
+class Member(NamedTuple):
+    """What a tar says of one member."""
+
+    name: bytes
+    offset: int
+    """Where its content begins in the tar."""
+    size: int
+    """Bytes of its content in the tar."""
+    is_file: bool
+    """Whether that is the content of a file, as it was."""
+    is_folder: bool
+
+
+class _Header(NamedTuple):
+    """One header block."""
+
+    place: int
+    block: bytes
+    name: bytes
+    kind: bytes
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.place + TAR_BLOCK
+
+
+def members(descriptor: int) -> Iterator[Member]:
+    """Yield the members of an open tar, in order; raises DamagedError unless it ends as a tar does."""
+    place, end = 0, os.fstat(descriptor).st_size
+    of_all, of_next = dict[bytes, bytes](), dict[bytes, bytes]()
+    while (header := _header(descriptor, place)) is not None:
+        if header.kind in _EXTENSIONS:
+            content = _extension(descriptor, header)
+            if header.kind == _LONG_NAME:
+                of_next[b"path"] = content.partition(b"\0")[0]
+            elif header.kind == _RECORDS_FOR_ALL:
+                of_all |= _records(content, header)
+            elif header.kind in _RECORDS:
+                of_next |= _records(content, header)
+            place = header.end + _whole_blocks(header.size)
+            continue
+        offset = _end_of_sparse_map(descriptor, header) if header.kind == _SPARSE else header.end
+        member = _member(header, offset, of_all | of_next)
+        if member.offset + member.size > end:
+            raise _cut(header)
+        yield member
+        place, of_next = member.offset + _whole_blocks(member.size), {}
+    if of_next:
+        raise DamagedError(f"is damaged: zeros at byte {place} for the header of a member")
+    _check_end(descriptor, place)
+
+
+def _member(header: _Header, offset: int, extended: Mapping[bytes, bytes]) -> Member:
+    """Return the member of a header, with what extension headers say of it."""
+    name = extended.get(b"GNU.sparse.name") or extended.get(b"path") or header.name
+    is_folder = header.kind == _FOLDER or (header.kind == _OLD_FILE and name.endswith(b"/"))
+    size = extended.get(b"size") or b"%d" % header.size
+    if not _NUMBER.fullmatch(size):
+        raise _damaged(header.place)
+    return Member(
+        name,
+        offset,
+        0 if is_folder or header.kind in _WITHOUT_CONTENT else int(size),
+        header.kind in _FILES and not is_folder and b"GNU.sparse" not in extended,
+        is_folder,
+    )
+
+
+def _header(descriptor: int, place: int) -> _Header | None:
+    """Return the header at a place, None where zeros stand there."""
+    block = os.pread(descriptor, TAR_BLOCK, place)
+    if place == 0:
+        _check_packed(block)
+    if len(block) < TAR_BLOCK:
+        raise DamagedError(f"ends at byte {place + len(block)} without the zeros that end a tar: an incomplete copy")
+    if not any(block):
+        return None
+    if _octal(block[_CHECKSUM], place) not in _checksums(block):
+        raise _damaged(place)
+    name = block[_NAME].partition(b"\0")[0]
+    prefix = block[_PREFIX].partition(b"\0")[0] if block[_MAGIC] == b"ustar\0" else b""
+    return _Header(place, block, prefix + b"/" + name if prefix else name, block[_KIND], _size(block[_SIZE], place))
+
+
+def _checksums(block: bytes) -> tuple[int, int]:
+    """Return the sum of a header's bytes with spaces for the sum itself, and the same of signed bytes."""
+    rest = block[: _CHECKSUM.start] + block[_CHECKSUM.stop :]
+    total = sum(rest) + 8 * ord(" ")
+    return total, total - 256 * sum(byte >= 128 for byte in rest) if not rest.isascii() else total
+
+
+def _size(field: bytes, place: int) -> int:
+    """Return a size: in octal digits or, from 8 GiB on, in binary."""
+    size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field, place)
+    if size >= 1 << 63:
+        raise _damaged(place)
+    return size
+
+
+def _octal(field: bytes, place: int) -> int:
+    match = _OCTAL_NUMBER.fullmatch(field)
+    if match is None:
+        raise _damaged(place)
+    return int(match[1] or b"0", 8)
+
+
+def _extension(descriptor: int, header: _Header) -> bytes:
+    """Return the content of an extension header."""
+    if header.size > _MAX_EXTENSION:
+        raise _damaged(header.place)
+    content = os.pread(descriptor, header.size, header.end)
+    if len(content) < header.size:
+        raise _cut(header)
+    return content
+
+
+def _records(content: bytes, header: _Header) -> dict[bytes, bytes]:
+    """Return what PAX records say of name, size and sparseness.
+
+    A record is `LENGTH KEYWORD=VALUE` and a line feed; LENGTH counts all of it.
+    """
+    records, place = dict[bytes, bytes](), 0
+    while place < len(content) and content[place]:
+        digits = _NUMBER.match(content, place)
+        end = place + int(digits[0]) if digits else place
+        record = content[digits.end() : end] if digits else b""
+        keyword, equals, value = record[1:-1].partition(b"=")
+        if end > len(content) or not equals or record[:1] != b" " or record[-1:] != b"\n":
+            raise _damaged(header.place)
+        if keyword.startswith(b"GNU.sparse."):
+            records[b"GNU.sparse"] = b"yes"
+        if keyword in (b"path", b"size", b"GNU.sparse.name"):
+            records[keyword] = value
+        place = end
+    return records
+
+
+def _end_of_sparse_map(descriptor: int, header: _Header) -> int:
+    """Return where the content of a sparse member in GNU's old form begins: behind more blocks of its map."""
+    place, goes_on = header.end, header.block[_SPARSE_MAP_GOES_ON]
+    while goes_on:
+        block = os.pread(descriptor, TAR_BLOCK, place)
+        if len(block) < TAR_BLOCK:
+            raise _cut(header)
+        place, goes_on = place + TAR_BLOCK, block[_SPARSE_BLOCK_GOES_ON]
+    return place
+
+
+def _check_end(descriptor: int, place: int) -> None:
+    """Raise DamagedError unless only zeros follow, and no more of them than tar writes."""
+    end = os.pread(descriptor, _MAX_END + 1, place)
+    if end.strip(b"\0"):
+        raise DamagedError(f"is damaged: zeros at byte {place} for a header, but content behind them")
+    if len(end) > _MAX_END:
+        raise DamagedError(f"has nothing but zeros from byte {place} on, more than tar writes: an incomplete copy")
+
+
+def _check_packed(block: bytes) -> None:
+    for magic, remedy in _PACKED.items():
+        if block.startswith(magic):
+            raise DamagedError(f"is compressed, so that nothing in it can be found by place: {remedy} it first")
+
+
+def _whole_blocks(size: int) -> int:
+    return -(-size // TAR_BLOCK) * TAR_BLOCK
+
+
+def _damaged(place: int) -> DamagedError:
+    return DamagedError(f"is damaged, or no tar: no sound header at byte {place}")
+
+
+def _cut(header: _Header) -> DamagedError:
+    return DamagedError(f"ends in the member at byte {header.place}: an incomplete copy")
