@@ -13,17 +13,17 @@ from pydantic_settings import CliPositionalArg
 from shards.command_line import Options, build, nearest, parse_flags, run
 from shards.convert import Settings, convert, convert_part
 from shards.demo import write_demo
-from shards.entries import Selection, read_keys
 from shards.errors import UserError
 from shards.export import EXTENSIONS, UNKNOWN, ExportReport, export
-from shards.lmdb_source import LmdbSource
 from shards.lsun import ADDRESS, CATEGORIES, lmdb_names
 from shards.manifest import MANIFEST_NAME, Manifest
 from shards.merge import merge
 from shards.preview import preview
 from shards.progress import Progress
 from shards.reports import Part
-from shards.sources import open_source
+from shards.sources.entries import Selection, read_keys
+from shards.sources.kinds import open_source
+from shards.sources.lmdb_source import LmdbSource
 from shards.verify import verify
 
 PROG = "python -m shards"

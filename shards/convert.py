@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.destination import claim
-from shards.entries import Selection, Source, Walk
 from shards.errors import UserError
 from shards.images import decoder_version
 from shards.manifest import Layout, Manifest, Origin, Preparation
@@ -16,6 +15,7 @@ from shards.merge import Rejects, existing, merge_claimed
 from shards.progress import Progress
 from shards.reports import Part, PartRecord, Reports, chain_of
 from shards.shard_task import Run, ShardTask
+from shards.sources.entries import Selection, Source, Walk
 from shards.workers import available_cores, map_in_order
 
 

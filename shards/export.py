@@ -14,10 +14,10 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.files import atomic_file
 from shards.images import ImageError
-from shards.lmdb_pages import Place
-from shards.lmdb_source import LmdbSource
 from shards.manifest import member_key
 from shards.progress import Progress
+from shards.sources.lmdb_pages import Place
+from shards.sources.lmdb_source import LmdbSource
 
 UNKNOWN = ".bin"
 """Extension of what is none of the formats that LSUN's readers expect."""

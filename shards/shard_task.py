@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shards.entries import Entry, Source
 from shards.images import ImageError, decode_image, prepare, to_ppm
 from shards.manifest import Layout, Preparation, member_key, shard_name
 from shards.reports import Reports, ShardReport, hash_of
+from shards.sources.entries import Entry, Source
 from shards.workers import Tick
 from shards.writer import describe_key, write_shard
 

@@ -8,7 +8,7 @@ import pytest
 
 from shards.convert import Settings, convert
 from shards.demo import write_demo
-from shards.lmdb_source import LmdbSource
+from shards.sources.lmdb_source import LmdbSource
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

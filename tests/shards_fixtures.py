@@ -26,13 +26,13 @@ from PIL import Image
 from shards.__main__ import main
 from shards.convert import Settings, convert
 from shards.demo import write_demo
-from shards.entries import Source
 from shards.errors import UserError
 from shards.images import ImageError
-from shards.lmdb_source import LmdbSource
 from shards.manifest import Manifest, read_manifest
 from shards.reader import read_sample
-from shards.sources import open_source
+from shards.sources.entries import Source
+from shards.sources.kinds import open_source
+from shards.sources.lmdb_source import LmdbSource
 
 ROOT = Path(__file__).resolve().parents[1]
 

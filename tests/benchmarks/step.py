@@ -38,7 +38,7 @@ from dist_dcgan.training.train_state import TrainState
 from shards.command_line import Options, build, parse_flags, run
 from shards.convert import convert
 from shards.demo import write_demo
-from shards.lmdb_source import LmdbSource
+from shards.sources.lmdb_source import LmdbSource
 
 MATRIX = 2048
 WARM_UP = 2

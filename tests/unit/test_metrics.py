@@ -30,8 +30,8 @@ from dist_dcgan.metrics.quality import quality
 from shards.convert import convert
 from shards.demo import write_demo
 from shards.errors import UserError
-from shards.lmdb_source import LmdbSource
 from shards.manifest import read_manifest
+from shards.sources.lmdb_source import LmdbSource
 from tests.distributed.test_metrics import mosaic_extractor, mosaics
 from tests.shards_fixtures import data_set, photographs
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from shards import lmdb_source
 from shards.errors import UserError
 from shards.export import ExportReport, export, extension_of, folder_of
-from shards.lmdb_pages import Place
-from shards.lmdb_source import LmdbSource
+from shards.sources import lmdb_source
+from shards.sources.lmdb_pages import Place
+from shards.sources.lmdb_source import LmdbSource
 from tests.shards_fixtures import ROOT, contents, encoded, error_of, picture, run_shards, write_lmdb
 
 JPEG, WEBP, PNG = (encoded(picture(0), format) for format in ("JPEG", "WEBP", "PNG"))

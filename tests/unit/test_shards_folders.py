@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.folder_source import FolderSource
-from shards.sources import open_source
+from shards.sources.folder_source import FolderSource
+from shards.sources.kinds import open_source
 from tests.shards_fixtures import (
     convert_here,
     encoded,

@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards import images, tar_members
+from shards import images
 from shards.errors import UserError
 from shards.images import ImageError, decode_image, prepare
-from shards.lmdb_source import LmdbSource
-from shards.tar_source import TarSource
+from shards.sources import tar_members
+from shards.sources.lmdb_source import LmdbSource
+from shards.sources.tar_source import TarSource
 from tests.shards_fixtures import encoded, entries_of, picture, within, write_lmdb, write_tar
 
 MORE = int(os.environ.get("DIST_DCGAN_FUZZ_EXAMPLES", 0))

@@ -15,10 +15,10 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from shards import lmdb_source
 from shards.errors import UserError
-from shards.lmdb_source import LmdbSource
-from shards.sources import open_source
+from shards.sources import lmdb_source
+from shards.sources.kinds import open_source
+from shards.sources.lmdb_source import LmdbSource
 from tests.shards_fixtures import (
     contents,
     convert_here,

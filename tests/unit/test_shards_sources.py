@@ -15,12 +15,12 @@ import lmdb
 import pytest
 import webdataset
 
-from shards.entries import Selection, Source, Walk, read_keys
 from shards.errors import UserError
-from shards.folder_source import FolderSource, key_of
-from shards.lmdb_source import LmdbSource
-from shards.sources import open_source
-from shards.tar_source import TarSource
+from shards.sources.entries import Selection, Source, Walk, read_keys
+from shards.sources.folder_source import FolderSource, key_of
+from shards.sources.kinds import open_source
+from shards.sources.lmdb_source import LmdbSource
+from shards.sources.tar_source import TarSource
 from shards.writer import tar_header
 from tests.shards_fixtures import contents, entries_of, write_files, write_lmdb, write_tar
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from shards import tar_source
 from shards.errors import UserError
-from shards.tar_source import TarSource
+from shards.sources import tar_source
+from shards.sources.tar_source import TarSource
 from tests.shards_fixtures import (
     convert_here,
     encoded,

@@ -16,7 +16,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from shards.images import ImageError, decode_image, prepare
-from shards.lmdb_source import LmdbSource
+from shards.sources.lmdb_source import LmdbSource
 from tests.shards_fixtures import (
     contents,
     convert_here,

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shards.entries import MAX_ENTRY_BYTES
 from shards.errors import UserError
 from shards.files import state_of
-from shards.folder_source import is_image_name
 from shards.images import ImageError
-from shards.plain_file import open_plain
-from shards.tar_members import DamagedError, Member, members
+from shards.sources.entries import MAX_ENTRY_BYTES
+from shards.sources.folder_source import is_image_name
+from shards.sources.plain_file import open_plain
+from shards.sources.tar_members import DamagedError, Member, members
 
 _TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
 """Compressed tars are among them: they are refused by name, not passed over."""

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shards.entries import MAX_ENTRY_BYTES
 from shards.errors import UserError
 from shards.files import state_of
 from shards.images import ImageError
-from shards.lmdb_pages import ChangedError, DamagedError, LmdbFile, OtherFormError, Place, Snapshot
-from shards.plain_file import open_plain
+from shards.sources.entries import MAX_ENTRY_BYTES
+from shards.sources.lmdb_pages import ChangedError, DamagedError, LmdbFile, OtherFormError, Place, Snapshot
+from shards.sources.plain_file import open_plain
 
 DATA_NAME = "data.mdb"
 
