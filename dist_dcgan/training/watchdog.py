@@ -67,14 +67,14 @@ RULES = (
         lambda row: row["diversity/fake"] < 0.1 * row["diversity/real"],
         250,
         "the images of a batch have one layout, whatever z is; so they have before training, but not for long",
-        "the rates and noise of the default preset, or an earlier checkpoint with another --seed",
+        "the rates of the default preset, --noise.sigma 0.3, or an earlier checkpoint with another --seed",
     ),
     Rule(
         "oscillation",
         lambda row: abs(row["logit/fake_updated"] - row["logit/fake"]) > 10,
         150,
         "each step of D turns its verdict over, so that G chases noise",
-        "a smaller --optimizer.lr-d, or a larger --noise.sigma",
+        "--noise.sigma 0.5, or a smaller --optimizer.lr-d",
     ),
 )
 

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_dcgan.config import Config, NoiseOptions, Plan, WandbOptions, make_plan
+from dist_dcgan.config import Config, Plan, WandbOptions, make_plan
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.models.networks import Discriminator, Generator, init_weights
@@ -63,13 +63,11 @@ def main(argv: Sequence[str]) -> None:
     """Run the rounds and print the medians."""
     options = build(Benchmark, parse_flags(Benchmark, argv, "python -m tests.benchmarks.step"))
     config = Config(width=options.width, global_batch=options.batch, wandb=WandbOptions(mode="disabled"))
-    without_noise = Config(width=options.width, global_batch=options.batch, noise=NoiseOptions(sigma=0))
     with process_group(600) as world:
         plan = make_plan(config, 1, 10 * options.batch)
         variants = {
             "ours": our_step(config, plan, world),
             "plain": partial(PlainLoop(options.width, world.device).step, images(options.batch, world.device)),
-            "ours_without_noise": our_step(without_noise, plan, world),
             "product": matrix_product(world.device),
         }
         seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -97,7 +95,6 @@ def summarise(
     floor = flops / rate
     return {
         "ours_over_plain": median["plain"] / median["ours"],
-        "without_noise_over_plain": median["plain"] / median["ours_without_noise"],
         "ours_of_floor": floor / median["ours"],
         "plain_of_floor": floor / median["plain"],
         "loop_overhead": sum(overhead.values()) / median["ours"],

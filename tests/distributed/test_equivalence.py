@@ -15,7 +15,13 @@ STEPS = 5
 
 
 def options(precision: str) -> dict[str, Any]:
-    return {"width": 8, "global_batch": 8, "precision": precision, "ema": {"statistics_images": 64}}
+    return {
+        "width": 8,
+        "global_batch": 8,
+        "precision": precision,
+        "noise": {"sigma": 0.3},
+        "ema": {"statistics_images": 64},
+    }
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_dcgan.config import Config, make_plan
+from dist_dcgan.config import Config, NoiseOptions, make_plan
 from dist_dcgan.distributed import process_group
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.models.batchnorm import CrossRankBatchNorm
@@ -32,7 +32,7 @@ def constant_images(count: int, device: torch.device, dtype: torch.dtype) -> tor
 
 def steps(options: dict[str, Any], count: int) -> dict[str, np.ndarray]:
     """Final tensors of `count` steps on constant images, each rank on its slice of them."""
-    config = Config(width=16, global_batch=8, **options)
+    config = Config(width=16, global_batch=8, noise=NoiseOptions(sigma=0.3), **options)
     with process_group(60) as world:
         assert world.device.type == "cuda"
         state = TrainState(config, make_plan(config, world.world_size, 100), world, 64)

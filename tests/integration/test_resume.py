@@ -15,7 +15,8 @@ from dist_dcgan.training.checkpoint import load_newest
 from tests.commands import metrics, start, succeed, train_command
 
 STEPS = 8
-FLAGS = ["--width", 8, "--global-batch", 16, "--max-steps", STEPS, "--log.every-steps", 1, "--wandb", "disabled"]
+FLAGS = ["--width", 8, "--global-batch", 16, "--noise.sigma", 0.3, "--max-steps", STEPS]
+FLAGS += ["--log.every-steps", 1, "--wandb", "disabled"]
 TIMINGS = ("time/", "throughput/")
 
 

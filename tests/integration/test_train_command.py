@@ -92,7 +92,7 @@ def test_more_steps_go_on_and_the_same_are_done_at_once(finished: Path, demo_sha
     [
         (["--resume", "never"], "holds a run already"),
         (["--width", "8"], "holds a run of another configuration (width: 4 -> 8)"),
-        (["--seed", "1", "--noise.sigma", "0"], "(seed: 0 -> 1; noise.sigma: 0.3 -> 0.0)"),
+        (["--seed", "1", "--noise.sigma", "0.1"], "(seed: 0 -> 1; noise.sigma: 0.0 -> 0.1)"),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused_unchanged(
