@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SECONDS = 240
+SECONDS = 600
 
 
 def environment() -> dict[str, str]:

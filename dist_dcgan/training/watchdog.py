@@ -50,7 +50,7 @@ RULES = (
     ),
     Rule(
         "the discriminator has won",
-        lambda row: row["grad_norm/g"] < 1e-2,
+        lambda row: row["grad_norm/g"] < 1e-2 and row["score/fake"] < 0.5,
         3,
         "D is so sure that the generator's gradient is gone: G cannot learn any more",
         "the default preset, whose --loss logits keeps the gradient alive",
