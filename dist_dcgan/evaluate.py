@@ -17,6 +17,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
+from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import from_rank_zero, process_group
 from dist_dcgan.metrics.extractors import Extractor, load_extractor
@@ -29,7 +30,6 @@ from dist_dcgan.training.loggers import check_png, save_grid
 from dist_dcgan.training.run_directory import RunDirectory
 from shards.command_line import Options, build, parse_flags, run
 from shards.errors import UserError
-from shards.manifest import read_manifest
 
 SHORT_FLAGS = {"--num": "--fakes", "--json": "--as-json"}
 _TIMEOUT_SECONDS = 1800  # ranks wait for rank 0, whose distances take minutes with 50,000 images
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     check_sheet(options)
     run_directory = RunDirectory(options.run_dir)
     generator, description = load_generator(run_directory.best if options.best else run_directory.generator)
-    reader = ShardReader(options.data, read_manifest(options.data))
+    reader = ShardReader(Folder(options.data))
     if reader.manifest.samples < 4:
         raise UserError(f"{options.data} has {reader.manifest.samples} images, too few to score against: use more")
     if description["architecture"]["image_size"] != reader.manifest.image_size:

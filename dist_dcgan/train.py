@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 
 from dist_dcgan.config import Config, Plan, from_command_line, make_plan, to_yaml
-from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.data.places import Folder, Place
 from dist_dcgan.distributed import world_size_of_launch
 from dist_dcgan.models.networks import IMAGE_SIZES, Discriminator, Generator, count_parameters
 from dist_dcgan.training.loop import train
 from shards.command_line import run
 from shards.errors import OneRankError, UserError
-from shards.manifest import Manifest, read_manifest
+from shards.manifest import Manifest
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,17 +29,17 @@ def main(argv: Sequence[str]) -> None:
             f"no data set at {config.data.path}: make one with `python -m shards convert LMDB --out "
             f"{config.data.path}`, or name another with --data"
         )
-    manifest = read_manifest(config.data.path)
+    place = Folder(config.data.path)
+    manifest = place.manifest
     if manifest.image_size not in IMAGE_SIZES:
         sizes = ", ".join(map(str, IMAGE_SIZES))
         raise UserError(f"{config.data.path} has images of {manifest.image_size} pixels: convert to one of {sizes}")
-    reader = ShardReader(config.data.path, manifest)
     if invocation.dry_run:
         world_size = invocation.world_size or world_size_of_launch(None)
         describe(config, make_plan(config, world_size, manifest.samples), manifest)
         return
     plan = make_plan(config, world_size_of_launch(invocation.world_size), manifest.samples)
-    train_or_explain(config, plan, reader, invocation.resume)
+    train_or_explain(config, plan, place, invocation.resume)
 
 
 def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
@@ -59,10 +59,10 @@ def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
     print(f"steps in all:      {plan.total_steps:,} ({plan.total_steps / plan.steps_per_epoch:.2f} epochs)")
 
 
-def train_or_explain(config: Config, plan: Plan, reader: ShardReader, resume: str) -> None:
+def train_or_explain(config: Config, plan: Plan, place: Place, resume: str) -> None:
     """Train; when memory runs out, say with which batch and what to try."""
     try:
-        train(config, plan, reader, resume)
+        train(config, plan, place, resume)
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise

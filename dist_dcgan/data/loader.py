@@ -15,8 +15,10 @@ from torch import Tensor
 
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.order import Indices, SampleOrder, rank_slots
+from dist_dcgan.data.places import Place
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World
+from dist_dcgan.data.supply import ClosedError, Supply
+from dist_dcgan.distributed import Node, World
 from dist_dcgan.random_streams import stream_seed, uniform
 from shards.errors import OneRankError, UserError
 
@@ -32,14 +34,20 @@ class Batch:
 
 
 class BatchLoader:
-    """Iterates over the batches of steps [first_step, total_steps); a context manager that ends its thread.
+    """Iterates over the batches of steps [first_step, total_steps); a context manager that ends its threads.
 
-    `waited` counts the seconds that the consumer waited for data. An error of the thread is raised by the iteration.
+    `waited` counts the seconds that the consumer waited for data. An error of a thread is raised by the iteration.
     """
 
-    def __init__(self, reader: ShardReader, config: Config, plan: Plan, world: World, first_step: int) -> None:
-        self._reader, self._plan, self._world = reader, plan, world
-        self._order = SampleOrder(reader.manifest, config.seed, config.data.window_shards)
+    def __init__(
+        self, place: Place, config: Config, plan: Plan, world: World, first_step: int, node: Node | None = None
+    ) -> None:
+        """Read from `place`; the ranks of `node` (by default this one alone) share the checking of shards."""
+        self._plan, self._world = plan, world
+        self._order = SampleOrder(place.manifest, config.seed, config.data.window_shards)
+        self._supply = Supply(place, self._order, node or Node(), *self._position(first_step))
+        self._reader = ShardReader(place, self._supply.file)
+        self._image_size = place.manifest.image_size
         self._slots = rank_slots(plan.global_batch, world.rank, world.world_size)
         self._pin = world.device.type == "cuda"
         self._first_step = first_step
@@ -50,16 +58,22 @@ class BatchLoader:
 
     def samples(self, step: int) -> Indices:
         """Return the samples of this rank at `step`."""
-        epoch, step_in_epoch = divmod(step, self._plan.steps_per_epoch)
-        start = step_in_epoch * self._plan.global_batch
+        epoch, start = self._position(step)
         return self._order.samples(epoch, start + self._slots.start, start + self._slots.stop)
 
+    @property
+    def supplying(self) -> float:
+        """Seconds that the thread was busy which checks shards ahead of their use."""
+        return self._supply.seconds
+
     def __enter__(self) -> BatchLoader:
+        self._supply.__enter__()
         self._thread.start()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._closing.set()
+        self._supply.__exit__()
         self._thread.join()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -81,17 +95,25 @@ class BatchLoader:
                 if not self._hand_over(self._read(step)):
                     return
             self._hand_over(None)
+        except ClosedError:
+            pass
         except BaseException as error:  # handed to the consumer, which raises it
             self._hand_over(error)
 
     def _read(self, step: int) -> Batch:
-        samples, size = self.samples(step), self._reader.manifest.image_size
+        samples, size = self.samples(step), self._image_size
+        self._supply.reach(*self._position(step))
         # Fresh memory for each batch: torch's pinned allocator reuses a block only after the copies out of it are
         # done, whereas a ring of our own would have to track how far the GPU has come.
         pixels = torch.empty((len(samples), size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
         out: np.ndarray = pixels.numpy()
         self._reader.gather(samples, out)
         return Batch(step, samples, pixels)
+
+    def _position(self, step: int) -> tuple[int, int]:
+        """Return the epoch of a step, and the position in it where its global batch begins."""
+        epoch, step_in_epoch = divmod(step, self._plan.steps_per_epoch)
+        return epoch, step_in_epoch * self._plan.global_batch
 
     def _hand_over(self, item: Batch | BaseException | None) -> bool:
         """Queue `item`; return False where the consumer has gone."""

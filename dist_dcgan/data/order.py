@@ -6,8 +6,10 @@ sequence, while a sample's neighbours change from epoch to epoch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import TypeAlias
+from itertools import count
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,16 @@ from shards.manifest import ORDER_VERSION, Manifest
 
 Indices: TypeAlias = NDArray[np.int64]
 """Samples counted through all shards in the order of the manifest."""
+
+
+class Window(NamedTuple):
+    """Shards whose samples are shuffled together."""
+
+    number: int
+    """Counted from 0 through all epochs."""
+    epoch: int
+    shards: list[int]
+    """In the order of the epoch."""
 
 
 class SampleOrder:
@@ -31,12 +43,13 @@ class SampleOrder:
         self._counts = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
         self._firsts = np.cumsum(self._counts) - self._counts
         self._seed, self._window_shards = seed, window_shards
+        self._windows_per_epoch = -(-len(self._counts) // window_shards)
+        self._shards = lru_cache(maxsize=2)(self._permuted_shards)
         self._window = lru_cache(maxsize=2)(self._permuted_window)  # a batch lies in one window, or in two
 
     def samples(self, epoch: int, start: int, stop: int) -> Indices:
         """Return the samples at positions [start, stop) of `epoch`, counted from 0."""
-        shards = self._permuted_shards(epoch)
-        window_ends = np.cumsum(np.add.reduceat(self._counts[shards], range(0, len(shards), self._window_shards)))
+        window_ends = self._window_ends(epoch)
         assert 0 <= start <= stop <= window_ends[-1]
         parts = []
         for window in range(np.searchsorted(window_ends, start, "right"), len(window_ends)):
@@ -46,12 +59,31 @@ class SampleOrder:
             parts.append(self._window(epoch, window)[max(start - first, 0) : stop - first])
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
+    def window_at(self, epoch: int, position: int) -> int:
+        """Return the number of the window in which a position of an epoch lies."""
+        in_epoch = np.searchsorted(self._window_ends(epoch), position, "right")
+        return epoch * self._windows_per_epoch + int(in_epoch)
+
+    def windows(self, first: int) -> Iterator[Window]:
+        """Yield the windows in the order of need, from number `first` on, without end."""
+        for number in count(first):
+            epoch, window = divmod(number, self._windows_per_epoch)
+            yield Window(number, epoch, self._shards_of(epoch, window).tolist())
+
+    def _window_ends(self, epoch: int) -> Indices:
+        """Return the position behind each window of an epoch."""
+        counts = self._counts[self._shards(epoch)]
+        ends: Indices = np.cumsum(np.add.reduceat(counts, range(0, len(counts), self._window_shards)))
+        return ends
+
+    def _shards_of(self, epoch: int, window: int) -> Indices:
+        return self._shards(epoch)[window * self._window_shards : (window + 1) * self._window_shards]
+
     def _permuted_shards(self, epoch: int) -> Indices:
         return permutation(stream_seed(self._seed, "order of shards", epoch), len(self._counts)).numpy()
 
     def _permuted_window(self, epoch: int, window: int) -> Indices:
-        first = window * self._window_shards
-        shards = self._permuted_shards(epoch)[first : first + self._window_shards]
+        shards = self._shards_of(epoch, window)
         samples = np.concatenate([self._firsts[s] + np.arange(self._counts[s]) for s in shards])
         key = stream_seed(self._seed, f"order in window {window}", epoch)
         shuffled: Indices = samples[permutation(key, len(samples)).numpy()]

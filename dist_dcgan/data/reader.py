@@ -1,76 +1,80 @@
-"""Pixels and keys straight from mapped shards, each checked against its SHA-256 before its first use."""
+"""Pixels and keys straight from the shards, wherever in them a sample lies."""
 
 from __future__ import annotations
 
-import hashlib
+import os
+from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_dcgan.data.order import Indices
-from shards.errors import UserError
-from shards.manifest import Manifest, check_files
+from dist_dcgan.data.places import Place, ShardFile, changed, state_of, unreadable
+from shards.reader import NAME_FIELD
 
-_OPEN_SHARDS = 64  # a map holds a file descriptor; many systems allow 1,024 of them
+_OPEN_SHARDS = 64  # each holds a file descriptor; many systems allow 1,024 of them
 
 Bytes = NDArray[np.uint8]
 
 
 class ShardReader:
-    """Random access to the samples of a data set. Shards must not be changed while they are in use."""
+    """Random access to the samples of a data set.
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        """Check that every shard is there in its size; raises UserError naming the first that is not."""
-        check_files(directory, manifest)
-        self.directory, self.manifest = directory, manifest
-        self._ends = np.cumsum([shard.samples for shard in manifest.shards])
-        self._verified: set[int] = set()
-        self._rows = lru_cache(maxsize=_OPEN_SHARDS)(self._map)
+    Samples are read (preadv), not mapped: whatever befalls a file while it is in use, a cut, a failing disk, a
+    server that went away, is then an error with the shard's name, and not the death of the process by SIGBUS.
+    """
+
+    def __init__(self, place: Place, files: Callable[[int], ShardFile] | None = None) -> None:
+        """Read from `place`; `files` returns the checked file of a shard, by default when it is first used."""
+        self.manifest = place.manifest
+        self._files = files or lru_cache(maxsize=None)(place.ready)
+        self._open = lru_cache(maxsize=_OPEN_SHARDS)(_open)
+        counts = np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
+        self._ends = np.cumsum(counts)
+        self._firsts = self._ends - counts
 
     def gather(self, samples: Indices, out: Bytes) -> None:
-        """Write the pixels of `samples` into `out`, uint8 of shape (len(samples), size, size, 3).
+        """Write the pixels of `samples` into `out`, uint8 of shape (len(samples), size, size, 3), contiguous.
 
-        Raises UserError naming the shard that vanished or changed.
+        Raises UserError naming the shard that is damaged, vanished or changed.
         """
         layout = self.manifest.layout
-        flat = out.reshape(len(samples), layout.pixel_bytes)
-        for shard, places, rows in self._by_shard(samples):
-            flat[places] = self._rows(shard)[rows, layout.pixel_offset : layout.pixel_offset + layout.pixel_bytes]
+        self._read(samples, layout.pixel_offset, layout.pixel_bytes, out)
 
     def keys(self, samples: Indices) -> list[str]:
         """Return the keys of `samples`, read from the tar headers."""
-        keys = [""] * len(samples)
-        for shard, places, rows in self._by_shard(samples):
-            for place, row in zip(places, rows, strict=True):
-                name = self._rows(shard)[row, :100].tobytes().rstrip(b"\0").decode()
-                keys[place] = name.removesuffix(".ppm")
-        return keys
+        length = NAME_FIELD.stop - NAME_FIELD.start
+        names = np.empty((len(samples), length), dtype=np.uint8)
+        self._read(samples, NAME_FIELD.start, length, names)
+        return [name.tobytes().rstrip(b"\0").decode().removesuffix(".ppm") for name in names]
 
-    def _by_shard(self, samples: Indices) -> list[tuple[int, Indices, Indices]]:
-        """Split `samples` into (shard, places in the batch, rows in the shard)."""
+    def _read(self, samples: Indices, start: int, length: int, out: Bytes) -> None:
+        """Write the `length` bytes from `start` on of each sample's stride into `out`, one after the other."""
         shards = np.searchsorted(self._ends, samples, "right")
-        groups = []
-        for shard in np.unique(shards):
-            places = np.flatnonzero(shards == shard)
-            first = self._ends[shard] - self.manifest.shards[shard].samples
-            groups.append((int(shard), places, samples[places] - first))
-        return groups
+        offsets = (samples - self._firsts[shards]) * self.manifest.layout.stride + start
+        files = {shard: self._files(shard) for shard in np.unique(shards).tolist()}
+        opened = {shard: self._open(file) for shard, file in files.items()}
+        view, place = memoryview(out).cast("B"), 0
+        for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
+            try:
+                count = os.preadv(opened[shard].fileno(), [view[place : place + length]], offset)
+            except OSError as error:
+                raise unreadable(files[shard].path, error) from None
+            if count != length:
+                raise changed(files[shard].path)
+            place += length
+        for shard, file in files.items():  # behind the reading: what it returned was read before any change
+            if state_of(opened[shard]) != file.state:
+                raise changed(file.path)
 
-    def _map(self, shard: int) -> Bytes:
-        """Map a shard as one row of `stride` bytes per sample."""
-        entry, layout = self.manifest.shards[shard], self.manifest.layout
-        path = self.directory / entry.name
-        try:
-            content = np.memmap(path, dtype=np.uint8, mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"shard {path} cannot be read: {error}") from None
-        if content.size != entry.bytes:
-            raise UserError(f"shard {path} has {content.size} bytes, the manifest says {entry.bytes}")
-        if shard not in self._verified:
-            found = hashlib.sha256(content).hexdigest()
-            if found != entry.sha256:
-                raise UserError(f"shard {path} is damaged: sha256 {found}, the manifest says {entry.sha256}")
-            self._verified.add(shard)
-        return content[: entry.samples * layout.stride].reshape(entry.samples, layout.stride)
+
+def _open(file: ShardFile) -> BinaryIO:
+    try:
+        opened = file.path.open("rb", buffering=0)
+    except OSError as error:
+        raise unreadable(file.path, error) from None
+    if hasattr(os, "posix_fadvise"):  # a sample's neighbours on the disk are not the next to be read
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return opened

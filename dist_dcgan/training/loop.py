@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.loader import BatchLoader, flip, to_images
+from dist_dcgan.data.places import Place
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, from_rank_zero, process_group, require_same
+from dist_dcgan.distributed import World, from_rank_zero, meet_on_node, process_group, require_same
 from dist_dcgan.training.checkpoint import load_newest, save_checkpoint
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.export import export_generator
@@ -26,19 +27,19 @@ from shards.errors import UserError
 from shards.manifest import Manifest
 
 
-def train(config: Config, plan: Plan, reader: ShardReader, resume_mode: str) -> None:
+def train(config: Config, plan: Plan, place: Place, resume_mode: str) -> None:
     """Train until the last step or a stop signal; every rank calls it with the same arguments."""
     with process_group(config.distributed.timeout_seconds) as world:
-        train_in(world, config, plan, reader, resume_mode)
+        train_in(world, config, plan, place, resume_mode)
 
 
-def train_in(world: World, config: Config, plan: Plan, reader: ShardReader, resume_mode: str) -> None:
+def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode: str) -> None:
     """Train as one rank of `world`."""
-    manifest = reader.manifest
+    manifest = place.manifest
     with ExitStack() as stack:
         # Agree on the data set and claim the run directory.
         stop = stack.enter_context(StopRequest())
-        require_same(manifest.digest(), f"the data set in {reader.directory}")
+        require_same(manifest.digest(), f"the data set at {config.data.path}")
         run = RunDirectory(config.run_dir)
         from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
 
@@ -50,8 +51,9 @@ def train_in(world: World, config: Config, plan: Plan, reader: ShardReader, resu
 
         # Train.
         logger = stack.enter_context(closing(make_logger(config, plan, world, run, state.step, state.wandb_run_id)))
-        batches = stack.enter_context(BatchLoader(reader, config, plan, world, state.step))
-        meter, quality = Meter(state, batches), QualityMeter(state, reader, run)
+        node = meet_on_node(world, config.distributed.timeout_seconds)
+        batches = stack.enter_context(BatchLoader(place, config, plan, world, state.step, node))
+        meter, quality = Meter(state, batches), QualityMeter(state, ShardReader(place), run)
         for batch in batches:
             assert batch.step == state.step
             images = to_images(batch, world.device, state.dtype)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_dcgan.config import Config, Plan, WandbOptions, make_plan
-from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.data.places import Folder
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.models.networks import Discriminator, Generator, init_weights
 from dist_dcgan.training import loop
@@ -187,7 +187,7 @@ def seconds_between_steps(config: Config, world: World) -> float:
         config = Config.model_validate(config.model_dump(exclude={"data", "run_dir", "max_steps"}) | paths)
         plan = make_plan(config, 1, manifest.samples)
         with mock.patch.object(loop, "train_step", stamped_step), contextlib.redirect_stderr(io.StringIO()):
-            loop.train_in(world, config, plan, ShardReader(config.data.path, manifest), "never")
+            loop.train_in(world, config, plan, Folder(config.data.path), "never")
     real_steps = stamps[1:]  # the first is the dry step
     return statistics.mean(after[0] - before[1] for before, after in pairwise(real_steps))
 

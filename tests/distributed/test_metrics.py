@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.metrics.extractors import Extractor
 from dist_dcgan.metrics.features import extract, read_images, real_features, scored_samples
-from shards.manifest import read_manifest
 from tests.ranks import run_ranks
 
 COUNTS = (7, 2)
@@ -72,7 +72,7 @@ def share_of_numbered(count: int, world: World) -> Share:
 
 
 def share_of_real(data: Path, world: World) -> Share:
-    reader = ShardReader(data, read_manifest(data))
+    reader = ShardReader(Folder(data))
     samples = scored_samples(reader, REALS)
     means = mosaics(read_images(reader, samples))
     places: list[int] = []
@@ -111,7 +111,7 @@ def test_any_number_of_ranks_extracts_the_same_features_in_the_same_order(
 def test_features_of_a_data_set_are_those_of_one_process_and_rank_zeros_cache_serves_all(
     ranks: list[dict[str, Share]], demo_shards: Path
 ) -> None:
-    reader = ShardReader(demo_shards, read_manifest(demo_shards))
+    reader = ShardReader(Folder(demo_shards))
     expected = mosaics(read_images(reader, scored_samples(reader, REALS))).numpy()
     for name in ("real", "real, cached"):
         check([share[name] for share in ranks], expected)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
+from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import process_group
+from dist_dcgan.distributed import meet_on_node, process_group
 from dist_dcgan.training import steps, train_state
 from dist_dcgan.training.ema import draw_latents, recompute_statistics
 from dist_dcgan.training.train_state import TrainState
-from shards.manifest import read_manifest
 
 
 @dataclass
@@ -36,13 +36,14 @@ def train_steps(data: Path, options: dict[str, Any], count: int, mistake: str | 
     config = Config(data={"path": data}, **options)
     outcome = Outcome()
     with process_group(60, "cpu") as world, MISTAKES[mistake]() if mistake else contextlib.nullcontext():
-        manifest = read_manifest(data)
+        place = Folder(data)
+        manifest = place.manifest
         plan = make_plan(config, world.world_size, manifest.samples)
-        reader = ShardReader(data, manifest)
+        reader = ShardReader(place)
         state = TrainState(config, plan, world, manifest.image_size)
         if mistake == "raw discriminator":
             state.ddp_discriminator = _Raw(state.discriminator)
-        with BatchLoader(reader, config, plan, world, 0) as batches:
+        with BatchLoader(place, config, plan, world, 0, meet_on_node(world, 60)) as batches:
             for _, batch in zip(range(count), batches, strict=False):
                 outcome.keys.append(reader.keys(batch.samples))
                 steps.train_step(state, to_images(batch, world.device, state.dtype))

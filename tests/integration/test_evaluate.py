@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dist_dcgan.config import Config
+from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.metrics.features import read_images, scored_samples, to_pixels
@@ -103,7 +104,7 @@ def test_the_sheet_shows_samples_beside_their_nearest_real_images(scored: Scored
     cpu = torch.device("cpu")
     generator, description = load_generator(scored.run.generator)
     samples = to_pixels(sample_images(generator, sampling_config(description, 0), range(12), cpu, "evaluation"))
-    reader = ShardReader(demo_shards, read_manifest(demo_shards))
+    reader = ShardReader(Folder(demo_shards))
     real = read_images(reader, scored_samples(reader, REALS))
     features = load_extractor("efficientnet-lite0", None, cpu).features
     apart = torch.cdist(features(samples), torch.cat([features(part) for part in real.split(16)]))

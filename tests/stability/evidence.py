@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
+from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.metrics.distances import kernel_distance
@@ -27,7 +28,6 @@ from dist_dcgan.training.loggers import save_grid
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from shards.files import publish
-from shards.manifest import read_manifest
 from tests.benchmarks.step import PlainLoop
 
 BATCH, SEED = 32, 0
@@ -55,12 +55,12 @@ def measure(name: str, data: Path, minutes: float, folder: Path) -> None:
     config = Config.model_validate(
         {"width": int(width), "global_batch": BATCH, "max_steps": ENOUGH_STEPS, "seed": SEED}
     )
-    manifest = read_manifest(data)
-    reader = ShardReader(data, manifest)
+    place = Folder(data)
+    reader = ShardReader(place)
     with process_group(600, "cpu") as world:
-        plan = make_plan(config, 1, manifest.samples)
+        plan = make_plan(config, 1, place.manifest.samples)
         contender = plain(config, world) if kind == "plain" else default(config, world)
-        with BatchLoader(reader, config, plan, world, 0) as batches:
+        with BatchLoader(place, config, plan, world, 0) as batches:
             rows = list(scored(contender, batches, config, world, reader, minutes, path.with_suffix("")))
     publish(path, "".join(json.dumps({"name": name} | row) + "\n" for row in rows).encode())
 

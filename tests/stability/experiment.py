@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
+from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.metrics.distances import kernel_distance
@@ -22,7 +23,6 @@ from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.loggers import save_grid
 from dist_dcgan.training.train_state import TrainState
 from shards.files import publish
-from shards.manifest import read_manifest
 from tests.stability.recipes import RECIPES, Recipe, Trial
 from tests.stability.steps import Row, scale_rates, study_step, use_differentiable_batchnorm
 
@@ -37,8 +37,8 @@ def run_trial(trial: Trial, data: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[trial.recipe]
     config = configuration(recipe, trial, data)
-    manifest = read_manifest(data)
-    reader = ShardReader(data, manifest)
+    place = Folder(data)
+    manifest, reader = place.manifest, ShardReader(place)
     plan = make_plan(config, 1, manifest.samples)
     with process_group(600, "cpu") as world:
         state = TrainState(config, plan, world, manifest.image_size)
@@ -49,7 +49,7 @@ def run_trial(trial: Trial, data: Path, folder: Path) -> None:
         rows = (folder / "rows.jsonl").open("a", buffering=1)
         if state.step == 0:
             write(rows, {"step": 0} | score(state, reader, world, folder))
-        with BatchLoader(reader, config, plan, world, state.step) as batches:
+        with BatchLoader(place, config, plan, world, state.step) as batches:
             dead = 0
             for batch in batches:
                 started = time.perf_counter()

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from dist_dcgan.config import make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
-from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.data.places import Folder
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.training.ema import draw_latents
 from dist_dcgan.training.train_state import TrainState
-from shards.manifest import read_manifest
 from tests.stability.experiment import configuration
 from tests.stability.recipes import Recipe, Trial
 from tests.stability.results import FOLDER
@@ -56,12 +55,12 @@ def rows(data: Path, world: World) -> Iterator[Row]:
 
 def row(recipe: Recipe, seed: int, data: Path, world: World, batch: int = BATCH) -> Row:
     """Return how far one update of D moves its logit on the real and generated images that it was updated on."""
-    manifest = read_manifest(data)
+    place = Folder(data)
     config = configuration(recipe, Trial("", "", seed, batch, 1), data)
-    plan = make_plan(config, 1, manifest.samples)
-    state = TrainState(config, plan, world, manifest.image_size)
+    plan = make_plan(config, 1, place.manifest.samples)
+    state = TrainState(config, plan, world, place.manifest.image_size)
     scale_rates(state, recipe)
-    with BatchLoader(ShardReader(data, manifest), config, plan, world, 0) as batches:
+    with BatchLoader(place, config, plan, world, 0) as batches:
         real = to_images(next(iter(batches)), world.device, state.dtype)
     with torch.no_grad():
         fake = state.generator(draw_latents(config, "z", 0, state.slots, world.device))

@@ -9,14 +9,14 @@ import torch
 
 from dist_dcgan import train as command
 from dist_dcgan.config import Config, Plan
+from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from shards.command_line import run
 from shards.errors import OneRankError, UserError
-from shards.manifest import read_manifest
 
 
 def reader(data: Path) -> ShardReader:
-    return ShardReader(data, read_manifest(data))
+    return ShardReader(Folder(data))
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from PIL import Image
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import Batch, BatchLoader, flip, to_images
+from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World
 from shards.errors import OneRankError, UserError
-from shards.manifest import read_manifest
 
 CPU = torch.device("cpu")
 
@@ -30,10 +30,10 @@ def gather(reader: ShardReader, samples: list[int]) -> np.ndarray:
 
 def loader(data: Path, rank: int = 0, world_size: int = 1, first_step: int = 0, batch: int = 8) -> BatchLoader:
     config = Config(data={"path": data}, global_batch=batch, max_steps=30)
-    manifest = read_manifest(data)
-    plan = make_plan(config, world_size, manifest.samples)
+    place = Folder(data)
+    plan = make_plan(config, world_size, place.manifest.samples)
     world = World(rank, rank, world_size, CPU)
-    return BatchLoader(ShardReader(data, manifest), config, plan, world, first_step)
+    return BatchLoader(place, config, plan, world, first_step)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def copy(demo_shards: Path, tmp_path: Path) -> Path:
 
 
 def test_every_sample_equals_what_tar_and_pillow_read(demo_shards: Path) -> None:
-    reader = ShardReader(demo_shards, read_manifest(demo_shards))
+    reader = ShardReader(Folder(demo_shards))
     expected, keys = [], []
     for shard in reader.manifest.shards:
         with tarfile.open(demo_shards / shard.name) as tar:
@@ -58,7 +58,7 @@ def test_every_sample_equals_what_tar_and_pillow_read(demo_shards: Path) -> None
 
 @pytest.mark.parametrize("offset", [5, 600, -1000])
 def test_a_damaged_shard_is_named_before_a_sample_of_it_is_used(copy: Path, offset: int) -> None:
-    reader = ShardReader(copy, read_manifest(copy))
+    reader = ShardReader(Folder(copy))
     with (copy / "shard-000002.tar").open("r+b") as file:
         file.seek(offset, 0 if offset >= 0 else 2)
         byte = file.read(1)
@@ -74,14 +74,14 @@ def test_a_missing_or_short_shard_is_named_at_the_start(copy: Path) -> None:
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"shard-000001\.tar has \d+ bytes, the manifest says"):
-        ShardReader(copy, read_manifest(copy))
+        ShardReader(Folder(copy))
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-000001\.tar is missing"):
-        ShardReader(copy, read_manifest(copy))
+        ShardReader(Folder(copy))
 
 
 def test_a_shard_that_vanishes_is_named(copy: Path) -> None:
-    reader = ShardReader(copy, read_manifest(copy))
+    reader = ShardReader(Folder(copy))
     (copy / "shard-000001.tar").unlink()
     with pytest.raises(UserError, match=r"shard-000001\.tar cannot be read"):
         gather(reader, [10])

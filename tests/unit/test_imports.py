@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHARDS = {"shards.manifest", "shards.errors", "shards.command_line", "shards.files"}
+SHARDS = {"shards.manifest", "shards.errors", "shards.command_line", "shards.files", "shards.reader"}
 BASE = {"dist_dcgan.config", "dist_dcgan.distributed", "dist_dcgan.random_streams"}
 MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.config": SHARDS,

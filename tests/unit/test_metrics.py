@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
+from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.metrics import distances
@@ -30,7 +31,6 @@ from dist_dcgan.metrics.quality import quality
 from shards.convert import convert
 from shards.demo import write_demo
 from shards.errors import UserError
-from shards.manifest import read_manifest
 from shards.sources.lmdb_source import LmdbSource
 from tests.distributed.test_metrics import mosaic_extractor, mosaics
 from tests.shards_fixtures import data_set, photographs
@@ -51,7 +51,7 @@ FAKE = features_like(2, count=170, shift=0.1, stretch=1.2)
 
 
 def reader_of(data: Path) -> ShardReader:
-    return ShardReader(data, read_manifest(data))
+    return ShardReader(Folder(data))
 
 
 # Distances

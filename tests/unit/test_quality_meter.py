@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dist_dcgan.config import Config, make_plan
+from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import process_group
 from dist_dcgan.training import quality as module
@@ -33,7 +34,7 @@ def test_a_score_that_fails_is_reported_and_training_goes_on(
     run = RunDirectory(tmp_path)
     with process_group(60, "cpu") as world:
         state = TrainState(config, make_plan(config, 1, manifest.samples), world, 64)
-        meter = QualityMeter(state, ShardReader(demo_shards, manifest), run)
+        meter = QualityMeter(state, ShardReader(Folder(demo_shards)), run)
         monkeypatch.setattr(meter, "_extractor", mosaic_extractor())
         if fault == "comparison fails":
             monkeypatch.setattr(module, "quality", fails(ArithmeticError("no convergence")))

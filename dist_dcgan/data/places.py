@@ -1,0 +1,107 @@
+"""Where shards lie, and what makes one a file to read samples from: the size and the SHA-256 of the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+from shards.errors import UserError
+from shards.manifest import Manifest, ShardEntry, check_files, read_manifest
+
+_CHUNK_BYTES = 1 << 20
+
+
+class FileState(NamedTuple):
+    """What tells a file from another of its name, and from itself before it was written to."""
+
+    inode: int
+    size: int
+    changed_ns: int
+
+
+class ShardFile(NamedTuple):
+    """A shard that was found as the manifest has it, and the state of its file at that time."""
+
+    path: Path
+    state: FileState
+
+
+class Place(Protocol):
+    """A data set where it lies."""
+
+    manifest: Manifest
+
+    def ready(self, shard: int) -> ShardFile:
+        """Return the file of a shard, checked; raises UserError with its name where it is missing or damaged."""
+
+
+class Folder:
+    """A data set in a folder. Each shard is read once in whole, to be checked, however often it is asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the manifest and look at the files; raises UserError naming what is missing or has another size."""
+        self.directory, self.manifest = directory, read_manifest(directory)
+        check_files(directory, self.manifest)
+        self._checked: dict[int, ShardFile] = {}
+
+    def ready(self, shard: int) -> ShardFile:
+        """Return the file of a shard; asks the disk for it ahead of time where it was checked before."""
+        entry = self.manifest.shards[shard]
+        if shard in self._checked:
+            read_ahead(self._checked[shard].path)
+        else:
+            self._checked[shard] = checked(self.directory / entry.name, entry)
+        return self._checked[shard]
+
+
+def checked(path: Path, entry: ShardEntry) -> ShardFile:
+    """Return the file at `path`; raises UserError where it is not the shard of the manifest."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            state = state_of(file)
+            if state.size != entry.bytes:
+                raise UserError(f"shard {path} has {state.size} bytes, the manifest says {entry.bytes}")
+            found = _sha256(file)
+            if found != entry.sha256:
+                raise UserError(f"shard {path} is damaged: sha256 {found}, the manifest says {entry.sha256}")
+            if state_of(file) != state:
+                raise changed(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return ShardFile(path, state)
+
+
+def state_of(file: BinaryIO) -> FileState:
+    """Return the state of an open file."""
+    status = os.fstat(file.fileno())
+    return FileState(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def changed(path: Path) -> UserError:
+    """Return the error for a shard that somebody writes to."""
+    return UserError(f"shard {path} changed while it was in use: nobody may write to a data set during training")
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """Return the error for a shard that the operating system does not give."""
+    return UserError(f"shard {path} cannot be read: {error.strerror}")
+
+
+def read_ahead(path: Path) -> None:
+    """Ask the operating system to bring a file into memory; returns at once, and says nothing where it cannot."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    try:
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    except OSError:
+        pass  # who reads it says what is wrong
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+    while count := file.readinto(chunk):  # type: ignore[attr-defined]
+        digest.update(chunk[:count])
+    return digest.hexdigest()

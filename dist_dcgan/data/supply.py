@@ -1,0 +1,110 @@
+"""Shards made ready in the order of need, ahead of their use, each by one rank of the machine for all of its ranks."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from dist_dcgan.data.order import SampleOrder
+from dist_dcgan.data.places import FileState, Place, ShardFile
+from dist_dcgan.distributed import Node
+from shards.errors import UserError
+
+_WINDOWS_AHEAD = 1
+"""Further ahead, what was read to be checked would have left the memory again before its samples are used."""
+_SECONDS_BETWEEN_LOOKS = 0.005
+
+
+class ClosedError(Exception):
+    """Raised where a file is awaited from a supply that has been closed."""
+
+
+class Supply:
+    """A context manager with a thread: it makes this rank's share of the shards ready, and tells the other ranks.
+
+    `seconds` counts the time that the thread was busy.
+    """
+
+    def __init__(self, place: Place, order: SampleOrder, node: Node, epoch: int, position: int) -> None:
+        """Begin with the window in which `position` of `epoch` lies."""
+        self._place, self._order, self._node = place, order, node
+        self._files: dict[int, tuple[int, ShardFile]] = {}
+        self._epoch, self._window = epoch, order.window_at(epoch, position)
+        self._moved = threading.Condition()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="shard supply", daemon=True)
+        self.seconds = 0.0
+
+    def __enter__(self) -> Supply:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        with self._moved:
+            self._closing = True
+            self._moved.notify_all()
+        self._thread.join()
+
+    def reach(self, epoch: int, position: int) -> None:
+        """Say that the samples from `position` of `epoch` on are read next."""
+        with self._moved:
+            self._epoch, self._window = epoch, self._order.window_at(epoch, position)
+            self._moved.notify_all()
+
+    def file(self, shard: int) -> ShardFile:
+        """Wait for the file of a shard in the epoch that has been reached.
+
+        Raises UserError, on all ranks of the machine, where the shard is missing or damaged.
+        """
+        epoch, file = self._files.get(shard, (-1, None))
+        if file is None or epoch != self._epoch:
+            file = self._await(_topic(self._epoch, shard))
+            self._files[shard] = self._epoch, file
+        return file
+
+    def _await(self, topic: str) -> ShardFile:
+        while (answer := self._node.look(topic)) is None:
+            if self._failure is not None:
+                raise self._failure
+            if self._closing:
+                raise ClosedError
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        found = json.loads(answer)
+        if "error" in found:
+            raise UserError(found["error"])
+        return ShardFile(Path(found["path"]), FileState(*found["state"]))
+
+    def _work(self) -> None:
+        try:
+            for window in self._order.windows(self._window):
+                for shard in window.shards:
+                    if not self._may_prepare(window.number):
+                        return
+                    if shard % self._node.size == self._node.index:
+                        self._prepare(_topic(window.epoch, shard), shard)
+        except BaseException as error:  # raised where a file is awaited
+            self._failure = error
+
+    def _may_prepare(self, window: int) -> bool:
+        """Wait until a window is near enough; return False where the supply is closed before."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._closing or window <= self._window + _WINDOWS_AHEAD)
+            return not self._closing
+
+    def _prepare(self, topic: str, shard: int) -> None:
+        started = time.perf_counter()
+        try:
+            file = self._place.ready(shard)
+            found = {"path": str(file.path), "state": file.state}
+        except UserError as error:
+            found = {"error": str(error)}
+        self.seconds += time.perf_counter() - started
+        self._node.tell(topic, json.dumps(found))
+
+
+def _topic(epoch: int, shard: int) -> str:
+    return f"shard {shard} in epoch {epoch}"
