@@ -6,14 +6,15 @@ with it; `Invocation` says how this process was started and is not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from shards.command_line import Options, build, nearest, parse_flags
 from shards.errors import UserError
@@ -24,11 +25,25 @@ def _changeable(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"changeable": True}, **constraints)
 
 
+def _location(value: Any) -> Any:
+    """Leave an address as it is: as a path it would lose a slash."""
+    return value if isinstance(value, str) and re.match(r"(pipe:|[a-z0-9]+://)", value) else Path(value)
+
+
+Location = Annotated[Path | str, BeforeValidator(_location)]
+
+
 class DataOptions(Options):
     """Where the images come from and in which order."""
 
-    path: Path = _changeable(Path("data/bedroom_train"))
-    """Folder of shards that `python -m shards convert` wrote (`--data` for short)."""
+    path: Location = _changeable(Path("data/bedroom_train"))
+    """Folder or address (http, https) of shards that `python -m shards convert` wrote (`--data` for short)."""
+    cache_dir: Path | None = _changeable(None)
+    """Folder on a disk of each machine to which shards are staged: for an address, or a slow file system."""
+    cache_gb: float = _changeable(50.0, gt=0)
+    """Most gigabytes of shards in cache_dir; others make room for what is needed next."""
+    allow_commands: bool = _changeable(False)
+    """Take `pipe:COMMAND` for a path: the shell command prints the file whose name stands for `{}` in it."""
     window_shards: int = Field(16, ge=1)
     """Consecutive shards whose samples are shuffled together: more shuffles better, fewer reads a disk in sequence."""
     random_flip: bool = False

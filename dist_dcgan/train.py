@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from dist_dcgan.config import Config, Plan, from_command_line, make_plan, to_yaml
-from dist_dcgan.data.places import Folder, Place
+from dist_dcgan.data.opening import open_place
+from dist_dcgan.data.places import Place
 from dist_dcgan.distributed import world_size_of_launch
 from dist_dcgan.models.networks import IMAGE_SIZES, Discriminator, Generator, count_parameters
 from dist_dcgan.training.loop import train
@@ -24,12 +25,7 @@ from shards.manifest import Manifest
 def main(argv: Sequence[str]) -> None:
     """Train, or with --dry-run print what would be trained."""
     config, invocation = from_command_line(argv)
-    if not config.data.path.exists():
-        raise UserError(
-            f"no data set at {config.data.path}: make one with `python -m shards convert LMDB --out "
-            f"{config.data.path}`, or name another with --data"
-        )
-    place = Folder(config.data.path)
+    place = open_place(config.data)
     manifest = place.manifest
     if manifest.image_size not in IMAGE_SIZES:
         sizes = ", ".join(map(str, IMAGE_SIZES))

@@ -14,13 +14,13 @@ class Progress:
     """Counts images: a live bar on a terminal; elsewhere a plain line every ten seconds and at the end.
 
     With the unit `B` it counts bytes, and says kB, MB or GB. What is done already at the start does not count
-    into the rate; a `total` of None is one that is not known.
+    into the rate; a `total` of None is one that is not known. What is not `shown` counts in silence.
     """
 
-    def __init__(self, total: int | None, label: str, unit: str = "img", start: int = 0) -> None:
+    def __init__(self, total: int | None, label: str, unit: str = "img", start: int = 0, shown: bool = True) -> None:
         self._label, self._done, self._note = label, start, ""
         self._start = self._last_line = time.monotonic()
-        self._live = sys.stderr.isatty()
+        self._live, self._shown = shown and sys.stderr.isatty(), shown
         self._format = {"total": total, "initial": start, "unit": unit, "unit_scale": unit == "B"}
         # nrows: tqdm would hide the bar on a terminal that does not tell its height, as in some containers
         self._bar = tqdm(desc=label, nrows=20, disable=not self._live, **self._format)
@@ -30,7 +30,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        if not self._live:
+        if not self._live and self._shown:
             self._print_line()
 
     def advance(self, count: int) -> None:
@@ -41,7 +41,7 @@ class Progress:
         """Take note that `done` are done in all."""
         self._bar.update(done - self._done)
         self._done = done
-        if not self._live and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+        if not self._live and self._shown and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._print_line()
 
     def note(self, text: str) -> None:

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from http.client import IncompleteRead
 from pathlib import Path
 from time import sleep
+from typing import NamedTuple
 
 import requests
 from pydantic import ValidationError
@@ -20,9 +21,7 @@ from shards.errors import UserError
 from shards.files import check_room, publish
 from shards.progress import Progress
 
-_CONNECT_SECONDS, _SILENCE_SECONDS = 15.0, 60.0
-_ATTEMPTS = 8
-"""Attempts without a new byte before giving up: about two minutes."""
+_CONNECT_SECONDS = 15.0
 _LONGEST_WAIT_SECONDS, _LONGEST_RETRY_AFTER_SECONDS = 60.0, 300.0
 _CHUNK_BYTES = 1 << 16
 """A silence in the middle of a chunk loses its bytes, so it is not larger than speed asks for."""
@@ -39,6 +38,22 @@ class Version(Options):
     """Its length in bytes, where the server told it."""
 
 
+class Manner(NamedTuple):
+    """How a file is fetched."""
+
+    attempts: int = 8
+    """Attempts in a row without a new byte before giving up; eight take about two minutes."""
+    silence_seconds: float = 60.0
+    """How long the server may send nothing."""
+    copies: int = 2
+    """How many times the file's size must find room on the disk: 2 where it is unpacked beside itself."""
+    shown: bool = True
+    """Whether progress is shown."""
+
+
+DEFAULT = Manner()
+
+
 class TransferError(Exception):
     """An attempt that failed in a way that the next one may not; the text says how."""
 
@@ -47,25 +62,26 @@ class TransferError(Exception):
         self.retry_after = retry_after
 
 
-def fetch(address: str, part: Path) -> None:
+def fetch(address: str, part: Path, manner: Manner | None = None) -> None:
     """Bring the file at `address` to `part`, going on with what an earlier call or process left there.
 
-    Raises UserError where the server refuses, where eight attempts in a row bring no new byte, or where the disk
-    has no room for the file and as much again unpacked; OSError where the disk fails. What arrived stays.
+    Raises UserError where the server refuses, where a number of attempts in a row bring no new byte, or where the
+    disk has no room; OSError where the disk fails. What arrived stays.
     """
+    manner = manner or DEFAULT
     failures, reached = 0, _size(part)
     with requests.Session() as session:
         session.headers["Accept-Encoding"] = "identity"  # the lengths are those of the file itself
         while not _is_complete(part):
             try:
-                _attempt(session, address, part)
+                _attempt(session, address, part, manner)
                 return
             except TransferError as error:
                 # Measured against the most that was ever there: a server that cuts and never resumes has an end, too
                 failures = 0 if _size(part) > reached else failures + 1
                 reached = max(reached, _size(part))
-                if failures == _ATTEMPTS:
-                    raise UserError(_given_up(address, part, str(error))) from None
+                if failures == manner.attempts:
+                    raise UserError(_given_up(address, part, str(error), failures)) from None
                 _wait(error, failures, part.stem)
 
 
@@ -75,28 +91,28 @@ def discard(part: Path) -> None:
     _version_path(part).unlink(missing_ok=True)
 
 
-def _attempt(session: requests.Session, address: str, part: Path) -> None:
+def _attempt(session: requests.Session, address: str, part: Path, manner: Manner) -> None:
     """Bring what is missing of the file in one request; raises TransferError where that ends too early."""
     held, headers = _read_version(part), {}
     offset = _size(part) if held else 0
     if held and held.validator and offset:
         headers = {"Range": f"bytes={offset}-", "If-Range": held.validator}
     try:
-        with _ask(session, address, headers) as response:
-            _receive(response, part, held if headers else None, offset)
+        with _ask(session, address, headers, manner) as response:
+            _receive(response, part, held if headers else None, offset, manner)
     except (requests.RequestException, HTTPError) as error:
         raise TransferError(_cause(error)) from None
 
 
-def _ask(session: requests.Session, address: str, headers: Mapping[str, str]) -> requests.Response:
+def _ask(session: requests.Session, address: str, headers: Mapping[str, str], manner: Manner) -> requests.Response:
     """Send a request; raises UserError where the address, or one that it leads to, is not one of HTTP."""
     try:
-        return session.get(address, headers=headers, stream=True, timeout=(_CONNECT_SECONDS, _SILENCE_SECONDS))
+        return session.get(address, headers=headers, stream=True, timeout=(_CONNECT_SECONDS, manner.silence_seconds))
     except (ValueError, requests.TooManyRedirects) as error:  # requests' own errors of this kind are ValueErrors
-        raise UserError(f"cannot get {address}: {_cause(error)}; check --address") from None
+        raise UserError(f"cannot get {address}: {_cause(error)}; check the address") from None
 
 
-def _receive(response: requests.Response, part: Path, held: Version | None, offset: int) -> None:
+def _receive(response: requests.Response, part: Path, held: Version | None, offset: int, manner: Manner) -> None:
     """Write what `response` brings after the first `offset` bytes of the version `held`, or all of it anew."""
     if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and held:
         if held.total in (None, offset) and _content_range(response) == (None, offset):
@@ -110,8 +126,10 @@ def _receive(response: requests.Response, part: Path, held: Version | None, offs
     else:
         raise _refusal(response)
     if total is not None:
-        check_room(part.parent, 2 * total - offset, "the archive and its unzipped images take about")
-    _write(response, part, offset, total)
+        check_room(
+            part.parent, manner.copies * total - offset, f"{part.stem}{', unpacked,' * (manner.copies > 1)} takes about"
+        )
+    _write(response, part, offset, total, manner.shown)
 
 
 def _check_continuation(response: requests.Response, part: Path, held: Version, offset: int) -> int | None:
@@ -137,10 +155,10 @@ def _start_again(response: requests.Response, part: Path) -> int | None:
     return total
 
 
-def _write(response: requests.Response, part: Path, offset: int, total: int | None) -> None:
+def _write(response: requests.Response, part: Path, offset: int, total: int | None, shown: bool) -> None:
     """Append the body; raises TransferError where it is shorter or longer than the announced `total`."""
     done = offset
-    with part.open("ab") as file, Progress(total, part.stem, unit="B", start=offset) as progress:
+    with part.open("ab") as file, Progress(total, part.stem, unit="B", start=offset, shown=shown) as progress:
         for chunk in response.raw.stream(_CHUNK_BYTES, decode_content=False):
             done += len(chunk)
             if total is not None and done > total:
@@ -160,7 +178,7 @@ def _refusal(response: requests.Response) -> Exception:
     phrase = next((known.phrase for known in HTTPStatus if known == status), "no known status")
     if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
         return TransferError(f"the server answers {status} ({phrase})", _retry_after(response))
-    return UserError(f"cannot get {response.url}: the server answers {status} ({phrase}); check --address")
+    return UserError(f"cannot get {response.url}: the server answers {status} ({phrase}); check the address")
 
 
 def _retry_after(response: requests.Response) -> float:
@@ -177,10 +195,10 @@ def _wait(error: TransferError, failures: int, name: str) -> None:
     sleep(seconds)
 
 
-def _given_up(address: str, part: Path, reason: str) -> str:
+def _given_up(address: str, part: Path, reason: str, attempts: int) -> str:
     arrived = _size(part)
     rest = f"{arrived:,} bytes are kept, the same command goes on" if arrived else "the same command tries again"
-    return f"cannot get {address}: {reason}, after {_ATTEMPTS} attempts without progress; {rest}"
+    return f"cannot get {address}: {reason}, after {attempts} attempts without progress; {rest}"
 
 
 def _cause(error: BaseException) -> str:

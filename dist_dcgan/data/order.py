@@ -6,9 +6,7 @@ sequence, while a sample's neighbours change from epoch to epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
-from itertools import count
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -64,11 +62,10 @@ class SampleOrder:
         in_epoch = np.searchsorted(self._window_ends(epoch), position, "right")
         return epoch * self._windows_per_epoch + int(in_epoch)
 
-    def windows(self, first: int) -> Iterator[Window]:
-        """Yield the windows in the order of need, from number `first` on, without end."""
-        for number in count(first):
-            epoch, window = divmod(number, self._windows_per_epoch)
-            yield Window(number, epoch, self._shards_of(epoch, window).tolist())
+    def window(self, number: int) -> Window:
+        """Return the window of a number."""
+        epoch, in_epoch = divmod(number, self._windows_per_epoch)
+        return Window(number, epoch, self._shards_of(epoch, in_epoch).tolist())
 
     def _window_ends(self, epoch: int) -> Indices:
         """Return the position behind each window of an epoch."""

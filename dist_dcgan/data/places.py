@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -36,6 +37,9 @@ class Place(Protocol):
     def ready(self, shard: int) -> ShardFile:
         """Return the file of a shard, checked; raises UserError with its name where it is missing or damaged."""
 
+    def keep(self, shards: Collection[int]) -> None:
+        """Take note of the shards that are in use or next."""
+
 
 class Folder:
     """A data set in a folder. Each shard is read once in whole, to be checked, however often it is asked for."""
@@ -54,6 +58,9 @@ class Folder:
         else:
             self._checked[shard] = checked(self.directory / entry.name, entry)
         return self._checked[shard]
+
+    def keep(self, shards: Collection[int]) -> None:
+        """Do nothing: all shards stay where they are."""
 
 
 def checked(path: Path, entry: ShardEntry) -> ShardFile:
@@ -75,8 +82,15 @@ def checked(path: Path, entry: ShardEntry) -> ShardFile:
 
 def state_of(file: BinaryIO) -> FileState:
     """Return the state of an open file."""
-    status = os.fstat(file.fileno())
-    return FileState(status.st_ino, status.st_size, status.st_mtime_ns)
+    return _state(os.fstat(file.fileno()))
+
+
+def state_at(path: Path) -> FileState | None:
+    """Return the state of the file at `path`, None where there is none."""
+    try:
+        return _state(path.stat())
+    except FileNotFoundError:
+        return None
 
 
 def changed(path: Path) -> UserError:
@@ -98,6 +112,10 @@ def read_ahead(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
     except OSError:
         pass  # who reads it says what is wrong
+
+
+def _state(status: os.stat_result) -> FileState:
+    return FileState(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _sha256(file: BinaryIO) -> str:

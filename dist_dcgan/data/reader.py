@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dist_dcgan.data.order import Indices
 from dist_dcgan.data.places import Place, ShardFile, changed, state_of, unreadable
+from shards.errors import UserError
 from shards.reader import NAME_FIELD
 
 _OPEN_SHARDS = 64  # each holds a file descriptor; many systems allow 1,024 of them
@@ -28,9 +29,9 @@ class ShardReader:
 
     def __init__(self, place: Place, files: Callable[[int], ShardFile] | None = None) -> None:
         """Read from `place`; `files` returns the checked file of a shard, by default when it is first used."""
-        self.manifest = place.manifest
+        self.manifest, self._place = place.manifest, place
         self._files = files or lru_cache(maxsize=None)(place.ready)
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(_open)
+        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._opened)
         counts = np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._firsts = self._ends - counts
@@ -54,27 +55,40 @@ class ShardReader:
         """Write the `length` bytes from `start` on of each sample's stride into `out`, one after the other."""
         shards = np.searchsorted(self._ends, samples, "right")
         offsets = (samples - self._firsts[shards]) * self.manifest.layout.stride + start
-        files = {shard: self._files(shard) for shard in np.unique(shards).tolist()}
-        opened = {shard: self._open(file) for shard, file in files.items()}
+        opened = {shard: self._open(shard, self._files(shard)) for shard in np.unique(shards).tolist()}
         view, place = memoryview(out).cast("B"), 0
         for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
+            file, stream = opened[shard]
             try:
-                count = os.preadv(opened[shard].fileno(), [view[place : place + length]], offset)
+                count = os.preadv(stream.fileno(), [view[place : place + length]], offset)
             except OSError as error:
-                raise unreadable(files[shard].path, error) from None
+                raise unreadable(file.path, error) from None
             if count != length:
-                raise changed(files[shard].path)
+                raise changed(file.path)
             place += length
-        for shard, file in files.items():  # behind the reading: what it returned was read before any change
-            if state_of(opened[shard]) != file.state:
+        for file, stream in opened.values():  # behind the reading: what it returned was read before any change
+            if state_of(stream) != file.state:
                 raise changed(file.path)
 
+    def _opened(self, shard: int, file: ShardFile) -> tuple[ShardFile, BinaryIO]:
+        """Open a file; one that is not what it was, as where others make room in a cache, is asked for once more."""
+        stream = _open(file)
+        if stream is None or state_of(stream) != file.state:
+            file = self._place.ready(shard)
+            stream = _open(file)
+        if stream is None:
+            raise UserError(f"shard {file.path} has gone: nobody may remove it during training")
+        return file, stream
 
-def _open(file: ShardFile) -> BinaryIO:
+
+def _open(file: ShardFile) -> BinaryIO | None:
+    """Return the open file, None where there is none."""
     try:
-        opened = file.path.open("rb", buffering=0)
+        stream = file.path.open("rb", buffering=0)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise unreadable(file.path, error) from None
     if hasattr(os, "posix_fadvise"):  # a sample's neighbours on the disk are not the next to be read
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-    return opened
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return stream

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 
@@ -80,9 +81,13 @@ class Supply:
 
     def _work(self) -> None:
         try:
-            for window in self._order.windows(self._window):
+            for window in map(self._order.window, count(self._window)):
+                if not self._may_prepare(window.number):
+                    return
+                in_use = range(max(0, window.number - _WINDOWS_AHEAD - 1), window.number + 1)
+                self._place.keep({shard for number in in_use for shard in self._order.window(number).shards})
                 for shard in window.shards:
-                    if not self._may_prepare(window.number):
+                    if self._closing:
                         return
                     if shard % self._node.size == self._node.index:
                         self._prepare(_topic(window.epoch, shard), shard)

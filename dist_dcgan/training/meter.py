@@ -1,4 +1,8 @@
-"""What the steps since the last reading measured, how fast they went, and how much of the time they waited for data."""
+"""What the steps since the last reading measured, how fast they went, and how much of the time they waited for data.
+
+`time/data_wait` is the share of the time in which training waited for a batch, `time/shard_checks` that in which the
+thread was busy that checks and stages shards beside it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ class Meter:
     def __init__(self, state: TrainState, batches: BatchLoader) -> None:
         self._state, self._batches = state, batches
         self._pending: list[Metrics] = []
-        self._seconds, self._waited = time.perf_counter(), batches.waited
+        self._seconds, self._waited, self._supplying = time.perf_counter(), batches.waited, batches.supplying
 
     def add(self, metrics: Metrics) -> None:
         """Take the metrics of a step; nothing waits for the device."""
@@ -30,12 +34,13 @@ class Meter:
             {"step": step, "images_seen": step * plan.global_batch, "epoch": step / plan.steps_per_epoch} | row
             for step, row in enumerate(average_across_ranks(self._pending), first)
         ]
-        seconds, waited = time.perf_counter(), self._batches.waited
-        elapsed, waiting = seconds - self._seconds, waited - self._waited
-        self._pending, self._seconds, self._waited = [], seconds, waited
+        seconds, waited, supplying = time.perf_counter(), self._batches.waited, self._batches.supplying
+        elapsed, waiting, supplied = seconds - self._seconds, waited - self._waited, supplying - self._supplying
+        self._pending, self._seconds, self._waited, self._supplying = [], seconds, waited, supplying
         rows[-1] |= {
             "time/step": elapsed / steps,
             "time/data_wait": waiting / elapsed,
+            "time/shard_checks": supplied / elapsed,
             "throughput/images_per_second": steps * plan.global_batch / elapsed,
         }
         return rows

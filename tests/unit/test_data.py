@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +90,62 @@ def test_a_shard_that_vanishes_is_named(copy: Path) -> None:
         gather(reader, [10])
 
 
+def test_a_shard_that_vanishes_behind_its_check_is_named(copy: Path) -> None:
+    place = Folder(copy)
+    place.ready(1)
+    (copy / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000001\.tar has gone"):
+        gather(ShardReader(place), [10])
+
+
+def cut(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(100)
+
+
+def write_in_place(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(20_000)
+        file.write(b"X")
+
+
+@pytest.mark.parametrize("change", [cut, write_in_place])
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_shard_that_changes_while_it_is_in_use_is_named(
+    copy: Path, change: Callable[[Path], None], is_open: bool
+) -> None:
+    """A mapped one would end the process where it is cut."""
+    place = Folder(copy)
+    reader = ShardReader(place)
+    place.ready(1)
+    if is_open:
+        gather(reader, [10])
+    change(copy / "shard-000001.tar")
+    with pytest.raises(UserError, match=r"shard-000001\.tar changed while it was in use: nobody may write"):
+        gather(reader, [11])
+
+
+def test_time_waited_for_data_is_told_as_it_is(demo_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds_and_waited(pause: float) -> tuple[float, float]:
+        with loader(demo_shards) as batches:
+            started = time.perf_counter()
+            for _ in batches:
+                time.sleep(pause)
+            return time.perf_counter() - started, batches.waited
+
+    seconds, waited = seconds_and_waited(pause=0.02)
+    assert waited < 0.5 * seconds
+    honest = ShardReader.gather
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.02)
+        honest(*arguments)
+
+    monkeypatch.setattr(ShardReader, "gather", slow)
+    seconds, waited = seconds_and_waited(pause=0)
+    assert waited > 0.5 * seconds
+
+
 def test_ranks_share_each_global_batch(demo_shards: Path) -> None:
     with loader(demo_shards) as alone, loader(demo_shards, 0, 2) as first, loader(demo_shards, 1, 2) as second:
         for whole, a, b in zip(alone, first, second, strict=True):
@@ -111,7 +170,10 @@ def test_starting_at_a_step_gives_what_a_run_from_the_start_gives_there(demo_sha
 def test_an_error_of_the_thread_reaches_the_consumer(copy: Path) -> None:
     batches = loader(copy)
     (copy / "shard-000003.tar").unlink()
-    with batches, pytest.raises(OneRankError, match=r"rank 0 of 1 on .*: shard .*shard-000003.tar cannot be read"):
+    with (
+        batches,
+        pytest.raises(OneRankError, match=r"rank 0 of 1 on .*: shard .*shard-000003.tar cannot be read"),
+    ):
         for _ in batches:
             pass
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHARDS = {"shards.manifest", "shards.errors", "shards.command_line", "shards.files", "shards.reader"}
+SHARDS = {"shards.manifest", "shards.errors", "shards.command_line", "shards.files"}
 BASE = {"dist_dcgan.config", "dist_dcgan.distributed", "dist_dcgan.random_streams"}
 MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.config": SHARDS,
     "dist_dcgan.distributed": SHARDS,
     "dist_dcgan.random_streams": set(),
     "dist_dcgan.models": {"dist_dcgan.distributed", "dist_dcgan.models", "shards.errors"},
-    "dist_dcgan.data": {*BASE, *SHARDS, "dist_dcgan.data"},
+    "dist_dcgan.data": {*BASE, *SHARDS, "dist_dcgan.data", "shards.reader", "shards.transfer"},
     "dist_dcgan.metrics": {*BASE, *SHARDS, "dist_dcgan.data", "dist_dcgan.metrics"},
     "dist_dcgan.training": {
         *BASE,

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dist_dcgan.config import Config, make_plan
+from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.data.order import SampleOrder, rank_slots
+from dist_dcgan.data.places import ShardFile
+from dist_dcgan.distributed import World
 from shards.errors import UserError
 from shards.manifest import Layout, Manifest, ShardEntry, shard_name
+
+ROOT = Path(__file__).parents[2]
 
 
 def manifest(counts: list[int], order_version: int = 1) -> Manifest:
@@ -56,6 +68,50 @@ def test_the_slots_of_the_ranks_make_up_the_global_batch(per_rank: int, world_si
     assert [slot for part in slots for slot in part] == list(range(per_rank * world_size))
 
 
+class Nowhere:
+    """A place of which only the manifest is asked for."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self.manifest = manifest(counts)
+
+    def keep(self, shards: Collection[int]) -> None:
+        raise AssertionError
+
+    def ready(self, shard: int) -> ShardFile:
+        raise AssertionError
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=9),
+    window=st.integers(1, 10),
+    per_rank=st.integers(1, 4),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 1000),
+    first_step=st.integers(0, 10**4),
+)
+def test_an_epoch_of_the_ranks_together_is_the_start_of_a_permutation(
+    counts: list[int], window: int, per_rank: int, seed: int, epoch: int, first_step: int
+) -> None:
+    """Without repetition, in as many steps on every rank, the same for any number of ranks and wherever one starts."""
+    batch, total = 8 * per_rank, sum(counts)
+    assume(batch <= total)
+    place, found = Nowhere(counts), {}
+    config = Config(seed=seed, global_batch=batch, data={"window_shards": window})
+    for world_size in (1, 2, 4, 8):
+        plan = make_plan(config, world_size, total)
+        worlds = [World(rank, rank, world_size, torch.device("cpu")) for rank in range(world_size)]
+        loaders = [BatchLoader(place, config, plan, world, first_step) for world in worlds]
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        found[world_size] = [[int(i) for loader in loaders for i in loader.samples(step)] for step in steps]
+        assert {len(loader.samples(step)) for loader in loaders for step in steps} == {batch // world_size}
+    samples = sum(found[1], [])  # noqa: RUF017
+    assert len(samples) == len(set(samples)) == total // batch * batch
+    assert set(samples) <= set(range(total))
+    assert samples == SampleOrder(place.manifest, seed, window).samples(epoch, 0, len(samples)).tolist()
+    assert found[1] == found[2] == found[4] == found[8]
+
+
 def test_seed_and_epoch_change_the_order() -> None:
     data = manifest([50] * 4)
     orders = [SampleOrder(data, seed, 2).samples(epoch, 0, 200).tolist() for seed in (0, 1) for epoch in (0, 1)]
@@ -79,6 +135,28 @@ def test_the_last_position_of_three_million_samples_is_reached_at_once() -> None
     order = SampleOrder(manifest([4096] * 741), 0, 16)
     samples = order.samples(4, 3_000_000, 3_000_128)
     assert len(set(samples.tolist())) == 128
+
+
+def test_three_million_samples_take_little_memory() -> None:
+    """Anonymous memory, in a process of its own: what the manifest, the order and a batch of it add."""
+    code = """
+from pathlib import Path
+from tests.unit.test_order import SampleOrder, manifest
+
+def anonymous_kib():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1])
+
+SampleOrder(manifest([8]), 0, 16).samples(0, 0, 8)
+before = anonymous_kib()
+order = SampleOrder(manifest([4096] * 741), 0, 16)
+for epoch in range(3):
+    for start in range(0, 3_000_000, 100_000):
+        order.samples(epoch, start, start + 128)
+print((anonymous_kib() - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0 < float(done.stdout) < 100
 
 
 def test_the_order_of_version_1_is_pinned() -> None:

@@ -25,6 +25,7 @@ from shards.archive import ArchiveError, unpack
 from shards.download import download
 from shards.errors import UserError
 from shards.lsun import CATEGORIES, lmdb_names
+from shards.transfer import Manner
 from tests.http_server import Answer, Server, serve
 from tests.shards_fixtures import ROOT, contents, error_of, numbered, run_shards, write_lmdb
 
@@ -127,7 +128,7 @@ def test_a_server_that_ignores_ranges_and_always_cuts_is_given_up(tmp_path: Path
 
 
 def test_a_silent_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.transfer._SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr("shards.transfer.DEFAULT", Manner(silence_seconds=0.2))
     server = fetched(tmp_path, Answer(ZIP, hang=1 << 16), Answer(ZIP))
     assert server.ranges == [None, "bytes=65536-"]
 
@@ -160,7 +161,7 @@ def test_a_busy_server_says_how_long_to_wait(
 
 def test_a_missing_file_is_told_at_once(tmp_path: Path, waits: list[float]) -> None:
     server, line = refused(tmp_path, Answer(status=404))
-    assert line == "cannot get ADDRESS: the server answers 404 (Not Found); check --address"
+    assert line == "cannot get ADDRESS: the server answers 404 (Not Found); check the address"
     assert len(server.requests) == 1 and waits == []
 
 
@@ -293,7 +294,7 @@ def test_redirects_are_followed(tmp_path: Path, status: int) -> None:
 )
 def test_redirects_elsewhere_are_refused(tmp_path: Path, location: str, waits: list[float]) -> None:
     _, line = refused(tmp_path, Answer(status=302, headers={"Location": location}))
-    assert line.startswith("cannot get ADDRESS: ") and line.endswith("; check --address")
+    assert line.startswith("cannot get ADDRESS: ") and line.endswith("; check the address")
     assert waits == []
 
 
@@ -305,7 +306,7 @@ def test_room_is_needed_for_the_archive_and_its_images(tmp_path: Path, monkeypat
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)
     _, line = refused(tmp_path, Answer(ZIP))
     assert line == (
-        f"no room at {tmp_path}: the archive and its unzipped images take about {2 * len(ZIP):,} bytes, "
+        f"no room at {tmp_path}: {NAME}.zip, unpacked, takes about {2 * len(ZIP):,} bytes, "
         f"{2 * len(ZIP) - 1:,} are free"
     )
     assert not part(tmp_path).exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class Recorder:
     def __init__(self, trouble: dict[int, Exception] | None = None) -> None:
         self.manifest: Manifest = manifest([SAMPLES] * SHARDS)
         self.asked: list[int] = []
+        self.kept: set[int] = set()
         self._trouble = trouble or {}
 
     def ready(self, shard: int) -> ShardFile:
@@ -36,6 +37,9 @@ class Recorder:
         if shard in self._trouble:
             raise self._trouble[shard]
         return file_of(shard)
+
+    def keep(self, shards: Collection[int]) -> None:
+        self.kept = set(shards)
 
 
 def file_of(shard: int) -> ShardFile:
@@ -52,8 +56,8 @@ def two_ranks() -> tuple[Node, Node]:
 
 
 def shards_in_order(place: Recorder, windows: int) -> list[int]:
-    order = SampleOrder(place.manifest, 0, WINDOW).windows(0)
-    return [shard for _, window in zip(range(windows), order, strict=False) for shard in window.shards]
+    order = SampleOrder(place.manifest, 0, WINDOW)
+    return [shard for number in range(windows) for shard in order.window(number).shards]
 
 
 def has_asked(place: Recorder, expected: list[int]) -> bool:
@@ -75,6 +79,7 @@ def test_one_window_is_made_ready_ahead_of_the_one_that_is_read() -> None:
             eventually(partial(has_asked, place, expected))
             time.sleep(0.05)
             assert has_asked(place, expected)
+            assert place.kept == set(expected[-3 * WINDOW :])  # what is read, what is next, and what other ranks read
             epoch, in_epoch = divmod(window + 1, SHARDS // WINDOW)
             supply.reach(epoch, in_epoch * WINDOW * SAMPLES)
 

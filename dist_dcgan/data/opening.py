@@ -1,0 +1,38 @@
+"""From what a user names to a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dist_dcgan.config import DataOptions
+from dist_dcgan.data.cache import Cache
+from dist_dcgan.data.places import Folder, Place
+from dist_dcgan.data.remote import Command, OtherFolder, Remote, WebServer
+from shards.errors import UserError
+
+
+def open_place(options: DataOptions) -> Place:
+    """Return the data set; raises UserError, with the remedy, where there is none."""
+    location = options.path
+    if isinstance(location, Path) and not location.exists():
+        raise UserError(
+            f"no data set at {location}: make one with `python -m shards convert LMDB --out {location}`, "
+            "or name another with --data"
+        )
+    if options.cache_dir is not None:
+        return Cache(_remote(location, options.allow_commands), options.cache_dir, round(options.cache_gb * 1e9))
+    if isinstance(location, Path):
+        return Folder(location)
+    raise UserError(f"{location} is not on this machine: say with --data.cache-dir where its shards may be staged")
+
+
+def _remote(location: Path | str, allow_commands: bool) -> Remote:
+    if isinstance(location, Path):
+        return OtherFolder(location)
+    if location.startswith(("http://", "https://")):
+        return WebServer(location)
+    if not location.startswith("pipe:"):
+        raise UserError(f"cannot read {location}: give a folder, an address of http or https, or pipe:COMMAND")
+    if not allow_commands:
+        raise UserError(f"{location} runs a shell command: allow that with --data.allow-commands")
+    return Command(location.removeprefix("pipe:"))
