@@ -43,7 +43,7 @@ class BatchLoader:
         self, place: Place, config: Config, plan: Plan, world: World, first_step: int, node: Node | None = None
     ) -> None:
         """Read from `place`; the ranks of `node` (by default this one alone) share the checking of shards."""
-        self._plan, self._world = plan, world
+        self.plan, self._world = plan, world
         self._order = SampleOrder(place.manifest, config.seed, config.data.window_shards)
         self._supply = Supply(place, self._order, node or Node(), *self._position(first_step))
         self._reader = ShardReader(place, self._supply.file)
@@ -91,7 +91,7 @@ class BatchLoader:
 
     def _produce(self) -> None:
         try:
-            for step in range(self._first_step, self._plan.total_steps):
+            for step in range(self._first_step, self.plan.total_steps):
                 if not self._hand_over(self._read(step)):
                     return
             self._hand_over(None)
@@ -112,8 +112,8 @@ class BatchLoader:
 
     def _position(self, step: int) -> tuple[int, int]:
         """Return the epoch of a step, and the position in it where its global batch begins."""
-        epoch, step_in_epoch = divmod(step, self._plan.steps_per_epoch)
-        return epoch, step_in_epoch * self._plan.global_batch
+        epoch, step_in_epoch = divmod(step, self.plan.steps_per_epoch)
+        return epoch, step_in_epoch * self.plan.global_batch
 
     def _hand_over(self, item: Batch | BaseException | None) -> bool:
         """Queue `item`; return False where the consumer has gone."""
