@@ -3,8 +3,9 @@
     python -m tests.benchmarks.loader LMDB [--samples 100000] [--rounds 3] [--seconds 3] [--json FILE]
 
 Everything on one core, in one run, taking turns; page cache warm and shards checked, where not said otherwise.
-"webdataset" is its own loader on tars of JPEGs and on this project's shards; "torchvision" what the common example does:
-its LSUN data set, resized, cropped and made a tensor, in a DataLoader; "memory" copies one batch into a reused buffer.
+"webdataset" is its own loader on tars of JPEGs and on this project's shards; "torchvision" what the common example
+does: its LSUN data set, resized, cropped and made a tensor, in a DataLoader; "memory" copies one batch into a reused
+buffer.
 """
 
 from __future__ import annotations
