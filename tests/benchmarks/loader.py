@@ -4,8 +4,8 @@
 
 Everything on one core, in one run, taking turns; page cache warm and shards checked, where not said otherwise.
 "webdataset" is its own loader on tars of JPEGs and on this project's shards; "torchvision" what the common example
-does: its LSUN data set, resized, cropped and made a tensor, in a DataLoader; "memory" copies one batch into a reused
-buffer.
+does: its LSUN data set, resized, cropped and made a tensor, in a DataLoader; "memory" copies into a reused buffer: one
+batch, which the processor's cache holds, or images from anywhere in a gigabyte.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def main(argv: Sequence[str]) -> None:
             "webdataset, our shards": webdataset_ppm(options, folder / "shards"),
             "webdataset, JPEG": webdataset_jpeg(options, folder / "jpegs"),
             "torchvision": torchvision_lsun(options, folder),
-            "memory": memory(options),
+            "memory, one batch": memory(options, images=options.batch),
+            "memory, a gigabyte at random": memory(options, images=80_000),
         }
         rates = take_turns(options, variants)
     figures |= {f"{name}, images/s": rate for name, rate in rates.items()}
@@ -163,11 +164,15 @@ def usual_transform() -> Callable[[Any], torch.Tensor]:
     return transforms.Compose([transforms.Resize(SIZE), transforms.CenterCrop(SIZE), transforms.ToTensor(), normalise])
 
 
-def memory(options: Benchmark) -> Iterator[int]:
-    """Yield the sizes of batches that are copied in memory."""
-    source, target = (np.zeros((options.batch, SIZE, SIZE, 3), np.uint8) for _ in range(2))
+def memory(options: Benchmark, images: int) -> Iterator[int]:
+    """Yield the sizes of batches that are copied within memory, of `images` in all, into a reused buffer."""
+    source = np.ones((images, 3 * SIZE * SIZE), np.uint8)
+    target, random = source[: options.batch].copy(), np.random.default_rng(0)
     while True:
-        np.copyto(target, source)
+        if images == options.batch:
+            np.copyto(target, source)
+        else:
+            np.take(source, random.integers(0, images, options.batch), axis=0, out=target, mode="clip")
         yield options.batch
 
 

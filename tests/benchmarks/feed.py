@@ -1,0 +1,78 @@
+"""Times training from the loader against the same training on one constant batch: what feeding costs.
+
+    torchrun --nproc_per_node=2 -m tests.benchmarks.feed SHARDS [--width 16] [--batch 128] [--rounds 10] [--steps 30]
+
+Turns of both within one run, on ranks that share the machine's cores with their loaders; the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from torch import Tensor
+
+from dist_dcgan.config import Config, make_plan
+from dist_dcgan.data.loader import BatchLoader, to_images
+from dist_dcgan.data.places import Folder
+from dist_dcgan.distributed import meet_on_node, process_group
+from dist_dcgan.training.steps import train_step
+from dist_dcgan.training.train_state import TrainState
+from shards.command_line import Options, build, parse_flags, run
+
+
+class Benchmark(Options):
+    """Time what feeding costs."""
+
+    shards: CliPositionalArg[Path]
+    """Data set."""
+    width: int = Field(16, ge=1)
+    """Width of the networks."""
+    batch: int = Field(128, ge=2)
+    """Images per step over all ranks."""
+    rounds: int = Field(10, ge=1)
+    """Rounds of a turn each."""
+    steps: int = Field(30, ge=10)
+    """Steps of a turn."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and print."""
+    options = build(Benchmark, parse_flags(Benchmark, argv, "python -m tests.benchmarks.feed"))
+    with process_group(60) as world:
+        place = Folder(options.shards)
+        config = Config(width=options.width, global_batch=options.batch, epochs=1e6)
+        plan = make_plan(config, world.world_size, place.manifest.samples)
+        state = TrainState(config, plan, world, place.manifest.image_size)
+        with BatchLoader(place, config, plan, world, 0, meet_on_node(world, 60)) as batches:
+            fed: Iterator[Tensor] = (to_images(batch, world.device, state.dtype) for batch in batches)
+            constant = itertools.repeat(next(fed))
+            ratios = []
+            for images in itertools.islice(fed, plan.steps_per_epoch):  # an epoch in which every shard is checked
+                train_step(state, images)
+            for _ in range(options.rounds):
+                fed_seconds, constant_seconds = (turn(state, source, options.steps) for source in (fed, constant))
+                ratios.append(constant_seconds / fed_seconds)
+        if world.is_main:
+            print(f"images/s from the loader, over those on one batch: {statistics.median(ratios):.4f}")
+            print("rounds: " + " ".join(f"{ratio:.3f}" for ratio in sorted(ratios)))
+
+
+def turn(state: TrainState, images: Iterator[Tensor], steps: int) -> float:
+    """Return the seconds of some steps, begun and ended together on all ranks."""
+    dist.barrier()
+    started = time.perf_counter()
+    for _ in range(steps):
+        train_step(state, next(images))
+    dist.barrier()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    run(main)
