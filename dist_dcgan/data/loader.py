@@ -45,7 +45,7 @@ class BatchLoader:
         """Read from `place`; the ranks of `node` (by default this one alone) share the checking of shards."""
         self.plan, self._world = plan, world
         self._order = SampleOrder(place.manifest, config.seed, config.data.window_shards)
-        self._supply = Supply(place, self._order, node or Node(), *self._position(first_step))
+        self._supply = Supply(place, self._order, node or Node(), *self._positions(first_step))
         self._reader = ShardReader(place, self._supply.file)
         self._image_size = place.manifest.image_size
         self._slots = rank_slots(plan.global_batch, world.rank, world.world_size)
@@ -58,8 +58,9 @@ class BatchLoader:
 
     def samples(self, step: int) -> Indices:
         """Return the samples of this rank at `step`."""
-        epoch, start = self._position(step)
-        return self._order.samples(epoch, start + self._slots.start, start + self._slots.stop)
+        epoch, positions = self._positions(step)
+        mine = positions[self._slots.start : self._slots.stop]
+        return self._order.samples(epoch, mine.start, mine.stop)
 
     @property
     def supplying(self) -> float:
@@ -102,7 +103,7 @@ class BatchLoader:
 
     def _read(self, step: int) -> Batch:
         samples, size = self.samples(step), self._image_size
-        self._supply.reach(*self._position(step))
+        self._supply.reach(*self._positions(step))
         # Fresh memory for each batch: torch's pinned allocator reuses a block only after the copies out of it are
         # done, whereas a ring of our own would have to track how far the GPU has come.
         pixels = torch.empty((len(samples), size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
@@ -110,10 +111,11 @@ class BatchLoader:
         self._reader.gather(samples, out)
         return Batch(step, samples, pixels)
 
-    def _position(self, step: int) -> tuple[int, int]:
-        """Return the epoch of a step, and the position in it where its global batch begins."""
+    def _positions(self, step: int) -> tuple[int, range]:
+        """Return the epoch of a step, and the positions in it of its global batch."""
         epoch, step_in_epoch = divmod(step, self.plan.steps_per_epoch)
-        return epoch, step_in_epoch * self.plan.global_batch
+        start = step_in_epoch * self.plan.global_batch
+        return epoch, range(start, start + self.plan.global_batch)
 
     def _hand_over(self, item: Batch | BaseException | None) -> bool:
         """Queue `item`; return False where the consumer has gone."""

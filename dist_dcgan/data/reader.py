@@ -16,6 +16,7 @@ from shards.errors import UserError
 from shards.reader import NAME_FIELD
 
 _OPEN_SHARDS = 64  # each holds a file descriptor; many systems allow 1,024 of them
+_ATTEMPTS = 3
 
 Bytes = NDArray[np.uint8]
 
@@ -71,14 +72,15 @@ class ShardReader:
                 raise changed(file.path)
 
     def _opened(self, shard: int, file: ShardFile) -> tuple[ShardFile, BinaryIO]:
-        """Open a file; one that is not what it was, as where others make room in a cache, is asked for once more."""
-        stream = _open(file)
-        if stream is None or state_of(stream) != file.state:
-            file = self._place.ready(shard)
+        """Open a file; one that is not what it was, as where others make room in a cache, is asked for again."""
+        for _ in range(_ATTEMPTS):
             stream = _open(file)
-        if stream is None:
-            raise UserError(f"shard {file.path} has gone: nobody may remove it during training")
-        return file, stream
+            if stream is not None and state_of(stream) == file.state:
+                return file, stream
+            file = self._place.ready(shard)
+        if stream is not None:
+            raise changed(file.path)
+        raise UserError(f"shard {file.path} has gone: nobody may remove it during training")
 
 
 def _open(file: ShardFile) -> BinaryIO | None:

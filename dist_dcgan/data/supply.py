@@ -29,11 +29,11 @@ class Supply:
     `seconds` counts the time that the thread was busy.
     """
 
-    def __init__(self, place: Place, order: SampleOrder, node: Node, epoch: int, position: int) -> None:
-        """Begin with the window in which `position` of `epoch` lies."""
+    def __init__(self, place: Place, order: SampleOrder, node: Node, epoch: int, positions: range) -> None:
+        """Begin where samples at `positions` of `epoch` are read first."""
         self._place, self._order, self._node = place, order, node
         self._files: dict[int, tuple[int, ShardFile]] = {}
-        self._epoch, self._window = epoch, order.window_at(epoch, position)
+        self._epoch, self._read = epoch, self._windows(epoch, positions)
         self._moved = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
@@ -50,10 +50,10 @@ class Supply:
             self._moved.notify_all()
         self._thread.join()
 
-    def reach(self, epoch: int, position: int) -> None:
-        """Say that the samples from `position` of `epoch` on are read next."""
+    def reach(self, epoch: int, positions: range) -> None:
+        """Say that samples at `positions` of `epoch` are read next."""
         with self._moved:
-            self._epoch, self._window = epoch, self._order.window_at(epoch, position)
+            self._epoch, self._read = epoch, self._windows(epoch, positions)
             self._moved.notify_all()
 
     def file(self, shard: int) -> ShardFile:
@@ -81,10 +81,10 @@ class Supply:
 
     def _work(self) -> None:
         try:
-            for window in map(self._order.window, count(self._window)):
+            for window in map(self._order.window, count(self._read.start)):
                 if not self._may_prepare(window.number):
                     return
-                in_use = range(max(0, window.number - _WINDOWS_AHEAD - 1), window.number + 1)
+                in_use = range(max(0, self._read.start - 1), window.number + 1)  # other ranks may be one behind
                 self._place.keep({shard for number in in_use for shard in self._order.window(number).shards})
                 for shard in window.shards:
                     if self._closing:
@@ -97,8 +97,12 @@ class Supply:
     def _may_prepare(self, window: int) -> bool:
         """Wait until a window is near enough; return False where the supply is closed before."""
         with self._moved:
-            self._moved.wait_for(lambda: self._closing or window <= self._window + _WINDOWS_AHEAD)
+            self._moved.wait_for(lambda: self._closing or window < self._read.stop + _WINDOWS_AHEAD)
             return not self._closing
+
+    def _windows(self, epoch: int, positions: range) -> range:
+        """Return the windows in which positions lie: one, or two, or more where windows are smaller than batches."""
+        return range(self._order.window_at(epoch, positions[0]), self._order.window_at(epoch, positions[-1]) + 1)
 
     def _prepare(self, topic: str, shard: int) -> None:
         started = time.perf_counter()

@@ -50,7 +50,7 @@ def flags(data: object, run_dir: Path, steps: int) -> list[object]:
 
 def staged(address: str, tmp_path: Path) -> list[object]:
     """So few shards fit in that they are fetched again and again."""
-    return [*flags(address, tmp_path / "run", 150), "--data.cache-dir", tmp_path / "cache", "--data.cache-gb", 0.0006]
+    return [*flags(address, tmp_path / "run", 150), "--data.cache-dir", tmp_path / "cache", "--data.cache-gb", 0.0008]
 
 
 def wait_for_rows(run_dir: Path, count: int) -> None:

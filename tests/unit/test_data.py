@@ -162,6 +162,13 @@ def test_an_epoch_repeats_no_sample_and_the_next_has_another_order(demo_shards: 
     assert epochs[0] != epochs[1]
 
 
+def test_a_batch_may_span_many_windows(demo_shards: Path) -> None:
+    config = Config(global_batch=90, max_steps=3, data={"window_shards": 1})
+    place = Folder(demo_shards)
+    with BatchLoader(place, config, make_plan(config, 1, 96), World(0, 0, 1, CPU), 0) as batches:
+        assert [len(set(batch.samples.tolist())) for batch in batches] == [90] * 3
+
+
 def test_starting_at_a_step_gives_what_a_run_from_the_start_gives_there(demo_shards: Path) -> None:
     with loader(demo_shards) as whole, loader(demo_shards, first_step=17) as later:
         assert [batch.samples.tolist() for batch in whole][17:] == [batch.samples.tolist() for batch in later]

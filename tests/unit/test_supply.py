@@ -46,8 +46,12 @@ def file_of(shard: int) -> ShardFile:
     return ShardFile(Path(f"/data/{shard}.tar"), FileState(shard, 100, 200))
 
 
-def supply_of(place: Recorder, node: Node | None = None, epoch: int = 0, position: int = 0) -> Supply:
-    return Supply(place, SampleOrder(place.manifest, 0, WINDOW), node or Node(), epoch, position)
+def supply_of(place: Recorder, node: Node | None = None, position: int = 0) -> Supply:
+    return Supply(place, SampleOrder(place.manifest, 0, WINDOW), node or Node(), 0, at(position))
+
+
+def at(position: int) -> range:
+    return range(position, position + 1)
 
 
 def two_ranks() -> tuple[Node, Node]:
@@ -81,12 +85,12 @@ def test_one_window_is_made_ready_ahead_of_the_one_that_is_read() -> None:
             assert has_asked(place, expected)
             assert place.kept == set(expected[-3 * WINDOW :])  # what is read, what is next, and what other ranks read
             epoch, in_epoch = divmod(window + 1, SHARDS // WINDOW)
-            supply.reach(epoch, in_epoch * WINDOW * SAMPLES)
+            supply.reach(epoch, at(in_epoch * WINDOW * SAMPLES))
 
 
 def test_it_begins_with_the_window_of_the_first_position() -> None:
     place = Recorder()
-    with supply_of(place, epoch=0, position=2 * WINDOW * SAMPLES):
+    with supply_of(place, position=2 * WINDOW * SAMPLES):
         eventually(partial(has_asked, place, shards_in_order(place, 4)[2 * WINDOW :]))
 
 
@@ -96,7 +100,7 @@ def test_the_ranks_of_a_machine_share_the_work_and_the_files() -> None:
     with supply_of(places[0], first) as one, supply_of(places[1], second) as two:
         for epoch in (0, 1):
             for supply in (one, two):
-                supply.reach(epoch, SHARDS * SAMPLES - 1)
+                supply.reach(epoch, at(SHARDS * SAMPLES - 1))
             for shard in range(SHARDS):
                 assert one.file(shard) == two.file(shard) == file_of(shard)
     for index, place in enumerate(places):
@@ -109,7 +113,7 @@ def test_what_one_rank_finds_damaged_all_ranks_refuse() -> None:
     damaged = UserError("shard 4 is damaged")
     with supply_of(Recorder({4: damaged}), first) as one, supply_of(Recorder(), second) as two:
         for supply in (one, two):
-            supply.reach(0, SHARDS * SAMPLES - 1)
+            supply.reach(0, at(SHARDS * SAMPLES - 1))
             assert supply.file(5) == file_of(5)
             with pytest.raises(UserError, match=r"^shard 4 is damaged$"):
                 supply.file(4)
