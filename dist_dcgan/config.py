@@ -27,7 +27,7 @@ def _changeable(default: Any, **constraints: Any) -> Any:
 
 def _location(value: Any) -> Any:
     """Leave an address as it is: as a path it would lose a slash."""
-    return value if isinstance(value, str) and re.match(r"(pipe:|[a-z0-9]+://)", value) else Path(value)
+    return Path(value) if isinstance(value, str) and not re.match(r"(pipe:|[a-z0-9]+://)", value) else value
 
 
 Location = Annotated[Path | str, BeforeValidator(_location)]
@@ -67,7 +67,7 @@ class NoiseOptions(Options):
     """Instance noise: Gaussian noise on the discriminator's inputs, real and fake (Sonderby et al. 2017)."""
 
     sigma: float = Field(0.0, ge=0)
-    """Standard deviation, where images span [-1, 1]; 0, the default, learns best (tests/stability)."""
+    """Standard deviation, where images span [-1, 1]; 0 turns it off: it learned no better (tests/stability)."""
 
 
 class OptimizerOptions(Options):

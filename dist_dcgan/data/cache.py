@@ -86,17 +86,20 @@ class Cache:
             time.sleep(2**attempt - 1)
             self._make_room(entry.bytes)
             try:
-                self._remote.fetch(entry.name, part)
-                file = checked(part, entry)
-            except (FailedError, UserError) as error:
-                if isinstance(error, UserError) and not part.exists():
-                    raise
+                return _publish(part, path, self._fetched(entry, part), entry)
+            except FailedError as error:
                 reason = str(error)
-            else:
-                return _publish(part, path, file, entry)
             finally:
                 _remove(part)
         raise UserError(f"{entry.name} cannot be had from {self._remote}: {reason}")
+
+    def _fetched(self, entry: ShardEntry, part: Path) -> ShardFile:
+        """Bring a shard once; raises FailedError where it comes damaged, too."""
+        self._remote.fetch(entry.name, part)
+        try:
+            return checked(part, entry)
+        except UserError as error:
+            raise FailedError(str(error)) from None
 
     def _make_room(self, required_bytes: int) -> None:
         """Remove what need not be kept, the longest unused first, until `required_bytes` more fit in."""

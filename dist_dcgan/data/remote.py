@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -93,6 +94,8 @@ class Command:
                     file.write(chunk)
             if pipe.proc.wait(_SILENCE_SECONDS):
                 raise FailedError(f"the command ends with status {pipe.proc.returncode}")
+        except subprocess.TimeoutExpired:
+            raise FailedError("the command does not end") from None
         finally:
             pipe.proc.kill()
             pipe.stream.close()

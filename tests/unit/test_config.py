@@ -157,3 +157,11 @@ def test_presets_are_plain_yaml_mappings() -> None:
     folder = Path(__file__).parents[2] / "dist_dcgan" / "presets"
     for path in folder.iterdir():
         build(Config, yaml.safe_load(path.read_text()), where=path.name)
+
+
+def test_a_data_set_is_a_path_or_an_address() -> None:
+    assert Config(data={"path": "data//x"}).data.path == Path("data/x")
+    for address in ("https://example.org/x", "pipe:cat {}"):
+        assert Config(data={"path": address}).data.path == address
+    with pytest.raises(UserError, match=r"data\.path"):
+        build(Config, {"data": {"path": 5}})
