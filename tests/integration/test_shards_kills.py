@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -70,6 +71,10 @@ def without_reports(out: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(out).items() if not name.startswith(FOLDER_NAME)}
 
 
+def shard_count(out: Path) -> int:
+    return len(list(out.glob("shard-*.tar")))
+
+
 def test_random_kills_cost_nothing_but_time(source: Path, golden: dict[str, bytes], tmp_path: Path) -> None:
     rng = random.Random(0)
     out = tmp_path / "data"
@@ -77,12 +82,14 @@ def test_random_kills_cost_nothing_but_time(source: Path, golden: dict[str, byte
     for kill in range(KILLS):
         workers = str(1 + kill % 2)
         command = [sys.executable, "-m", "shards", "convert", source, "--out", out, *OPTIONS, "--workers", workers]
-        before = len(list(out.glob("shard-*.tar")))
+        before = shard_count(out)
+        new_shards = rng.randrange(8)  # by shards, not by the clock: the same on a machine of any speed
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(rng.uniform(0.3, 1.5))
-        except subprocess.TimeoutExpired:
-            process.kill()
+        while shard_count(out) < before + new_shards and process.poll() is None:
+            time.sleep(0.002)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.0, 0.1 if new_shards else 0.5))
+        process.kill()
         assert process.wait() in (0, -signal.SIGKILL)
         kept += before > 0
         if (out / MANIFEST_NAME).exists():  # whole, whether or not it was killed while it cleaned up
