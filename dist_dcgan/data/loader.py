@@ -30,7 +30,9 @@ class Batch:
     step: int
     samples: Indices
     pixels: Tensor
-    """uint8, (batch_per_rank, size, size, 3), in host memory, pinned where the device is a GPU."""
+    """uint8, (batch_per_rank, size, size, 3), on the device."""
+    copied: torch.cuda.Event | None = None
+    """Comes to pass when the pixels have arrived there, where the device is a GPU."""
 
 
 class BatchLoader:
@@ -49,7 +51,7 @@ class BatchLoader:
         self._reader = ShardReader(place, self._supply.file)
         self._image_size = place.manifest.image_size
         self._slots = rank_slots(plan.global_batch, world.rank, world.world_size)
-        self._pin = world.device.type == "cuda"
+        self._copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self._first_step = first_step
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=config.data.prefetch)
         self._closing = threading.Event()
@@ -104,12 +106,17 @@ class BatchLoader:
     def _read(self, step: int) -> Batch:
         samples, size = self.samples(step), self._image_size
         self._supply.reach(*self._positions(step))
-        # Fresh memory for each batch: torch's pinned allocator reuses a block only after the copies out of it are
-        # done, whereas a ring of our own would have to track how far the GPU has come.
-        pixels = torch.empty((len(samples), size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
-        out: np.ndarray = pixels.numpy()
-        self._reader.gather(samples, out)
-        return Batch(step, samples, pixels)
+        # On a stream of their own, copies run beside the training step; a thread starts on the first GPU, not on that
+        # of its rank. Fresh memory for each batch: torch's pinned allocator reuses a block only after the copies out
+        # of it are done, whereas a ring of our own would have to track how far the GPU has come.
+        with torch.cuda.stream(self._copies):
+            pixels = torch.empty((len(samples), size, size, 3), dtype=torch.uint8, pin_memory=self._copies is not None)
+            out: np.ndarray = pixels.numpy()
+            self._reader.gather(samples, out)
+            if self._copies is None:
+                return Batch(step, samples, pixels)
+            on_device = pixels.to(self._world.device, non_blocking=True)
+            return Batch(step, samples, on_device, self._copies.record_event())
 
     def _positions(self, step: int) -> tuple[int, range]:
         """Return the epoch of a step, and the positions in it of its global batch."""
@@ -128,10 +135,13 @@ class BatchLoader:
         return False
 
 
-def to_images(batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the batch on `device` as (N, 3, size, size) in [-1, 1], channels_last as the pixels already lie."""
-    pixels = batch.pixels.to(device, non_blocking=True)
-    return pixels.permute(0, 3, 1, 2).to(dtype).mul_(2 / 255).sub_(1)
+def to_images(batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Return the batch as (N, 3, size, size) in [-1, 1], channels_last as the pixels already lie."""
+    if batch.copied is not None:
+        stream = torch.cuda.current_stream(batch.pixels.device)
+        stream.wait_event(batch.copied)  # the GPU waits, not this thread
+        batch.pixels.record_stream(stream)  # else their memory might serve the next copy while this stream reads it
+    return batch.pixels.permute(0, 3, 1, 2).to(dtype).mul_(2 / 255).sub_(1)
 
 
 def flip(images: Tensor, seed: int, step: int, slots: range) -> Tensor:

@@ -56,7 +56,7 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         meter, quality = Meter(state, batches), QualityMeter(state, ShardReader(place), run)
         for batch in batches:
             assert batch.step == state.step
-            images = to_images(batch, world.device, state.dtype)
+            images = to_images(batch, state.dtype)
             if config.data.random_flip:
                 images = flip(images, config.seed, state.step, state.slots)
             meter.add(train_step(state, images))

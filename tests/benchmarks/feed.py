@@ -16,10 +16,9 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
-from torch import Tensor
 
 from dist_dcgan.config import Config, make_plan
-from dist_dcgan.data.loader import BatchLoader, to_images
+from dist_dcgan.data.loader import Batch, BatchLoader, to_images
 from dist_dcgan.data.places import Folder
 from dist_dcgan.distributed import meet_on_node, process_group
 from dist_dcgan.training.steps import train_step
@@ -51,11 +50,11 @@ def main(argv: Sequence[str]) -> None:
         plan = make_plan(config, world.world_size, place.manifest.samples)
         state = TrainState(config, plan, world, place.manifest.image_size)
         with BatchLoader(place, config, plan, world, 0, meet_on_node(world, 60)) as batches:
-            fed: Iterator[Tensor] = (to_images(batch, world.device, state.dtype) for batch in batches)
+            fed = iter(batches)
             constant = itertools.repeat(next(fed))
             ratios = []
-            for images in itertools.islice(fed, plan.steps_per_epoch):  # an epoch in which every shard is checked
-                train_step(state, images)
+            for batch in itertools.islice(fed, plan.steps_per_epoch):  # an epoch in which every shard is checked
+                train_step(state, to_images(batch, state.dtype))
             for _ in range(options.rounds):
                 fed_seconds, constant_seconds = (turn(state, source, options.steps) for source in (fed, constant))
                 ratios.append(constant_seconds / fed_seconds)
@@ -64,12 +63,12 @@ def main(argv: Sequence[str]) -> None:
             print("rounds: " + " ".join(f"{ratio:.3f}" for ratio in sorted(ratios)))
 
 
-def turn(state: TrainState, images: Iterator[Tensor], steps: int) -> float:
+def turn(state: TrainState, batches: Iterator[Batch], steps: int) -> float:
     """Return the seconds of some steps, begun and ended together on all ranks."""
     dist.barrier()
     started = time.perf_counter()
     for _ in range(steps):
-        train_step(state, next(images))
+        train_step(state, to_images(next(batches), state.dtype))
     dist.barrier()
     return time.perf_counter() - started
 

@@ -134,7 +134,7 @@ def ours(options: Benchmark, shards: Path, as_floats: bool) -> Iterator[int]:
     with loader_of(options, shards, epochs=1e6) as batches:
         for batch in itertools.islice(batches, batches.plan.steps_per_epoch, None):
             if as_floats:
-                to_images(batch, torch.device("cpu"), torch.float32)
+                to_images(batch, torch.float32)
             yield len(batch.samples)
 
 

@@ -46,7 +46,7 @@ def train_steps(data: Path, options: dict[str, Any], count: int, mistake: str | 
         with BatchLoader(place, config, plan, world, 0, meet_on_node(world, 60)) as batches:
             for _, batch in zip(range(count), batches, strict=False):
                 outcome.keys.append(reader.keys(batch.samples))
-                steps.train_step(state, to_images(batch, world.device, state.dtype))
+                steps.train_step(state, to_images(batch, state.dtype))
         recompute_statistics(state.generator_ema, config, world.device, state.dtype)
         outcome.tensors = {name: tensor.detach().numpy().copy() for name, tensor in state.tensors().items()}
     return outcome

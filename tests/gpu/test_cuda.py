@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 from dist_dcgan.config import Config, NoiseOptions, make_plan
-from dist_dcgan.distributed import process_group
+from dist_dcgan.data.loader import Batch, BatchLoader, to_images
+from dist_dcgan.data.places import Folder
+from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.distributed import World, process_group
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.models.batchnorm import CrossRankBatchNorm
 from dist_dcgan.training.steps import train_step
@@ -116,6 +119,28 @@ def _step_without_synchronisation() -> None:
             train_step(state, real)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_batches_are_copied_beside_the_step_and_arrive_whole(demo_shards: Path) -> None:
+    config = Config(data={"path": demo_shards, "prefetch": 8}, global_batch=48, max_steps=40)
+    place, device = Folder(demo_shards), torch.device("cuda", 0)
+    reader, plan = ShardReader(place), make_plan(config, 1, place.manifest.samples)
+    busy, found = torch.rand(4096, 4096, device=device), []
+    with BatchLoader(place, config, plan, World(0, 0, 1, device), 0) as batches:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in batches:  # the stream of the step lags behind, while memory of earlier batches is used again
+                busy = busy @ busy.T / 4096
+                found.append((batch.samples, to_images(batch, torch.float32)))
+                del batch
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for samples, images in found:
+        pixels = np.empty((48, 64, 64, 3), dtype=np.uint8)
+        reader.gather(samples, pixels)
+        expected = to_images(Batch(0, samples, torch.from_numpy(pixels)), torch.float32)
+        assert torch.allclose(images.cpu(), expected, atol=1e-6)
 
 
 def test_random_numbers_are_those_of_the_cpu() -> None:

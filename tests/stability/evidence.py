@@ -110,6 +110,6 @@ def scored(
             if seconds >= 60 * minutes:
                 return
         started = time.perf_counter()
-        contender.step(to_images(batch, world.device, torch.float32))
+        contender.step(to_images(batch, torch.float32))
         seconds += time.perf_counter() - started
         images += BATCH

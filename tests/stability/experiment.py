@@ -53,7 +53,7 @@ def run_trial(trial: Trial, data: Path, folder: Path) -> None:
             dead = 0
             for batch in batches:
                 started = time.perf_counter()
-                images = to_images(batch, world.device, state.dtype)
+                images = to_images(batch, state.dtype)
                 row = study_step(state, recipe, images, state.step % LAYERS_EVERY == 0)
                 row |= {"step": state.step, "seconds": time.perf_counter() - started}
                 norm = row.get("grad_norm/g", math.inf)

@@ -61,7 +61,7 @@ def row(recipe: Recipe, seed: int, data: Path, world: World, batch: int = BATCH)
     state = TrainState(config, plan, world, place.manifest.image_size)
     scale_rates(state, recipe)
     with BatchLoader(place, config, plan, world, 0) as batches:
-        real = to_images(next(iter(batches)), world.device, state.dtype)
+        real = to_images(next(iter(batches)), state.dtype)
     with torch.no_grad():
         fake = state.generator(draw_latents(config, "z", 0, state.slots, world.device))
     before = verdicts(state, real, fake)

@@ -187,7 +187,7 @@ def test_an_error_of_the_thread_reaches_the_consumer(copy: Path) -> None:
 
 def test_images_span_minus_one_to_one_in_channels_last() -> None:
     pixels = torch.tensor([0, 255], dtype=torch.uint8).repeat(6 * 8)[: 2 * 4 * 4 * 3].reshape(2, 4, 4, 3)
-    images = to_images(Batch(0, np.arange(2), pixels), CPU, torch.float32)
+    images = to_images(Batch(0, np.arange(2), pixels), torch.float32)
     assert images.shape == (2, 3, 4, 4)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert (float(images.min()), float(images.max())) == (-1, 1)
