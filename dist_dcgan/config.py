@@ -33,8 +33,8 @@ def _location(value: Any) -> Any:
 Location = Annotated[Path | str, BeforeValidator(_location)]
 
 
-class DataOptions(Options):
-    """Where the images come from and in which order."""
+class PlaceOptions(Options):
+    """Where a data set lies."""
 
     path: Location = _changeable(Path("data/bedroom_train"))
     """Folder or address (http, https) of shards that `python -m shards convert` wrote (`--data` for short)."""
@@ -44,6 +44,11 @@ class DataOptions(Options):
     """Most gigabytes of shards in cache_dir; others make room for what is needed next."""
     allow_commands: bool = _changeable(False)
     """Take `pipe:COMMAND` for a path: the shell command prints the file whose name stands for `{}` in it."""
+
+
+class DataOptions(PlaceOptions):
+    """Where the images come from and in which order."""
+
     window_shards: int = Field(16, ge=1)
     """Consecutive shards whose samples are shuffled together: more shuffles better, fewer reads a disk in sequence."""
     random_flip: bool = False

@@ -6,32 +6,33 @@ torchrun --nproc_per_node=8 -m dist_dcgan.evaluate RUN_DIR --data DIR
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
-from dist_dcgan.data.places import Folder
+from dist_dcgan.config import PlaceOptions
+from dist_dcgan.data.opening import open_place
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import from_rank_zero, process_group
-from dist_dcgan.metrics.extractors import Extractor, load_extractor
+from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
 from dist_dcgan.metrics.nearest import beside_nearest
-from dist_dcgan.metrics.quality import Quality, coverage, quality
+from dist_dcgan.metrics.quality import coverage, quality
+from dist_dcgan.metrics.report import circumstances, show
 from dist_dcgan.training.ema import sample_images
 from dist_dcgan.training.export import load_generator, sampling_config
 from dist_dcgan.training.loggers import check_png, save_grid
 from dist_dcgan.training.run_directory import RunDirectory
 from shards.command_line import Options, build, parse_flags, run
 from shards.errors import UserError
+from shards.manifest import Manifest
 
-SHORT_FLAGS = {"--num": "--fakes", "--json": "--as-json"}
+SHORT_FLAGS = {"--data": "--data.path", "--num": "--fakes", "--json": "--as-json"}
 _TIMEOUT_SECONDS = 1800  # ranks wait for rank 0, whose distances take minutes with 50,000 images
 _SHEET_ROWS = 12
 
@@ -41,8 +42,8 @@ class Evaluate(Options):
 
     run_dir: CliPositionalArg[Path]
     """Folder of the run."""
-    data: Path
-    """Folder of shards to score against: the training split, as is usual for LSUN."""
+    data: PlaceOptions = PlaceOptions()
+    """Shards to score against: the training split, as is usual for LSUN."""
     best: bool = False
     """Score the best generator so far by KID instead of the latest."""
     fakes: int = Field(50_000, ge=4)
@@ -65,19 +66,12 @@ class Evaluate(Options):
 
 def main(argv: Sequence[str]) -> None:
     """Score and print."""
-    flags = parse_flags(Evaluate, argv, "python -m dist_dcgan.evaluate", SHORT_FLAGS)
-    options = build(Evaluate, flags)
+    options = build(Evaluate, parse_flags(Evaluate, argv, "python -m dist_dcgan.evaluate", SHORT_FLAGS))
     check_sheet(options)
     run_directory = RunDirectory(options.run_dir)
     generator, description = load_generator(run_directory.best if options.best else run_directory.generator)
-    reader = ShardReader(Folder(options.data))
-    if reader.manifest.samples < 4:
-        raise UserError(f"{options.data} has {reader.manifest.samples} images, too few to score against: use more")
-    if description["architecture"]["image_size"] != reader.manifest.image_size:
-        raise UserError(
-            f"the generator draws {description['architecture']['image_size']} pixels, {options.data} holds "
-            f"{reader.manifest.image_size}: name the data set that it was trained on with --data"
-        )
+    reader = ShardReader(open_place(options.data))
+    check_data(str(options.data.path), reader.manifest, description["architecture"]["image_size"])
     with process_group(_TIMEOUT_SECONDS) as world:
         extractor = load_extractor(options.extractor, options.weights, world.device)
         generator.to(world.device).to(memory_format=torch.channels_last)
@@ -90,8 +84,9 @@ def main(argv: Sequence[str]) -> None:
         fake = extract(draw, options.fakes, extractor, world)
 
         def report() -> None:
-            found = quality(real, fake, extractor) | coverage(real, fake)
-            show(options, found, describe(options, description, reader, extractor))
+            name = f"{options.run_dir}, {'best' if options.best else 'latest'}"
+            context = circumstances(name, description, str(options.data.path), reader.manifest, extractor)
+            show(quality(real, fake, extractor) | coverage(real, fake), context, options.as_json)
             if options.nearest is not None and options.out is not None:
                 rows = range(min(_SHEET_ROWS, len(fake)))
                 count = min(options.nearest, len(real))
@@ -109,29 +104,15 @@ def check_sheet(options: Evaluate) -> None:
         check_png(options.out)
 
 
-def describe(
-    options: Evaluate, description: dict[str, Any], reader: ShardReader, extractor: Extractor
-) -> dict[str, str]:
-    """Return what must be known to compare the scores with others."""
-    return {
-        "generator": f"{options.run_dir}, {'best' if options.best else 'latest'}, step {description['step']}",
-        "generator_sha256": description["sha256"],
-        "data": str(options.data),
-        "data_digest": reader.manifest.digest(),
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.weights_sha256,
-        "resize": extractor.resize,
-    }
-
-
-def show(options: Evaluate, found: Quality, context: dict[str, str]) -> None:
-    """Print the scores and what they were taken with."""
-    if options.as_json:
-        finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
-        print(json.dumps(finite | context))
-        return
-    for name, value in (found | context).items():
-        print(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
+def check_data(name: str, manifest: Manifest, image_size: int) -> None:
+    """Raise UserError where a data set cannot be compared with images of a size."""
+    if manifest.samples < 4:
+        raise UserError(f"{name} has {manifest.samples} images, too few to score against: use more")
+    if manifest.image_size != image_size:
+        raise UserError(
+            f"the generator draws {image_size} pixels, {name} holds {manifest.image_size}: "
+            "name the data set that it was trained on with --data"
+        )
 
 
 if __name__ == "__main__":

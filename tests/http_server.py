@@ -1,13 +1,20 @@
-"""A real HTTP server on this machine that misbehaves as it is told, and counts what it serves."""
+"""Real HTTP servers on this machine: one that misbehaves as it is told, and a process to stop or kill."""
 
 from __future__ import annotations
 
 import re
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from tests.commands import SECONDS
 
 
 @dataclass
@@ -120,3 +127,21 @@ def _honest(answer: Answer, ranged: str | None, if_range: str | None) -> tuple[i
     body = answer.content[start:]
     content_range = f"bytes {start}-{total - 1}/{total}"
     return 206, body, headers | {"Content-Range": content_range, "Content-Length": str(len(body))}
+
+
+@contextmanager
+def web_server(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Python's own web server in a process that can be stopped and killed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            end = time.monotonic() + SECONDS
+            while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()

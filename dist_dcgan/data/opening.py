@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dist_dcgan.config import DataOptions
+from dist_dcgan.config import PlaceOptions
 from dist_dcgan.data.cache import Cache
 from dist_dcgan.data.places import Folder, Place
 from dist_dcgan.data.remote import Command, OtherFolder, Remote, WebServer
 from shards.errors import UserError
 
 
-def open_place(options: DataOptions) -> Place:
+def open_place(options: PlaceOptions) -> Place:
     """Return the data set; raises UserError, with the remedy, where there is none."""
     location = options.path
     if isinstance(location, Path) and not location.exists():

@@ -30,19 +30,23 @@ Images: TypeAlias = Callable[[range], Tensor]
 def extract(images: Images, count: int, extractor: Extractor, world: World) -> Tensor:
     """Return features of the first `count` images, float32 (count, D) on the CPU; on ranks but 0 (0, D).
 
-    Every rank calls it and extracts a contiguous share.
+    Every rank calls it and extracts a contiguous share. They meet after each batch, so that none waits longer for
+    another than a batch takes, whatever it must bring for it.
     """
     share = -(-count // world.world_size)
     mine = range(min(world.rank * share, count), min((world.rank + 1) * share, count))
-    features = torch.zeros(share, extractor.dimensions)
-    for first in range(0, len(mine), extractor.batch):
+    shares = torch.zeros(world.world_size if world.is_main else 0, share, extractor.dimensions)
+    for first in range(0, share, extractor.batch):
         part = mine[first : first + extractor.batch]
-        features[first : first + len(part)] = extractor.features(images(part).to(world.device)).cpu()
-    if world.world_size == 1:
-        return features
-    shares = [torch.empty_like(features) for _ in range(world.world_size)] if world.is_main else None
-    dist.gather(features, shares)
-    return torch.cat(shares)[:count] if shares is not None else features[:0]
+        features = torch.zeros(min(extractor.batch, share - first), extractor.dimensions)
+        if part:
+            features[: len(part)] = extractor.features(images(part).to(world.device)).cpu()
+        received = [gathered[first : first + len(features)] for gathered in shares]
+        if world.world_size == 1:
+            received[0].copy_(features)
+        else:
+            dist.gather(features, received or None)
+    return shares.flatten(0, 1)[:count]
 
 
 def real_features(reader: ShardReader, extractor: Extractor, count: int, world: World) -> Tensor:

@@ -27,6 +27,7 @@ from dist_dcgan.training.run_directory import RunDirectory
 from shards.files import file_sha256
 from shards.manifest import read_manifest
 from tests.commands import environment, module, one_line_error, run, succeed
+from tests.http_server import web_server
 from tests.shards_fixtures import data_set
 
 COMMAND = "dist_dcgan.evaluate"
@@ -98,6 +99,16 @@ def test_two_ranks_score_as_one_process(scored: Scored, demo_shards: Path, tmp_p
     for name in SCORES:
         assert found.pop(name) == pytest.approx(scored.scores[name], rel=1e-4)
     assert found.items() <= scored.scores.items()
+
+
+def test_a_data_set_on_a_web_server_gets_the_same_scores(scored: Scored, demo_shards: Path, tmp_path: Path) -> None:
+    cache = ["--data.cache-dir", tmp_path / "cache", "--data.cache-gb", 0.0003]  # two shards of ten
+    with web_server(demo_shards) as (_, address):
+        flags = [scored.run.path, "--data", address, *cache, "--fakes", FAKES, "--reals", REALS, "--as-json"]
+        found = json.loads(succeed(module(COMMAND, *flags), env=with_home(tmp_path)).stdout)
+    assert found.pop("data") == address
+    assert found.items() <= scored.scores.items()
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
 
 
 def test_the_sheet_shows_samples_beside_their_nearest_real_images(scored: Scored, demo_shards: Path) -> None:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.commands import SECONDS, metrics, start, succeed, train_command
+from tests.http_server import web_server
 
 STALL_SECONDS = 10  # longer than the loader takes a silence for
 
@@ -23,24 +19,6 @@ STALL_SECONDS = 10  # longer than the loader takes a silence for
 @pytest.fixture
 def source(demo_shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(demo_shards, tmp_path / "source"))
-
-
-@contextmanager
-def web_server(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Python's own web server in a process that can be stopped and killed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            end = time.monotonic() + SECONDS
-            while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-                assert time.monotonic() < end
-                time.sleep(0.05)
-            yield process, f"http://127.0.0.1:{port}"
-        finally:
-            process.kill()
 
 
 def flags(data: object, run_dir: Path, steps: int) -> list[object]:
