@@ -4,8 +4,9 @@
 
 Everything on one core, in one run, taking turns; page cache warm and shards checked, where not said otherwise.
 "webdataset" is its own loader on tars of JPEGs and on this project's shards; "torchvision" what the common example
-does: its LSUN data set, resized, cropped and made a tensor, in a DataLoader; "memory" copies into a reused buffer: one
-batch, which the processor's cache holds, or images from anywhere in a gigabyte.
+does: its LSUN data set, resized, cropped and made a tensor, in a DataLoader; "mosaicml" the StreamingDataset of
+mosaicml-streaming on the same pixels in its own format, where that is installed; "memory" copies into a reused
+buffer: one batch, which the processor's cache holds, or images from anywhere in a gigabyte.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from torchvision.datasets import LSUN
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.places import Folder
+from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World
 from shards.command_line import Options, build, parse_flags, run
 from shards.convert import convert
@@ -77,6 +80,7 @@ def main(argv: Sequence[str]) -> None:
             "webdataset, our shards": webdataset_ppm(options, folder / "shards"),
             "webdataset, JPEG": webdataset_jpeg(options, folder / "jpegs"),
             "torchvision": torchvision_lsun(options, folder),
+            **({"mosaicml": mosaicml(options, folder)} if find_spec("streaming") else {}),
             "memory, one batch": memory(options, images=options.batch),
             "memory, a gigabyte at random": memory(options, images=80_000),
         }
@@ -156,6 +160,22 @@ def torchvision_lsun(options: Benchmark, folder: Path) -> Iterator[int]:
     """Yield the sizes of batches of torchvision's LSUN data set in a DataLoader."""
     data = LSUN(str(folder), classes=["bedroom_train"], transform=usual_transform())
     return sizes(itertools.chain.from_iterable(itertools.repeat(DataLoader(data, options.batch, shuffle=True))))
+
+
+def mosaicml(options: Benchmark, folder: Path) -> Iterator[int]:
+    """Yield the sizes of batches of MosaicML's StreamingDataset, in a DataLoader."""
+    from streaming import MDSWriter, StreamingDataset
+
+    local, reader = str(folder / "mds"), ShardReader(Folder(folder / "shards"))
+    pixels = np.empty((1, SIZE, SIZE, 3), np.uint8)
+    with MDSWriter(out=local, columns={"pixels": f"ndarray:uint8:{SIZE},{SIZE},3"}, size_limit=1 << 27) as writer:
+        for sample in range(reader.manifest.samples):
+            reader.gather(np.array([sample]), pixels)
+            writer.write({"pixels": pixels[0]})
+    data = StreamingDataset(local=local, shuffle=True, batch_size=options.batch)
+    while True:
+        for batch in DataLoader(data, options.batch):
+            yield len(batch["pixels"])
 
 
 def usual_transform() -> Callable[[Any], torch.Tensor]:
