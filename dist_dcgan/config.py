@@ -40,7 +40,7 @@ class PlaceOptions(Options):
     """Folder or address (http, https) of shards that `python -m shards convert` wrote (`--data` for short)."""
     cache_dir: Path | None = _changeable(None)
     """Folder on a disk of each machine to which shards are staged: for an address, or a slow file system."""
-    cache_gb: float = _changeable(50.0, gt=0)
+    cache_gb: float = _changeable(50.0, gt=0, allow_inf_nan=False)
     """Most gigabytes of shards in cache_dir; others make room for what is needed next."""
     allow_commands: bool = _changeable(False)
     """Take `pipe:COMMAND` for a path: the shell command prints the file whose name stands for `{}` in it."""

@@ -21,6 +21,9 @@ from shards.errors import OneRankError, UserError
 
 Result = TypeVar("Result")
 
+PATIENT_SECONDS = 1800.0
+"""Most seconds that ranks wait for each other where one may have to bring data, or to compute scores."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -30,6 +33,8 @@ class World:
     local_rank: int
     world_size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
+    """For moments at which ranks may be minutes apart, over the CPU; None where the default group serves as well."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size} on {socket.gethostname()}"
@@ -109,7 +114,8 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
     together = False
     try:
-        yield World(dist.get_rank(), local_rank, dist.get_world_size(), device)
+        patient = _patient_group(timeout_seconds) if dist.get_world_size() > 1 else None
+        yield World(dist.get_rank(), local_rank, dist.get_world_size(), device, patient)
         together = True
     except UserError as error:
         together = not isinstance(error, OneRankError)
@@ -123,6 +129,12 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
             dist.destroy_process_group()
 
 
+def _patient_group(timeout_seconds: float) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout_seconds, PATIENT_SECONDS)))
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+    return group
+
+
 def _pick_device(local_rank: int, device_type: str | None) -> torch.device:
     gpus = torch.cuda.device_count()
     if device_type == "cpu" or gpus == 0:
@@ -130,6 +142,12 @@ def _pick_device(local_rank: int, device_type: str | None) -> torch.device:
     if local_rank >= gpus:
         raise OneRankError(f"local rank {local_rank} has no GPU, there are {gpus}: use --nproc_per_node={gpus}")
     return torch.device("cuda", local_rank)
+
+
+def meet(world: World) -> None:
+    """Wait until all ranks are here, which may take them minutes."""
+    if world.world_size > 1:
+        dist.barrier(group=world.patient)
 
 
 def from_rank_zero(function: Callable[[], Result]) -> Result:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_dcgan.config import PlaceOptions
 from dist_dcgan.data.opening import open_place
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import from_rank_zero, process_group
+from dist_dcgan.distributed import PATIENT_SECONDS, from_rank_zero, process_group
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
 from dist_dcgan.metrics.nearest import beside_nearest
@@ -33,7 +33,6 @@ from shards.errors import UserError
 from shards.manifest import Manifest
 
 SHORT_FLAGS = {"--data": "--data.path", "--num": "--fakes", "--json": "--as-json"}
-_TIMEOUT_SECONDS = 1800  # ranks wait for rank 0, whose distances take minutes with 50,000 images
 _SHEET_ROWS = 12
 
 
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     generator, description = load_generator(run_directory.best if options.best else run_directory.generator)
     reader = ShardReader(open_place(options.data))
     check_data(str(options.data.path), reader.manifest, description["architecture"]["image_size"])
-    with process_group(_TIMEOUT_SECONDS) as world:
+    with process_group(PATIENT_SECONDS) as world:
         extractor = load_extractor(options.extractor, options.weights, world.device)
         generator.to(world.device).to(memory_format=torch.channels_last)
         config = sampling_config(description, options.seed)

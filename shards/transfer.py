@@ -22,7 +22,7 @@ from shards.files import check_room, publish
 from shards.progress import Progress
 
 _CONNECT_SECONDS = 15.0
-_LONGEST_WAIT_SECONDS, _LONGEST_RETRY_AFTER_SECONDS = 60.0, 300.0
+_LONGEST_WAIT_SECONDS = 60.0
 _CHUNK_BYTES = 1 << 16
 """A silence in the middle of a chunk loses its bytes, so it is not larger than speed asks for."""
 
@@ -49,6 +49,12 @@ class Manner(NamedTuple):
     """How many times the file's size must find room on the disk: 2 where it is unpacked beside itself."""
     shown: bool = True
     """Whether progress is shown."""
+    longest_pause_seconds: float = 300.0
+    """The longest pause before another attempt, whatever the server asks for."""
+    most_bytes: int | None = None
+    """More than that is not taken."""
+    kept: bool = True
+    """Whether what arrived is there for the next call."""
 
 
 DEFAULT = Manner()
@@ -81,8 +87,8 @@ def fetch(address: str, part: Path, manner: Manner | None = None) -> None:
                 failures = 0 if _size(part) > reached else failures + 1
                 reached = max(reached, _size(part))
                 if failures == manner.attempts:
-                    raise UserError(_given_up(address, part, str(error), failures)) from None
-                _wait(error, failures, part.stem)
+                    raise UserError(_given_up(address, part, str(error), manner)) from None
+                _wait(error, failures, part.stem, manner.longest_pause_seconds)
 
 
 def discard(part: Path) -> None:
@@ -107,7 +113,8 @@ def _attempt(session: requests.Session, address: str, part: Path, manner: Manner
 def _ask(session: requests.Session, address: str, headers: Mapping[str, str], manner: Manner) -> requests.Response:
     """Send a request; raises UserError where the address, or one that it leads to, is not one of HTTP."""
     try:
-        return session.get(address, headers=headers, stream=True, timeout=(_CONNECT_SECONDS, manner.silence_seconds))
+        timeout = min(_CONNECT_SECONDS, manner.silence_seconds), manner.silence_seconds
+        return session.get(address, headers=headers, stream=True, timeout=timeout)
     except (ValueError, requests.TooManyRedirects) as error:  # requests' own errors of this kind are ValueErrors
         raise UserError(f"cannot get {address}: {_cause(error)}; check the address") from None
 
@@ -129,7 +136,7 @@ def _receive(response: requests.Response, part: Path, held: Version | None, offs
         check_room(
             part.parent, manner.copies * total - offset, f"{part.stem}{', unpacked,' * (manner.copies > 1)} takes about"
         )
-    _write(response, part, offset, total, manner.shown)
+    _write(response, part, offset, total, manner)
 
 
 def _check_continuation(response: requests.Response, part: Path, held: Version, offset: int) -> int | None:
@@ -155,14 +162,16 @@ def _start_again(response: requests.Response, part: Path) -> int | None:
     return total
 
 
-def _write(response: requests.Response, part: Path, offset: int, total: int | None, shown: bool) -> None:
+def _write(response: requests.Response, part: Path, offset: int, total: int | None, manner: Manner) -> None:
     """Append the body; raises TransferError where it is shorter or longer than the announced `total`."""
     done = offset
-    with part.open("ab") as file, Progress(total, part.stem, unit="B", start=offset, shown=shown) as progress:
+    with part.open("ab") as file, Progress(total, part.stem, unit="B", start=offset, shown=manner.shown) as progress:
         for chunk in response.raw.stream(_CHUNK_BYTES, decode_content=False):
             done += len(chunk)
             if total is not None and done > total:
                 break
+            if manner.most_bytes is not None and done > manner.most_bytes:
+                raise UserError(f"{part.stem}: the server sends more than the {manner.most_bytes:,} bytes it may have")
             file.write(chunk)
             progress.reach(done)
     if total is not None and done > total:
@@ -186,19 +195,19 @@ def _retry_after(response: requests.Response) -> float:
         seconds = Retry().parse_retry_after(response.headers.get("Retry-After", "0"))
     except (HTTPError, ValueError, OverflowError):
         return 0.0
-    return min(seconds, _LONGEST_RETRY_AFTER_SECONDS)
+    return seconds
 
 
-def _wait(error: TransferError, failures: int, name: str) -> None:
-    seconds = max(min(2.0 ** max(failures - 1, 0), _LONGEST_WAIT_SECONDS), error.retry_after)
+def _wait(error: TransferError, failures: int, name: str, longest: float) -> None:
+    seconds = min(max(min(2.0 ** max(failures - 1, 0), _LONGEST_WAIT_SECONDS), error.retry_after), longest)
     print(f"{name}: {error}; trying again in {seconds:.0f} s", file=sys.stderr, flush=True)
     sleep(seconds)
 
 
-def _given_up(address: str, part: Path, reason: str, attempts: int) -> str:
-    arrived = _size(part)
+def _given_up(address: str, part: Path, reason: str, manner: Manner) -> str:
+    arrived = _size(part) if manner.kept else 0
     rest = f"{arrived:,} bytes are kept, the same command goes on" if arrived else "the same command tries again"
-    return f"cannot get {address}: {reason}, after {attempts} attempts without progress; {rest}"
+    return f"cannot get {address}: {reason}, after {manner.attempts} attempts without progress; {rest}"
 
 
 def _cause(error: BaseException) -> str:

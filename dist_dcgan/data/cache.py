@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Collection
+import weakref
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 from dist_dcgan.data.places import ShardFile, checked, read_ahead, state_at
 from dist_dcgan.data.remote import FailedError, Remote
-from shards.errors import UserError
+from shards.errors import OneRankError, UserError
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 
+Result = TypeVar("Result")
+
 _ATTEMPTS = 3
-_PART = re.compile(r"[0-9a-f]{64}\.tar\.(\d+)\.part(\.json)?")
+_STAGED = re.compile(r"[0-9a-f]{64}\.tar")
+_PARTS = "parts-"
+_ORPHANED_SECONDS = 60.0
+_MOST_MANIFEST_BYTES = 1 << 28
 
 
 class Cache:
@@ -35,21 +44,26 @@ class Cache:
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if (folder / MANIFEST_NAME).exists():
+                raise UserError(f"{folder} holds a data set: give --data.cache-dir a folder of its own")
             _remove_orphans(folder)
-            self.manifest = self._bring_manifest()
+            self._parts = _folder_of_parts(self, folder)
+            self.manifest = self._repeat(MANIFEST_NAME, self._bring_manifest)
         except OSError as error:
             raise self._unusable(error) from None
 
     def keep(self, shards: Collection[int]) -> None:
-        """Keep these shards where others must make room; raises UserError where they do not fit in."""
-        entries = [self.manifest.shards[shard] for shard in shards]
-        needed = sum(entry.bytes for entry in entries)
+        """Keep these shards where others must make room."""
+        self._kept = frozenset(_name(self.manifest.shards[shard]) for shard in shards)
+
+    def require_room(self, shards: int) -> None:
+        """Raise UserError where that many shards do not fit in."""
+        needed = sum(sorted((entry.bytes for entry in self.manifest.shards), reverse=True)[:shards])
         if needed > self._budget_bytes:
             raise UserError(
                 f"data.cache_gb {self._budget_bytes / 1e9:g} is too small: the shards that are in use at a time take "
                 f"{needed / 1e9:.3g} GB; use more, or a smaller data.window_shards"
             )
-        self._kept = frozenset(map(_name, entries))
 
     def ready(self, shard: int) -> ShardFile:
         """Return the file of a shard: the one that is here, or after bringing it."""
@@ -63,8 +77,10 @@ class Cache:
             if shard in self._files and self._files[shard].state == state_at(path):
                 read_ahead(path)
             else:
-                self._files[shard] = self._found(path, entry) or self._bring(path, entry)
-            with contextlib.suppress(FileNotFoundError):  # its last use, which disks may be told not to note
+                self._files[shard] = self._found(path, entry) or self._repeat(
+                    entry.name, lambda: self._bring(path, entry)
+                )
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # its last use; may be another user's file
                 os.utime(path, ns=(time.time_ns(), self._files[shard].state.changed_ns))
         except OSError as error:
             raise self._unusable(error) from None
@@ -78,53 +94,51 @@ class Cache:
             path.unlink(missing_ok=True)
             return None
 
-    def _bring(self, path: Path, entry: ShardEntry) -> ShardFile:
-        """Bring a shard, again where it does not come or comes damaged."""
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    def _repeat(self, name: str, bring: Callable[[], Result]) -> Result:
+        """Bring something, again where it does not come or comes damaged."""
         reason = ""
         for attempt in range(_ATTEMPTS):
             time.sleep(2**attempt - 1)
-            self._make_room(entry.bytes)
             try:
-                return _publish(part, path, self._fetched(entry, part), entry)
+                return bring()
             except FailedError as error:
                 reason = str(error)
-            finally:
-                _remove(part)
-        raise UserError(f"{entry.name} cannot be had from {self._remote}: {reason}")
+        raise OneRankError(f"{name} cannot be had from {self._remote}: {reason}")
 
-    def _fetched(self, entry: ShardEntry, part: Path) -> ShardFile:
+    def _bring(self, path: Path, entry: ShardEntry) -> ShardFile:
         """Bring a shard once; raises FailedError where it comes damaged, too."""
-        self._remote.fetch(entry.name, part)
+        part = self._parts / path.name
+        self._make_room(entry.bytes)
         try:
-            return checked(part, entry)
-        except UserError as error:
-            raise FailedError(str(error)) from None
+            self._remote.fetch(entry.name, part, entry.bytes)
+            return _publish(part, path, _sound(part, entry), entry)
+        finally:
+            _remove(part)
 
     def _make_room(self, required_bytes: int) -> None:
         """Remove what need not be kept, the longest unused first, until `required_bytes` more fit in."""
         files = list[tuple[int, int, Path]]()
-        for path in self._folder.glob("*.tar"):
+        for path in self._folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process makes room, too
-                status = path.stat()
-                files.append((status.st_atime_ns, status.st_size, path))
+                if _STAGED.fullmatch(path.name):
+                    status = path.stat()
+                    files.append((status.st_atime_ns, status.st_size, path))
         taken = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if taken + required_bytes <= self._budget_bytes:
                 return
             if path.name not in self._kept:
-                path.unlink(missing_ok=True)
-                taken -= size
+                with contextlib.suppress(PermissionError):  # another user's
+                    path.unlink(missing_ok=True)
+                    taken -= size
 
     def _bring_manifest(self) -> Manifest:
-        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            try:
-                self._remote.fetch(MANIFEST_NAME, Path(folder) / MANIFEST_NAME)
-                return read_manifest(Path(folder))
-            except FailedError as error:
-                raise UserError(f"{MANIFEST_NAME} cannot be had from {self._remote}: {error}") from None
-            except UserError as error:
-                raise UserError(str(error).replace(folder, str(self._remote))) from None
+        path = self._parts / MANIFEST_NAME
+        try:
+            self._remote.fetch(MANIFEST_NAME, path, _MOST_MANIFEST_BYTES)
+            return _read_manifest(self._parts, str(self._remote))
+        finally:
+            _remove(path)
 
     def _unusable(self, error: OSError) -> UserError:
         return UserError(f"the cache {self._folder} cannot be used: {error.strerror or error}")
@@ -132,6 +146,20 @@ class Cache:
 
 def _name(entry: ShardEntry) -> str:
     return f"{entry.sha256}.tar"
+
+
+def _read_manifest(parts: Path, place: str) -> Manifest:
+    try:
+        return read_manifest(parts)
+    except UserError as error:
+        raise FailedError(str(error).replace(str(parts), place)) from None
+
+
+def _sound(part: Path, entry: ShardEntry) -> ShardFile:
+    try:
+        return checked(part, entry)
+    except UserError as error:
+        raise FailedError(str(error)) from None
 
 
 def _publish(part: Path, path: Path, file: ShardFile, entry: ShardEntry) -> ShardFile:
@@ -150,9 +178,29 @@ def _remove(part: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _folder_of_parts(owner: object, folder: Path) -> Path:
+    """Make a folder for what is on its way, locked while this process lives and removed with `owner`."""
+    parts = Path(tempfile.mkdtemp(prefix=_PARTS, dir=folder))
+    descriptor = os.open(parts, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever taken for an orphan there
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    weakref.finalize(owner, _remove_parts, parts, descriptor)
+    return parts
+
+
 def _remove_orphans(folder: Path) -> None:
-    """Remove what processes of this machine left that are no more."""
-    for path in folder.iterdir():
-        match = _PART.fullmatch(path.name)
-        if match and not Path("/proc", match[1]).exists() and Path("/proc/self").exists():
-            path.unlink(missing_ok=True)
+    """Remove what processes left that are no more."""
+    for parts in folder.glob(f"{_PARTS}*"):
+        with contextlib.suppress(OSError):  # in use, another user's, or just removed by another
+            if time.time() - parts.stat().st_mtime > _ORPHANED_SECONDS:  # one that was just made is about to be locked
+                descriptor = os.open(parts, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(parts)
+                finally:
+                    os.close(descriptor)
+
+
+def _remove_parts(parts: Path, descriptor: int) -> None:
+    shutil.rmtree(parts, ignore_errors=True)
+    os.close(descriptor)

@@ -22,6 +22,12 @@ from dist_dcgan.distributed import Node, World
 from dist_dcgan.random_streams import stream_seed, uniform
 from shards.errors import OneRankError, UserError
 
+_PATIENCE = 0.8
+"""Share of the time that other ranks wait in a collective: who waits for data is to say so before they give up."""
+_SECONDS_BETWEEN_LOOKS = 0.005
+_SECONDS_TO_CLOSE = 5.0
+"""A thread that hangs in a file system that went away hangs for ever."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -46,6 +52,7 @@ class BatchLoader:
     ) -> None:
         """Read from `place`; the ranks of `node` (by default this one alone) share the checking of shards."""
         self.plan, self._world = plan, world
+        self._patience_seconds = _PATIENCE * config.distributed.timeout_seconds
         self._order = SampleOrder(place.manifest, config.seed, config.data.window_shards)
         self._supply = Supply(place, self._order, node or Node(), *self._positions(first_step))
         self._reader = ShardReader(place, self._supply.file)
@@ -77,13 +84,16 @@ class BatchLoader:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._closing.set()
         self._supply.__exit__()
-        self._thread.join()
+        self._thread.join(_SECONDS_TO_CLOSE)
+
+    def wait_for_first(self) -> None:
+        """Wait until the first batch is there, however long that takes: the first shards have yet to be brought."""
+        while self._ready.empty():
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            started = time.perf_counter()
-            item = self._ready.get()
-            self.waited += time.perf_counter() - started
+            item = self._next()
             if item is None:
                 return
             if isinstance(item, UserError):
@@ -91,6 +101,19 @@ class BatchLoader:
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+    def _next(self) -> Batch | BaseException | None:
+        """Wait for the next batch, less long than the other ranks wait for this one."""
+        started = time.perf_counter()
+        try:
+            return self._ready.get(timeout=self._patience_seconds)
+        except queue.Empty:
+            raise OneRankError(
+                f"{self._world}: no data for {self._patience_seconds:g} seconds, {self._supply.awaited}: where its "
+                "source is well but slow, use a larger --distributed.timeout-seconds"
+            ) from None
+        finally:
+            self.waited += time.perf_counter() - started
 
     def _produce(self) -> None:
         try:

@@ -14,7 +14,7 @@ from shards.errors import UserError
 def open_place(options: PlaceOptions) -> Place:
     """Return the data set; raises UserError, with the remedy, where there is none."""
     location = options.path
-    if isinstance(location, Path) and not location.exists():
+    if isinstance(location, Path) and not _exists(location):
         raise UserError(
             f"no data set at {location}: make one with `python -m shards convert LMDB --out {location}`, "
             "or name another with --data"
@@ -24,6 +24,13 @@ def open_place(options: PlaceOptions) -> Place:
     if isinstance(location, Path):
         return Folder(location)
     raise UserError(f"{location} is not on this machine: say with --data.cache-dir where its shards may be staged")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:  # no permission, too long, a NUL in it
+        raise UserError(f"cannot look at {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _remote(location: Path | str, allow_commands: bool) -> Remote:

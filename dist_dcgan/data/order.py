@@ -67,6 +67,15 @@ class SampleOrder:
         epoch, in_epoch = divmod(number, self._windows_per_epoch)
         return Window(number, epoch, self._shards_of(epoch, in_epoch).tolist())
 
+    def windows_of(self, samples: int) -> int:
+        """Return the most windows in which `samples` in a row may lie."""
+        shortest = int(np.sort(self._counts)[: self._window_shards].sum())  # of those with one before and one behind
+        return min(2 + max(samples - 2, 0) // shortest, self._windows_per_epoch)
+
+    def shards_in(self, windows: int) -> int:
+        """Return the most shards of `windows` in a row."""
+        return min(windows * self._window_shards, len(self._counts))
+
     def _window_ends(self, epoch: int) -> Indices:
         """Return the position behind each window of an epoch."""
         counts = self._counts[self._shards(epoch)]

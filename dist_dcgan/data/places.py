@@ -40,9 +40,12 @@ class Place(Protocol):
     def keep(self, shards: Collection[int]) -> None:
         """Take note of the shards that are in use or next."""
 
+    def require_room(self, shards: int) -> None:
+        """Raise UserError where that many shards cannot be kept at a time."""
+
 
 class Folder:
-    """A data set in a folder. Each shard is read once in whole, to be checked, however often it is asked for."""
+    """A data set in a folder. Each shard is read in whole once, to be checked, and again where its file changed."""
 
     def __init__(self, directory: Path) -> None:
         """Read the manifest and look at the files; raises UserError naming what is missing or has another size."""
@@ -53,14 +56,18 @@ class Folder:
     def ready(self, shard: int) -> ShardFile:
         """Return the file of a shard; asks the disk for it ahead of time where it was checked before."""
         entry = self.manifest.shards[shard]
-        if shard in self._checked:
-            read_ahead(self._checked[shard].path)
+        path = self.directory / entry.name
+        if shard in self._checked and self._checked[shard].state == state_at(path):
+            read_ahead(path)
         else:
-            self._checked[shard] = checked(self.directory / entry.name, entry)
+            self._checked[shard] = checked(path, entry)
         return self._checked[shard]
 
     def keep(self, shards: Collection[int]) -> None:
         """Do nothing: all shards stay where they are."""
+
+    def require_room(self, shards: int) -> None:
+        """Do nothing."""
 
 
 def checked(path: Path, entry: ShardEntry) -> ShardFile:
@@ -86,10 +93,10 @@ def state_of(file: BinaryIO) -> FileState:
 
 
 def state_at(path: Path) -> FileState | None:
-    """Return the state of the file at `path`, None where there is none."""
+    """Return the state of the file at `path`, None where there is none to be had."""
     try:
         return _state(path.stat())
-    except FileNotFoundError:
+    except OSError:
         return None
 
 

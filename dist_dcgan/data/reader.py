@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,13 @@ _ATTEMPTS = 3
 Bytes = NDArray[np.uint8]
 
 
+class _Stream(NamedTuple):
+    asked: ShardFile
+    found: ShardFile
+    """The same, unless that had gone and was brought again."""
+    file: BinaryIO
+
+
 class ShardReader:
     """Random access to the samples of a data set.
 
@@ -32,7 +39,7 @@ class ShardReader:
         """Read from `place`; `files` returns the checked file of a shard, by default when it is first used."""
         self.manifest, self._place = place.manifest, place
         self._files = files or lru_cache(maxsize=None)(place.ready)
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._opened)
+        self._streams: dict[int, _Stream] = {}  # the longest unused first
         counts = np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._firsts = self._ends - counts
@@ -56,27 +63,50 @@ class ShardReader:
         """Write the `length` bytes from `start` on of each sample's stride into `out`, one after the other."""
         shards = np.searchsorted(self._ends, samples, "right")
         offsets = (samples - self._firsts[shards]) * self.manifest.layout.stride + start
-        opened = {shard: self._open(shard, self._files(shard)) for shard in np.unique(shards).tolist()}
+        opened = self._opened(np.unique(shards).tolist())
         view, place = memoryview(out).cast("B"), 0
         for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
-            file, stream = opened[shard]
+            source = opened[shard]
             try:
-                count = os.preadv(stream.fileno(), [view[place : place + length]], offset)
+                count = os.preadv(source.file.fileno(), [view[place : place + length]], offset)
             except OSError as error:
-                raise unreadable(file.path, error) from None
+                raise unreadable(source.found.path, error) from None
             if count != length:
-                raise changed(file.path)
+                raise changed(source.found.path)
             place += length
-        for file, stream in opened.values():  # behind the reading: what it returned was read before any change
-            if state_of(stream) != file.state:
-                raise changed(file.path)
+        for source in opened.values():  # behind the reading: what it returned was read before any change
+            if state_of(source.file) != source.found.state:
+                raise changed(source.found.path)
 
-    def _opened(self, shard: int, file: ShardFile) -> tuple[ShardFile, BinaryIO]:
+    def _opened(self, shards: list[int]) -> dict[int, _Stream]:
+        """Return the open files of `shards`; closes what is open beside them beyond a number, or was removed."""
+        asked = {shard: self._files(shard) for shard in shards}
+        opened = {shard: self._streams.pop(shard, None) for shard in shards}
+        for shard, stream in opened.items():
+            if stream is None or stream.asked != asked[shard]:
+                if stream is not None:
+                    stream.file.close()
+                self._close_some()
+                opened[shard] = self._open(shard, asked[shard])
+        found = {shard: stream for shard, stream in opened.items() if stream is not None}
+        self._streams |= found
+        return found
+
+    def _close_some(self) -> None:
+        """Close what is open beyond a number; a file that was removed takes room on the disk until it is closed."""
+        for shard, stream in list(self._streams.items()):
+            if len(self._streams) >= _OPEN_SHARDS or os.fstat(stream.file.fileno()).st_nlink == 0:
+                self._streams.pop(shard).file.close()
+
+    def _open(self, shard: int, asked: ShardFile) -> _Stream:
         """Open a file; one that is not what it was, as where others make room in a cache, is asked for again."""
+        file = asked
         for _ in range(_ATTEMPTS):
             stream = _open(file)
             if stream is not None and state_of(stream) == file.state:
-                return file, stream
+                return _Stream(asked, file, stream)
+            if stream is not None:
+                stream.close()
             file = self._place.ready(shard)
         if stream is not None:
             raise changed(file.path)

@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +14,10 @@ from urllib.parse import urlsplit
 
 from shards.errors import UserError
 
-_SILENCE_SECONDS = 8.0
+_SILENCE_SECONDS = 5.0
 _ATTEMPTS = 5
-"""With the pauses between them less than distributed.timeout_seconds, which ranks on other machines may wait."""
+_LONGEST_PAUSE_SECONDS = 8.0
+"""Given up after some 40 seconds of nothing, before other ranks have waited for distributed.timeout_seconds."""
 _CHUNK_BYTES = 1 << 20
 
 
@@ -26,8 +28,11 @@ class FailedError(Exception):
 class Remote(Protocol):
     """Where the files lie; as text, its name."""
 
-    def fetch(self, name: str, path: Path) -> None:
-        """Bring the file `name` to `path`; raises FailedError or, where another attempt is no use, UserError."""
+    def fetch(self, name: str, path: Path, most_bytes: int) -> None:
+        """Bring the file `name` to `path`; raises FailedError or, where another attempt is no use, UserError.
+
+        More than `most_bytes` is refused before it fills the disk.
+        """
 
 
 class OtherFolder:
@@ -39,17 +44,19 @@ class OtherFolder:
     def __str__(self) -> str:
         return str(self._folder)
 
-    def fetch(self, name: str, path: Path) -> None:
+    def fetch(self, name: str, path: Path, most_bytes: int) -> None:
         """Copy the file."""
         try:
             with (self._folder / name).open("rb") as source, path.open("wb") as copy:
+                if os.fstat(source.fileno()).st_size > most_bytes:
+                    raise FailedError(f"it has more than {most_bytes:,} bytes")
                 shutil.copyfileobj(source, copy, _CHUNK_BYTES)
         except FileNotFoundError:
             raise UserError(f"no {name} in {self._folder}") from None
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
-            raise FailedError(error.strerror) from None
+            raise FailedError(error.strerror or str(error)) from None
 
 
 class WebServer:
@@ -57,18 +64,31 @@ class WebServer:
 
     def __init__(self, address: str) -> None:
         """Raise UserError where the address holds a password: it would be in logs and configurations."""
-        if "@" in urlsplit(address).netloc:
+        try:
+            netloc = urlsplit(address).netloc
+        except ValueError as error:
+            raise UserError(f"{address} is no address: {error}") from None
+        if "@" in netloc:
             raise UserError("an address of data with a user or password in it: put them into ~/.netrc")
         self._address = address.rstrip("/")
 
     def __str__(self) -> str:
         return self._address
 
-    def fetch(self, name: str, path: Path) -> None:
+    def fetch(self, name: str, path: Path, most_bytes: int) -> None:
         """Download the file."""
         from shards.transfer import Manner, fetch  # only here: who trains from a folder needs no HTTP
 
-        fetch(f"{self._address}/{name}", path, Manner(_ATTEMPTS, _SILENCE_SECONDS, copies=1, shown=False))
+        manner = Manner(
+            attempts=_ATTEMPTS,
+            silence_seconds=_SILENCE_SECONDS,
+            copies=1,
+            shown=False,
+            longest_pause_seconds=_LONGEST_PAUSE_SECONDS,
+            most_bytes=most_bytes,
+            kept=False,
+        )
+        fetch(f"{self._address}/{name}", path, manner)
 
 
 class Command:
@@ -76,6 +96,8 @@ class Command:
 
     def __init__(self, command: str) -> None:
         """Raise UserError where the command does not say where the name goes."""
+        if "\0" in command:
+            raise UserError("a command of data with a NUL in it")
         if "{}" not in command:
             raise UserError(f"no {{}} in pipe:{command}: it stands for a file's name, as in pipe:cat /mnt/data/{{}}")
         self._command = command
@@ -83,26 +105,33 @@ class Command:
     def __str__(self) -> str:
         return f"pipe:{self._command}"
 
-    def fetch(self, name: str, path: Path) -> None:
+    def fetch(self, name: str, path: Path, most_bytes: int) -> None:
         """Write what the command prints."""
-        from webdataset.gopen import gopen
-
-        pipe = gopen("pipe:" + self._command.replace("{}", name), "rb")
+        command = self._command.replace("{}", name)
+        process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)  # as asked for
+        assert process.stdout is not None
+        written = 0
         try:
-            with path.open("wb") as file:
-                while chunk := self._read(pipe.stream.fileno()):
+            with process.stdout as output, path.open("wb") as file:
+                while chunk := _next_bytes(output.fileno()):
+                    written += len(chunk)
+                    if written > most_bytes:
+                        raise FailedError(f"the command prints more than {most_bytes:,} bytes")
                     file.write(chunk)
-            if pipe.proc.wait(_SILENCE_SECONDS):
-                raise FailedError(f"the command ends with status {pipe.proc.returncode}")
+            if process.wait(_SILENCE_SECONDS):
+                raise FailedError(f"the command ends with status {process.returncode}")
         except subprocess.TimeoutExpired:
             raise FailedError("the command does not end") from None
         finally:
-            pipe.proc.kill()
-            pipe.stream.close()
-            pipe.proc.wait()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+                process.wait()
 
-    def _read(self, descriptor: int) -> bytes:
-        """Return the next bytes, none at the end."""
-        if not select.select([descriptor], [], [], _SILENCE_SECONDS)[0]:
-            raise FailedError(f"the command prints nothing for {_SILENCE_SECONDS:g} seconds")
-        return os.read(descriptor, _CHUNK_BYTES)
+
+def _next_bytes(descriptor: int) -> bytes:
+    """Return the next bytes of a pipe, none at its end."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    if not poll.poll(1000 * _SILENCE_SECONDS):
+        raise FailedError(f"the command prints nothing for {_SILENCE_SECONDS:g} seconds")
+    return os.read(descriptor, _CHUNK_BYTES)

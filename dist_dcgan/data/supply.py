@@ -17,6 +17,7 @@ from shards.errors import UserError
 _WINDOWS_AHEAD = 1
 """Further ahead, what was read to be checked would have left the memory again before its samples are used."""
 _SECONDS_BETWEEN_LOOKS = 0.005
+_SECONDS_TO_CLOSE = 2.0
 
 
 class ClosedError(Exception):
@@ -26,11 +27,15 @@ class ClosedError(Exception):
 class Supply:
     """A context manager with a thread: it makes this rank's share of the shards ready, and tells the other ranks.
 
-    `seconds` counts the time that the thread was busy.
+    `seconds` counts the time that the thread was busy; `awaited` says what who reads is doing.
     """
 
     def __init__(self, place: Place, order: SampleOrder, node: Node, epoch: int, positions: range) -> None:
-        """Begin where samples at `positions` of `epoch` are read first."""
+        """Begin where samples at `positions` of `epoch` are read first.
+
+        Raises UserError where the shards that are in use at a time cannot be kept at a time.
+        """
+        place.require_room(order.shards_in(1 + order.windows_of(len(positions)) + _WINDOWS_AHEAD))
         self._place, self._order, self._node = place, order, node
         self._files: dict[int, tuple[int, ShardFile]] = {}
         self._epoch, self._read = epoch, self._windows(epoch, positions)
@@ -39,6 +44,7 @@ class Supply:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="shard supply", daemon=True)
         self.seconds = 0.0
+        self.awaited = "reading"
 
     def __enter__(self) -> Supply:
         self._thread.start()
@@ -48,10 +54,12 @@ class Supply:
         with self._moved:
             self._closing = True
             self._moved.notify_all()
-        self._thread.join()
+        self._thread.join(_SECONDS_TO_CLOSE)  # it may be in the middle of bringing what nobody needs any more
 
     def reach(self, epoch: int, positions: range) -> None:
-        """Say that samples at `positions` of `epoch` are read next."""
+        """Say that samples at `positions` of `epoch` are read next; raises what has ended the thread."""
+        if self._failure is not None:
+            raise self._failure
         with self._moved:
             self._epoch, self._read = epoch, self._windows(epoch, positions)
             self._moved.notify_all()
@@ -63,7 +71,9 @@ class Supply:
         """
         epoch, file = self._files.get(shard, (-1, None))
         if file is None or epoch != self._epoch:
+            self.awaited = f"waiting for {self._place.manifest.shards[shard].name}"
             file = self._await(_topic(self._epoch, shard))
+            self.awaited = "reading"
             self._files[shard] = self._epoch, file
         return file
 

@@ -30,8 +30,8 @@ Images: TypeAlias = Callable[[range], Tensor]
 def extract(images: Images, count: int, extractor: Extractor, world: World) -> Tensor:
     """Return features of the first `count` images, float32 (count, D) on the CPU; on ranks but 0 (0, D).
 
-    Every rank calls it and extracts a contiguous share. They meet after each batch, so that none waits longer for
-    another than a batch takes, whatever it must bring for it.
+    Every rank calls it and extracts a contiguous share. They meet after each batch, with patience: a rank may have to
+    bring or to check many shards for it.
     """
     share = -(-count // world.world_size)
     mine = range(min(world.rank * share, count), min((world.rank + 1) * share, count))
@@ -45,7 +45,7 @@ def extract(images: Images, count: int, extractor: Extractor, world: World) -> T
         if world.world_size == 1:
             received[0].copy_(features)
         else:
-            dist.gather(features, received or None)
+            dist.gather(features, received or None, group=world.patient)
     return shares.flatten(0, 1)[:count]
 
 
@@ -98,14 +98,18 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def _cache_file(reader: ShardReader, extractor: Extractor, count: int) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _cache_file(reader: ShardReader, extractor: Extractor, count: int) -> Path | None:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):  # this user has no home
+        return None
     identity = f"{reader.manifest.digest()[:16]}-{extractor.name}-{extractor.weights_sha256[:16]}-{count}"
-    return home / "dist_dcgan" / f"features-{identity}.safetensors"
+    return Path(home) / "dist_dcgan" / f"features-{identity}.safetensors"
 
 
-def _read_cache(path: Path, shape: tuple[int, int]) -> list[Tensor]:
+def _read_cache(path: Path | None, shape: tuple[int, int]) -> list[Tensor]:
     """Return the cached features, none where they are not there or not sound."""
+    if path is None:
+        return []
     try:
         features = load_file(path)["features"]
     except FileNotFoundError:
@@ -116,7 +120,9 @@ def _read_cache(path: Path, shape: tuple[int, int]) -> list[Tensor]:
     return [features] if features.shape == shape else []
 
 
-def _write_cache(path: Path, features: Tensor) -> None:
+def _write_cache(path: Path | None, features: Tensor) -> None:
+    if path is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         publish(path, save({"features": features}))

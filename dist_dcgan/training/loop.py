@@ -12,7 +12,7 @@ from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.loader import BatchLoader, flip, to_images
 from dist_dcgan.data.places import Place
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, from_rank_zero, meet_on_node, process_group, require_same
+from dist_dcgan.distributed import World, from_rank_zero, meet, meet_on_node, process_group, require_same
 from dist_dcgan.training.checkpoint import load_newest, save_checkpoint
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.export import export_generator
@@ -53,6 +53,8 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         logger = stack.enter_context(closing(make_logger(config, plan, world, run, state.step, state.wandb_run_id)))
         node = meet_on_node(world, config.distributed.timeout_seconds)
         batches = stack.enter_context(BatchLoader(place, config, plan, world, state.step, node))
+        batches.wait_for_first()
+        meet(world)
         meter, quality = Meter(state, batches), QualityMeter(state, ShardReader(place), run)
         for batch in batches:
             assert batch.step == state.step

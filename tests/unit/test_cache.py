@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +30,7 @@ from dist_dcgan.data.remote import OtherFolder
 from dist_dcgan.distributed import World
 from shards.errors import OneRankError, UserError
 from tests.http_server import Answer, serve
+from tests.shards_fixtures import ROOT
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -93,22 +98,32 @@ def test_what_was_staged_before_is_used_and_checked(source: Path, tmp_path: Path
     assert np.array_equal(all_pixels(staged(source, tmp_path / "cache")), expected)
 
 
+def open_but_removed() -> set[str]:
+    found = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed by the loader's threads meanwhile
+            found.add(os.readlink(path))
+    return {name for name in found if name.endswith(".tar (deleted)")}
+
+
 def test_no_more_is_kept_than_the_budget_allows_and_the_order_stays(source: Path, tmp_path: Path) -> None:
     shard_bytes = Folder(source).manifest.shards[0].bytes
     budget = 8.5 * shard_bytes
     place = staged(source, tmp_path / "cache", cache_gb=budget / 1e9)
-    taken = []
+    taken, removed = [], []
     with loader(Folder(source)) as expected, loader(place) as found:
         for one, other in zip(expected, found, strict=True):
             assert torch.equal(one.pixels, other.pixels)
             taken.append(shard_bytes * len(list((tmp_path / "cache").glob("*.tar"))))
+            removed.append(len(open_but_removed()))
     assert max(taken) == 8 * shard_bytes
+    assert max(removed) <= 4  # what is open of them still takes room
 
 
 def test_a_budget_below_what_is_in_use_is_refused(source: Path, tmp_path: Path) -> None:
-    place = staged(source, tmp_path / "cache", cache_gb=1e-4)
-    with loader(place) as batches, pytest.raises(UserError, match=r"data\.cache_gb 0\.0001 is too small: .* use more"):
-        list(batches)
+    place = staged(source, tmp_path / "cache", cache_gb=7.5 * Folder(source).manifest.shards[0].bytes / 1e9)
+    with pytest.raises(UserError, match=r"data\.cache_gb 0\.001\d* is too small: .* use more"):
+        loader(place)
 
 
 def test_a_shard_that_another_run_evicts_is_brought_again(source: Path, tmp_path: Path) -> None:
@@ -197,6 +212,9 @@ def test_a_command_that_fails_is_named(
         ({"path": "s3://bucket/data", "cache_dir": "X"}, "give a folder, an address of http or https, or pipe:COMMAND"),
         ({"path": "https://me:secret@example.org/data", "cache_dir": "X"}, "put them into ~/.netrc"),
         ({"path": "nowhere"}, "no data set at nowhere: make one with"),
+        ({"path": "http://[::1/data", "cache_dir": "X"}, "http://[::1/data is no address: Invalid IPv6"),
+        ({"path": "x" * 5000}, "File name too long"),
+        ({"path": "pipe:cat {}\0", "cache_dir": "X", "allow_commands": True}, "a NUL in it"),
     ],
 )
 def test_what_cannot_be_read_gets_one_line(
@@ -215,9 +233,95 @@ def test_a_folder_that_cannot_hold_the_cache_gets_one_line(source: Path, tmp_pat
 
 
 def test_what_a_killed_run_left_is_removed_and_what_a_running_one_writes_is_not(source: Path, tmp_path: Path) -> None:
-    tmp_path.joinpath("cache").mkdir()
-    dead, alive = (tmp_path / "cache" / f"{'0' * 64}.tar.{pid}.part" for pid in (2**22 + 1, os.getppid()))
-    dead.touch()
-    alive.touch()
-    Cache(OtherFolder(source), tmp_path / "cache", 10**9)
-    assert not dead.exists() and alive.exists()
+    folder = tmp_path / "cache"
+    code = """
+import os, sys
+from pathlib import Path
+from dist_dcgan.data.cache import Cache
+from dist_dcgan.data.remote import OtherFolder
+cache = Cache(OtherFolder(Path(sys.argv[1])), Path(sys.argv[2]), 10**9)
+os.kill(os.getpid(), 9)
+"""
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(source), str(folder)], cwd=ROOT)
+    alive = Cache(OtherFolder(source), folder, 10**9)
+    dead, young, own = sorted(folder.glob("parts-*"), key=lambda path: path.stat().st_mtime_ns)
+    for path in (dead, own):
+        os.utime(path, (0, 0))
+    Cache(OtherFolder(source), folder, 10**9)
+    assert not dead.exists() and young.exists() and own.exists()
+    del alive
+    assert not own.exists()
+
+
+def test_files_of_others_are_neither_counted_nor_removed(source: Path, tmp_path: Path) -> None:
+    backup = tmp_path / "cache" / "backup.tar"
+    backup.parent.mkdir()
+    backup.write_bytes(bytes(10**7))
+    place = staged(source, backup.parent, cache_gb=0.002)
+    all_pixels(place)
+    assert backup.stat().st_size == 10**7 and len(list(backup.parent.glob("*.tar"))) == 11
+    with pytest.raises(UserError, match=r"holds a data set: give --data\.cache-dir a folder of its own"):
+        staged(source, source)
+    assert len(list(source.glob("*.tar"))) == 10
+
+
+def test_a_file_of_another_user_is_used_and_stays(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    expected = all_pixels(staged(source, tmp_path / "cache"))
+    place = staged(source, tmp_path / "cache", cache_gb=2e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", forbidden)
+        assert np.array_equal(all_pixels(place), expected)
+    (tmp_path / "cache" / f"{place.manifest.shards[0].sha256}.tar").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok: forbidden() if path.parent.name == "cache" else None)
+        place.ready(0)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 10
+
+
+def test_more_than_a_file_may_have_is_refused_before_it_fills_the_disk(source: Path, web: str, tmp_path: Path) -> None:
+    places = [
+        staged(source, tmp_path / "a"),
+        staged(web, tmp_path / "b"),
+        staged(f"pipe:cat {source}/{{}}", tmp_path / "c", allow_commands=True),
+    ]
+    with (source / "shard-000004.tar").open("ab") as file:
+        file.truncate(10**8)
+    for place, message in zip(places, ("has more than", "sends more than the", "prints more than"), strict=True):
+        with pytest.raises(UserError, match=message):
+            place.ready(4)
+
+
+def test_a_command_that_is_given_up_leaves_no_process(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_SILENCE_SECONDS", 0.1)
+    with pytest.raises(UserError, match="prints nothing"):
+        staged("pipe:sleep 31.4159 | cat {}", tmp_path / "cache", allow_commands=True)
+    assert "31.4159" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_server_that_asks_for_more_patience_than_ranks_have_is_given_up(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("shards.transfer.sleep", pauses.append)
+    busy = Answer(status=503, headers={"Retry-After": "120"})
+    with serve(Answer((source / "manifest.json").read_bytes()), busy) as server:
+        place = staged(server.address, tmp_path / "cache")
+        with pytest.raises(UserError, match=r"the server answers 503 .* attempts without progress; the same command"):
+            place.ready(0)
+    assert pauses == [8.0] * 4
+
+
+def test_a_manifest_that_does_not_come_at_once_is_asked_for_again(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "tried").touch()
+    command = f"test -e {tmp_path}/tried && rm {tmp_path}/tried || cat {source}/{{}}"
+    assert staged(f"pipe:{command}", tmp_path / "cache", allow_commands=True).manifest == Folder(source).manifest
+    with pytest.raises(OneRankError, match=r"manifest\.json cannot be had from pipe:false {}: the command ends with"):
+        staged("pipe:false {}", tmp_path / "cache", allow_commands=True)

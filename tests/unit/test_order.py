@@ -18,6 +18,7 @@ from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.data.order import SampleOrder, rank_slots
 from dist_dcgan.data.places import ShardFile
 from dist_dcgan.distributed import World
+from dist_dcgan.random_streams import permutation
 from shards.errors import UserError
 from shards.manifest import Layout, Manifest, ShardEntry, shard_name
 
@@ -77,6 +78,9 @@ class Nowhere:
     def keep(self, shards: Collection[int]) -> None:
         raise AssertionError
 
+    def require_room(self, shards: int) -> None:
+        pass
+
     def ready(self, shard: int) -> ShardFile:
         raise AssertionError
 
@@ -88,12 +92,11 @@ class Nowhere:
     per_rank=st.integers(1, 4),
     seed=st.integers(0, 2**40),
     epoch=st.integers(0, 1000),
-    first_step=st.integers(0, 10**4),
 )
 def test_an_epoch_of_the_ranks_together_is_the_start_of_a_permutation(
-    counts: list[int], window: int, per_rank: int, seed: int, epoch: int, first_step: int
+    counts: list[int], window: int, per_rank: int, seed: int, epoch: int
 ) -> None:
-    """Without repetition, in as many steps on every rank, the same for any number of ranks and wherever one starts."""
+    """Without repetition, in as many steps on every rank, the same for any number of ranks."""
     batch, total = 8 * per_rank, sum(counts)
     assume(batch <= total)
     place, found = Nowhere(counts), {}
@@ -101,7 +104,7 @@ def test_an_epoch_of_the_ranks_together_is_the_start_of_a_permutation(
     for world_size in (1, 2, 4, 8):
         plan = make_plan(config, world_size, total)
         worlds = [World(rank, rank, world_size, torch.device("cpu")) for rank in range(world_size)]
-        loaders = [BatchLoader(place, config, plan, world, first_step) for world in worlds]
+        loaders = [BatchLoader(place, config, plan, world, 0) for world in worlds]
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
         found[world_size] = [[int(i) for loader in loaders for i in loader.samples(step)] for step in steps]
         assert {len(loader.samples(step)) for loader in loaders for step in steps} == {batch // world_size}
@@ -130,11 +133,20 @@ def test_a_window_holds_whole_shards_only() -> None:
         assert len(set((window // 100).tolist())) == 4
 
 
-def test_the_last_position_of_three_million_samples_is_reached_at_once() -> None:
-    """The work of a seek does not grow with the position: it is that of one window."""
-    order = SampleOrder(manifest([4096] * 741), 0, 16)
-    samples = order.samples(4, 3_000_000, 3_000_128)
-    assert len(set(samples.tolist())) == 128
+def test_any_position_of_three_million_samples_is_reached_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work of a seek does not grow with the position: it is that of one window, and of one list of shards."""
+    permuted: list[int] = []
+
+    def counting(key: int, count: int) -> torch.Tensor:
+        permuted.append(count)
+        return permutation(key, count)
+
+    monkeypatch.setattr("dist_dcgan.data.order.permutation", counting)
+    for epoch, start in ((0, 5), (4, 3_000_000)):
+        permuted.clear()
+        samples = SampleOrder(manifest([4096] * 741), 0, 16).samples(epoch, start, start + 128)
+        assert len(set(samples.tolist())) == 128
+        assert permuted[0] == 741 and len(permuted) == 2 and permuted[1] <= 16 * 4096
 
 
 def test_three_million_samples_take_little_memory() -> None:

@@ -30,6 +30,7 @@ class Recorder:
         self.manifest: Manifest = manifest([SAMPLES] * SHARDS)
         self.asked: list[int] = []
         self.kept: set[int] = set()
+        self.room = 0
         self._trouble = trouble or {}
 
     def ready(self, shard: int) -> ShardFile:
@@ -40,6 +41,9 @@ class Recorder:
 
     def keep(self, shards: Collection[int]) -> None:
         self.kept = set(shards)
+
+    def require_room(self, shards: int) -> None:
+        self.room = shards
 
 
 def file_of(shard: int) -> ShardFile:
@@ -123,6 +127,45 @@ def test_a_mistake_of_the_thread_is_raised_where_a_file_is_awaited() -> None:
     place = Recorder(dict.fromkeys(range(SHARDS), ZeroDivisionError()))
     with supply_of(place) as supply, pytest.raises(ZeroDivisionError):
         supply.file(3)
+
+
+def test_what_ended_the_thread_is_raised_where_nothing_is_awaited_either() -> None:
+    first, second = two_ranks()
+    place = Recorder({5: ZeroDivisionError()})
+    with supply_of(Recorder(), first), supply_of(place, second) as supply, pytest.raises(ZeroDivisionError):
+        for _ in range(SECONDS * 100):
+            supply.reach(0, at(SHARDS * SAMPLES - 1))
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("batch", [1, 2, SAMPLES, WINDOW * SAMPLES, WINDOW * SAMPLES + 1, 3 * WINDOW * SAMPLES])
+def test_room_is_asked_for_once_and_for_all_that_is_ever_kept(batch: int) -> None:
+    place, most = Recorder(), 0
+    place.manifest = manifest([SAMPLES] * (7 * WINDOW + 1))
+    order = SampleOrder(place.manifest, 0, WINDOW)
+    with Supply(place, order, Node(), 0, range(batch)) as supply:
+        asked = place.room
+        for epoch in range(2):
+            for start in range(0, place.manifest.samples - batch, batch):
+                supply.reach(epoch, range(start, start + batch))
+                time.sleep(0.002)
+                most = max(most, len(place.kept))
+    assert most <= asked == place.room <= most + 2 * WINDOW
+
+
+def test_closing_does_not_wait_for_what_is_on_its_way() -> None:
+    place, slow = Recorder(), threading.Event()
+
+    def ready(shard: int) -> ShardFile:
+        slow.wait(SECONDS)
+        return file_of(shard)
+
+    place.ready = ready  # type: ignore[method-assign]
+    started = time.monotonic()
+    with supply_of(place):
+        pass
+    assert time.monotonic() - started < SECONDS / 2
+    slow.set()
 
 
 def test_closing_ends_the_wait_for_a_file() -> None:
