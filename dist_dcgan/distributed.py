@@ -5,9 +5,12 @@ Works the same without torchrun: one process is then a world of size 1, with a p
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import signal
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ import torch.distributed as dist
 from shards.errors import OneRankError, UserError
 
 Result = TypeVar("Result")
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 PATIENT_SECONDS = 1800.0
 """Most seconds that ranks wait for each other where one may have to bring data, or to compute scores."""
@@ -102,6 +107,7 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
     CPU tensors travel over gloo and CUDA tensors over NCCL, so that small decisions never wait for the GPU.
     `device_type` is "cuda" or "cpu"; by default CUDA where there is a GPU for every local rank.
     """
+    _die_with_torchrun()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _pick_device(local_rank, device_type)
     if device.type == "cuda":
@@ -127,6 +133,12 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
             # until the interpreter ends, where a thread that lets go of a tensor aborts the process.
             gc.collect()
             dist.destroy_process_group()
+
+
+def _die_with_torchrun() -> None:
+    """Have the kernel kill this process when torchrun dies: it would train on, beside the run that takes its place."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _patient_group(timeout_seconds: float) -> dist.ProcessGroup:

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from dist_dcgan.config import PlaceOptions
 from dist_dcgan.data.opening import open_place
@@ -115,4 +116,4 @@ def check_data(name: str, manifest: Manifest, image_size: int) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(record(main))  # torchrun tells what ended the first rank that failed

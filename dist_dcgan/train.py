@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from dist_dcgan.config import Config, Plan, from_command_line, make_plan, to_yaml
 from dist_dcgan.data.opening import open_place
@@ -70,4 +71,4 @@ def train_or_explain(config: Config, plan: Plan, place: Place, resume: str) -> N
 
 
 if __name__ == "__main__":
-    run(main)
+    run(record(main))  # torchrun tells what ended the first rank that failed

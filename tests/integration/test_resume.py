@@ -54,6 +54,30 @@ def test_another_seed_ends_differently(golden: Golden, demo_shards: Path, tmp_pa
     assert final_tensors(tmp_path / "run") != final_tensors(golden.run_dir)
 
 
+def test_nobody_trains_on_when_torchrun_is_killed(demo_shards: Path, tmp_path: Path) -> None:
+    flags = ["--data", demo_shards, *FLAGS, "--max-steps", 10_000, "--run-dir", tmp_path / "run"]
+    process = start(train_command(2, *flags))
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    process.kill()
+    time.sleep(2)
+    assert not [rank for rank in ranks if alive(rank)]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path("/proc", str(pid), "status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def kill_after_checkpoint(command: list[str], run_dir: Path, step: int) -> None:
     """Kill rank 0 as soon as the checkpoint of `step` is there, before the run ends."""
     process = start(command)
