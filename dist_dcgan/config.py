@@ -143,6 +143,8 @@ class CheckpointOptions(Options):
     """Steps between checkpoints; one is always written at the end and on a stop signal."""
     keep: int = _changeable(3, ge=1)
     """Newest checkpoints that are kept."""
+    keep_every_steps: int | None = _changeable(None, ge=1)
+    """Checkpoints at multiples of so many steps are kept for good."""
 
 
 class DistributedOptions(Options):

@@ -1,22 +1,26 @@
 """Checkpoints: safetensors and JSON, written whole or not at all; nothing that is loaded can run code.
 
-`python -m dist_dcgan.training.checkpoint inspect RUN_DIR` lists those of a run and whether their checksums hold.
+python -m dist_dcgan.training.checkpoint inspect RUN_DIR     lists those of a run, and whether they are sound
+python -m dist_dcgan.training.checkpoint verify RUN_DIR      the same, and fails where one is not
+python -m dist_dcgan.training.checkpoint prune RUN_DIR       removes all but the newest that is sound
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
+from pydantic import Field
 from pydantic_settings import CliPositionalArg
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from shards.command_line import Options, build, nearest, parse_flags, run
@@ -36,32 +40,57 @@ class Checkpoint(NamedTuple):
     values: dict[str, Any]
 
 
-def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], keep: int) -> Path:
-    """Write `directory/step-N`, N from `values["step"]`, then remove all but the newest `keep`.
+class Retention(NamedTuple):
+    """Which checkpoints stay when another is written."""
 
-    It appears under its name only when it is complete and on disk.
+    newest: int
+    every_steps: int | None = None
+    """Those at multiples of so many steps stay for good."""
+
+
+def save_checkpoint(
+    directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], retention: Retention
+) -> Path:
+    """Write `directory/step-N`, N from `values["step"]`, then remove those that need not stay.
+
+    It appears under its name only when it is complete, on disk and read back. Raises UserError, and leaves nothing
+    behind, where it cannot be written.
     """
     final = directory / f"step-{values['step']:08d}"
     temporary = final.with_name(final.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
-    temporary.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)
-    _sync_file(temporary / _TENSORS)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+        temporary.mkdir(parents=True)
+        _write(temporary, tensors, values)
+        if final.exists():  # an earlier attempt at this step, found damaged, or this process would have resumed from it
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_directory(directory)
+        published = list_checkpoints(directory)
+        for old in published[: published.index(final) + 1][: -retention.newest]:  # later ones were passed over
+            if retention.every_steps is None or _step_of(old) % retention.every_steps:
+                shutil.rmtree(old)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {final} cannot be written: {error.strerror or error}: mend that, and the same command goes on "
+            "from the newest one"
+        ) from None
+    return final
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    serialised = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    publish(folder / _TENSORS, serialised)
     content = {
         "format_version": FORMAT_VERSION,
-        "tensors_sha256": file_sha256(temporary / _TENSORS),
+        "tensors_sha256": hashlib.sha256(serialised).hexdigest(),
         "values": dict(values),
     }
     content["sha256"] = _json_sha256(content)
-    publish(temporary / _VALUES, (json.dumps(content, indent=1) + "\n").encode())
-    if final.exists():  # an earlier attempt at this step, found damaged, or this process would have resumed from it
-        shutil.rmtree(final)
-    temporary.rename(final)
-    sync_directory(directory)
-    published = list_checkpoints(directory)
-    for old in published[: published.index(final) + 1][:-keep]:  # later ones were passed over, not replaced
-        shutil.rmtree(old)
-    return final
+    publish(folder / _VALUES, (json.dumps(content, indent=1) + "\n").encode())
+    if file_sha256(folder / _TENSORS) != content["tensors_sha256"]:
+        raise OSError("what was written is not what is read")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -74,9 +103,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"format version {content['format_version']}, this version reads {FORMAT_VERSION}")
         if file_sha256(path / _TENSORS) != content["tensors_sha256"]:
             raise ValueError(f"{_TENSORS} does not match its checksum")
-    except (OSError, AttributeError, KeyError, TypeError) as error:
+        return Checkpoint(load_file(path / _TENSORS), content["values"])
+    except (OSError, AttributeError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"incomplete or foreign: {error!r}") from None
-    return Checkpoint(load_file(path / _TENSORS), content["values"])
 
 
 def load_newest(directory: Path) -> Checkpoint | None:
@@ -107,35 +136,79 @@ def _json_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
 
 
-class _Inspect(Options):
+class _Folder(Options):
     """List the checkpoints of a run."""
 
     run_dir: CliPositionalArg[Path]
     """Folder of the run."""
 
 
+class _Prune(_Folder):
+    """Remove the older checkpoints of a run that nobody is training."""
+
+    keep: int = Field(1, ge=1)
+    """Newest sound checkpoints that stay."""
+
+
 def main(argv: Sequence[str]) -> None:
-    """Run `inspect`."""
-    if not argv or argv[0] != "inspect":
+    """Run a command on the checkpoints of a run."""
+    commands: dict[str, tuple[type[_Folder], Callable[[Any, list[Path]], object]]] = {
+        "inspect": (_Folder, _inspect),
+        "verify": (_Folder, _verify),
+        "prune": (_Prune, _prune),
+    }
+    if not argv or argv[0] not in commands:
         word = argv[0] if argv else "no command"
-        raise UserError(f"unknown command: {word}{nearest(word, ['inspect'])} (usage: inspect RUN_DIR)")
-    prog = "python -m dist_dcgan.training.checkpoint inspect"
-    options = build(_Inspect, parse_flags(_Inspect, argv[1:], prog))
+        raise UserError(f"unknown command: {word}{nearest(word, commands)} (usage: {'|'.join(commands)} RUN_DIR)")
+    model, command = commands[argv[0]]
+    options = build(model, parse_flags(model, argv[1:], f"python -m dist_dcgan.training.checkpoint {argv[0]}"))
     found = list_checkpoints(options.run_dir / "checkpoints")
     if not found:
         raise UserError(f"no checkpoints in {options.run_dir}: is it the folder of a run?")
+    command(options, found)
+
+
+def _inspect(options: _Folder, found: list[Path]) -> list[Path]:
+    """Print what each holds; return those that are sound."""
+    sound = []
     for path in found:
         try:
             tensors, values = load_checkpoint(path)
-            size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
-            print(f"{path.name}: sound, step {values['step']}, {len(tensors)} tensors, {size:.1f} MiB")
         except ValueError as error:
             print(f"{path.name}: DAMAGED, {error}")
+        else:
+            size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
+            print(f"{path.name}: sound, step {values['step']}, {len(tensors)} tensors, {size:.1f} MiB")
+            sound.append(path)
+    return sound
+
+
+def _verify(options: _Folder, found: list[Path]) -> None:
+    """Raise UserError where one is damaged."""
+    damaged = len(found) - len(_inspect(options, found))
+    if damaged:
+        raise UserError(f"{damaged} of the {len(found)} checkpoints of {options.run_dir} are damaged: prune them")
+
+
+def _prune(options: _Prune, found: list[Path]) -> None:
+    """Remove all but the newest sound ones."""
+    try:
+        with FileLock(options.run_dir / "run.lock", timeout=0):
+            kept = _inspect(options, found)[-options.keep :]
+            if not kept:
+                raise UserError(f"none of the checkpoints of {options.run_dir} is sound: nothing is removed")
+            for path in found:
+                if path not in kept:
+                    shutil.rmtree(path)
+                    print(f"{path.name}: removed")
+    except Timeout:
+        raise UserError(f"run directory {options.run_dir} is in use: wait for the run to end") from None
 
 
 if __name__ == "__main__":

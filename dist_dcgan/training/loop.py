@@ -13,13 +13,14 @@ from dist_dcgan.data.loader import BatchLoader, flip, to_images
 from dist_dcgan.data.places import Place
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, from_rank_zero, meet, meet_on_node, process_group, require_same
-from dist_dcgan.training.checkpoint import load_newest, save_checkpoint
+from dist_dcgan.training.checkpoint import Retention, load_newest
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.export import export_generator
 from dist_dcgan.training.loggers import Logger, draw_curves, make_logger
 from dist_dcgan.training.meter import Meter
 from dist_dcgan.training.quality import QualityMeter
 from dist_dcgan.training.run_directory import RunDirectory, claimed, record, require_same_data
+from dist_dcgan.training.saving import Saver
 from dist_dcgan.training.steps import dry_step, train_step
 from dist_dcgan.training.stopping import StopRequest
 from dist_dcgan.training.train_state import TrainState
@@ -50,6 +51,8 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         state.wandb_run_id = state.wandb_run_id or from_rank_zero(lambda: secrets.token_hex(4))
 
         # Train.
+        retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
+        saver = stack.enter_context(Saver(run.checkpoints, retention))
         logger = stack.enter_context(closing(make_logger(config, plan, world, run, state.step, state.wandb_run_id)))
         node = meet_on_node(world, config.distributed.timeout_seconds)
         batches = stack.enter_context(BatchLoader(place, config, plan, world, state.step, node))
@@ -68,14 +71,16 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
                 report(logger, state, meter.read(), scores)
             if last or state.passed(config.log.samples_every_images):
                 log_samples(logger, state)
+            if saver.failed:
+                stop.request()
             stopping = stop.agreed()
             if last or stopping or state.step % config.checkpoint.every_steps == 0:
-                save(state, run, manifest, stopping)
+                save(state, saver, manifest)
             if stopping:
                 break
 
         # Leave the generator and the curves.
-        from_rank_zero(lambda: finish(state, run, manifest))
+        from_rank_zero(lambda: finish(state, run, saver, manifest))
 
 
 def resume(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
@@ -95,20 +100,20 @@ def resume(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
         state.load_values(values)
 
 
-def save(state: TrainState, run: RunDirectory, manifest: Manifest, stopping: bool) -> None:
-    """Write a checkpoint, and the marker of a run that stops before its end; on disk when it returns, on all ranks."""
+def save(state: TrainState, saver: Saver, manifest: Manifest) -> None:
+    """Begin to write a checkpoint; raises UserError, on all ranks, where the one before could not be written."""
     values = state.values() | {"manifest_digest": manifest.digest()}
-
-    def write() -> None:
-        save_checkpoint(run.checkpoints, state.tensors(), values, state.config.checkpoint.keep)
-        if stopping and state.step < state.plan.total_steps:
-            run.stopped.write_text(f"stopped by a signal at step {state.step}\n")
-
-    from_rank_zero(write)
+    from_rank_zero(lambda: saver.save(state.tensors(), values))
 
 
-def finish(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
-    """Write the averaged generator and the curves, on rank 0."""
+def finish(state: TrainState, run: RunDirectory, saver: Saver, manifest: Manifest) -> None:
+    """Wait for the last checkpoint and write the averaged generator and the curves, on rank 0.
+
+    A run that stops before its end leaves a marker.
+    """
+    saver.wait()
+    if state.step < state.plan.total_steps:
+        run.stopped.write_text(f"stopped by a signal at step {state.step}\n")
     recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
     export_generator(run.generator, state.generator_ema, state.config, manifest.image_size, state.step)
     draw_curves(run.metrics, run.curves)

@@ -26,7 +26,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._request)
+            self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -45,7 +45,11 @@ class StopRequest:
         self._reduction = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
         return stopping
 
-    def _request(self, number: int, frame: FrameType | None) -> None:
+    def request(self) -> None:
+        """Ask for a stop, as a signal does."""
         self._requested = True
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.request()
         if number == signal.SIGINT:  # a second Ctrl-C ends at once
             signal.signal(number, signal.default_int_handler)

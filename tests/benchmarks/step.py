@@ -31,7 +31,7 @@ from dist_dcgan.data.places import Folder
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.models.networks import Discriminator, Generator, init_weights
 from dist_dcgan.training import loop
-from dist_dcgan.training.checkpoint import save_checkpoint
+from dist_dcgan.training.checkpoint import Retention, save_checkpoint
 from dist_dcgan.training.ema import update_ema
 from dist_dcgan.training.steps import Metrics, train_step
 from dist_dcgan.training.train_state import TrainState
@@ -158,7 +158,10 @@ def loop_seconds(config: Config, plan: Plan, world: World) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         parts = {
             "ema": (lambda: update_ema(state.generator_ema, state.generator, 0.99, finite), 1),
-            "checkpoint": (lambda: save_checkpoint(Path(folder), state.tensors(), state.values(), 1), CHECKPOINT_EVERY),
+            "checkpoint": (
+                lambda: save_checkpoint(Path(folder), state.tensors(), state.values(), Retention(1)),
+                CHECKPOINT_EVERY,
+            ),
         }
         return {
             name: statistics.median(timed(function, world.device) for _ in range(3)) / every

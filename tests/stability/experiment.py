@@ -18,7 +18,7 @@ from dist_dcgan.distributed import World, process_group
 from dist_dcgan.metrics.distances import kernel_distance
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
-from dist_dcgan.training.checkpoint import load_newest, save_checkpoint
+from dist_dcgan.training.checkpoint import Retention, load_newest, save_checkpoint
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.loggers import save_grid
 from dist_dcgan.training.train_state import TrainState
@@ -63,7 +63,7 @@ def run_trial(trial: Trial, data: Path, folder: Path) -> None:
                     row |= score(state, reader, world, folder)
                 write(rows, row)
                 if last or state.step % SCORE_EVERY == 0:
-                    save_checkpoint(folder / "checkpoints", state.tensors(), state.values(), keep=1)
+                    save_checkpoint(folder / "checkpoints", state.tensors(), state.values(), Retention(1))
                 if last:
                     break
     publish(folder / "done", b"")

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
-from dist_dcgan.training.checkpoint import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from dist_dcgan.training.checkpoint import (
+    Retention,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
+from dist_dcgan.training.saving import Saver
 from shards.errors import UserError
 from tests.commands import module, one_line_error, succeed
 
 
-def save(directory: Path, step: int, keep: int = 3) -> Path:
-    tensors = {
+def tensors_of(step: int) -> dict[str, torch.Tensor]:
+    return {
         "a": torch.full((2, 3, 4, 4), float(step)).contiguous(memory_format=torch.channels_last),
         "b": torch.tensor(step),
     }
-    return save_checkpoint(directory, tensors, {"step": step, "scaler_g": {"scale": 1.5}}, keep)
+
+
+def values_of(step: int) -> dict[str, object]:
+    return {"step": step, "scaler_g": {"scale": 1.5}}
+
+
+def save(directory: Path, step: int, keep: int = 3, every: int | None = None) -> Path:
+    return save_checkpoint(directory, tensors_of(step), values_of(step), Retention(keep, every))
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -43,6 +60,75 @@ def test_one_just_written_stays_though_later_ones_are_there(tmp_path: Path) -> N
     for step in (7, 8, 9, 1, 2):
         save(tmp_path, step, keep=2)
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["1", "2", "8", "9"]
+
+
+def test_those_at_multiples_stay_for_good(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        save(tmp_path, step, keep=1, every=3)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "8"]
+
+
+def test_one_that_cannot_be_written_leaves_the_others_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path, 1)
+    monkeypatch.setattr("dist_dcgan.training.checkpoint.publish", full)
+    with pytest.raises(UserError, match=r"step-00000002 cannot be written: No space left on device: mend that"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_one_that_reads_otherwise_than_it_was_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lying(path: Path, content: bytes) -> None:
+        path.write_bytes(content.replace(b"\0\0", b"\0\1", 1))
+
+    monkeypatch.setattr("dist_dcgan.training.checkpoint.publish", lying)
+    with pytest.raises(UserError, match="what was written is not what is read"):
+        save(tmp_path, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_beside_training_is_what_would_have_been_written_at_once(tmp_path: Path) -> None:
+    expected = save(tmp_path / "at once", 7)
+    live = tensors_of(7)
+    with Saver(tmp_path / "beside", Retention(3)) as saver:
+        saver.save(live, values_of(7))
+        live["a"].zero_()  # the next step
+        saver.wait()
+    for name in ("tensors.safetensors", "values.json"):
+        assert (tmp_path / "beside" / expected.name / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_never_two_are_written_at_once_and_an_error_is_raised_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, most = [0], [0]
+
+    def slow(directory: Path, tensors: object, values: dict[str, int], retention: Retention) -> Path:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.1)
+        running[0] -= 1
+        if values["step"] == 3:
+            raise UserError("no room")
+        return directory
+
+    monkeypatch.setattr("dist_dcgan.training.saving.save_checkpoint", slow)
+    with Saver(tmp_path, Retention(3)) as saver:
+        for step in (1, 2, 3):
+            saver.save({}, {"step": step})
+        while not saver.failed:
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="no room"):
+            saver.save({}, {"step": 4})
+        assert not saver.failed
+    assert most == [1]
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "values.json"])
@@ -94,6 +180,19 @@ def test_inspect_lists_what_is_sound(tmp_path: Path) -> None:
     lines = succeed(module("dist_dcgan.training.checkpoint", "inspect", tmp_path)).stdout.splitlines()
     assert lines[0].startswith("step-00000001: sound, step 1, 2 tensors")
     assert lines[1].startswith("step-00000002: DAMAGED, values.json does not match its checksum")
+
+
+def test_verify_fails_where_one_is_damaged_and_prune_keeps_the_newest_sound_one(tmp_path: Path) -> None:
+    command = "dist_dcgan.training.checkpoint"
+    for step in (1, 2, 3):
+        save(tmp_path / "checkpoints", step)
+    assert succeed(module(command, "verify", tmp_path)).stdout.count("sound") == 3
+    (tmp_path / "checkpoints" / "step-00000003" / "tensors.safetensors").write_bytes(b"")
+    assert "1 of the 3 checkpoints" in one_line_error(module(command, "verify", tmp_path))
+    with FileLock(tmp_path / "run.lock"):
+        assert "is in use: wait for the run to end" in one_line_error(module(command, "prune", tmp_path))
+    succeed(module(command, "prune", tmp_path))
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
 
 
 def test_inspect_of_something_else_says_so(tmp_path: Path) -> None:
