@@ -76,7 +76,7 @@ def discriminator_step(state: TrainState, real: Tensor, fake: Tensor) -> Metrics
         "score/fake": _score(logits_fake),
         "logit/real": _mean(logits_real),
         "logit/fake": _mean(logits_fake),
-        "grad_norm/d": _update(state.optimizer_d, state.scaler_d, state.discriminator),
+        "grad_norm/d": _update(state, state.optimizer_d, state.scaler_d, state.discriminator),
     }
 
 
@@ -94,7 +94,7 @@ def generator_step(state: TrainState, fake: Tensor) -> Metrics:
         "loss/g": loss.detach(),
         "score/fake_updated": _score(logits_fake),
         "logit/fake_updated": _mean(logits_fake),
-        "grad_norm/g": _update(state.optimizer_g, state.scaler_g, state.generator),
+        "grad_norm/g": _update(state, state.optimizer_g, state.scaler_g, state.generator),
     }
 
 
@@ -109,16 +109,16 @@ def _with_noise(state: TrainState, images: Tensor, stream: str) -> Tensor:
     return images + noise.view(count, height, width, channels).permute(0, 3, 1, 2).to(state.dtype) * sigma
 
 
-def _update(optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler, network: nn.Module) -> Tensor:
-    """Apply the reduced gradients and return their norm; with loss scaling, infinite ones skip the step.
+def _update(state: TrainState, optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler, network: nn.Module) -> Tensor:
+    """Apply the reduced gradients and return their norm; where they are not finite, the step is skipped.
 
-    The gradients are equal on all ranks, an infinity on one of them included, so all ranks skip together.
+    They are equal on all ranks, an infinity on one of them included, so all ranks skip together.
     """
     scaler.unscale_(optimizer)
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     scaler.step(optimizer)
-    scaler.update()
+    scaler.update(None if state.precision == "fp16" else 1.0)
     return norm
 
 

@@ -59,9 +59,10 @@ class TrainState:
         self.ddp_discriminator = self._wrap(self.discriminator)
         self.optimizer_g = _adam(self.generator, config, config.optimizer.lr_g)
         self.optimizer_d = _adam(self.discriminator, config, config.optimizer.lr_d)
-        scaling = self.precision == "fp16"
-        self.scaler_g = torch.amp.GradScaler(world.device.type, enabled=scaling)
-        self.scaler_d = torch.amp.GradScaler(world.device.type, enabled=scaling)
+        # Without loss scaling they still have Adam skip a step whose gradients are not finite, on the device.
+        first_scale = 2.0**16 if self.precision == "fp16" else 1.0
+        self.scaler_g = torch.amp.GradScaler(world.device.type, first_scale)
+        self.scaler_d = torch.amp.GradScaler(world.device.type, first_scale)
 
     @property
     def images_seen(self) -> int:
