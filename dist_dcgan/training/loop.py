@@ -14,6 +14,7 @@ from dist_dcgan.data.places import Place
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, from_rank_zero, meet, meet_on_node, process_group, require_same
 from dist_dcgan.training.checkpoint import Retention, load_newest
+from dist_dcgan.training.dump import write_dump
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.export import export_generator
 from dist_dcgan.training.loggers import Logger, draw_curves, make_logger
@@ -68,7 +69,7 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
             last = state.step == plan.total_steps
             scores = quality.read()
             if last or scores or state.step % config.log.every_steps == 0 or state.step == 1:
-                report(logger, state, meter.read(), scores)
+                report(logger, state, run, meter.read(), scores)
             if last or state.passed(config.log.samples_every_images):
                 log_samples(logger, state)
             if saver.failed:
@@ -119,18 +120,23 @@ def finish(state: TrainState, run: RunDirectory, saver: Saver, manifest: Manifes
     draw_curves(run.metrics, run.curves)
 
 
-def report(logger: Logger, state: TrainState, rows: list[dict[str, float]], scores: dict[str, float]) -> None:
+def report(
+    logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[str, float]], scores: dict[str, float]
+) -> None:
     """Log the last of the rows with the scores, and what the watchdog finds in all of them.
 
-    Raises UserError, on all ranks, where it finds a collapse and the configuration says to stop.
+    Raises UserError, on all ranks, where it finds a collapse and the configuration says to stop, or nothing is done
+    any more.
     """
     logger.metrics(rows[-1] | scores)
-    collapse = state.watchdog.observe(rows)
-    if collapse is None:
-        return
-    logger.alert(state.step, str(collapse))
-    if state.config.on_collapse == "stop":
-        raise UserError(f"training is stopped at step {state.step}, as --on-collapse stop asks: {collapse.rule.mode}")
+    for collapse in state.watchdog.observe(rows):
+        logger.alert(state.step, str(collapse))
+        if collapse.rule.fatal:
+            where = from_rank_zero(lambda: str(write_dump(run, state, rows)))
+            raise UserError(f"training is stopped at step {state.step}: {collapse.rule.mode}; {where} has the details")
+        if state.config.on_collapse == "stop":
+            mode = collapse.rule.mode
+            raise UserError(f"training is stopped at step {state.step}, as --on-collapse stop asks: {mode}")
 
 
 def log_samples(logger: Logger, state: TrainState) -> None:

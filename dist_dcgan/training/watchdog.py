@@ -23,6 +23,8 @@ class Rule:
     steps: int
     meaning: str
     remedy: str
+    fatal: bool = False
+    """Whether training stops whatever the configuration says: it does nothing any more."""
 
 
 class Collapse(NamedTuple):
@@ -45,8 +47,16 @@ RULES = (
         "not finite",
         lambda row: not (math.isfinite(row["loss/d"]) and math.isfinite(row["loss/g"])),
         3,
-        "losses are infinite or not a number, and so are weights by now",
+        "losses are infinite or not a number; what they ask for is not done",
         "--precision fp32, or a smaller --optimizer.lr-g and --optimizer.lr-d; earlier checkpoints are sound",
+    ),
+    Rule(
+        "nothing but skipped steps",
+        lambda row: not (math.isfinite(row["grad_norm/d"]) and math.isfinite(row["grad_norm/g"])),
+        50,
+        "gradients are infinite or not a number in every step, so that no network learns",
+        "--precision fp32, or a smaller --optimizer.lr-g and --optimizer.lr-d, from an earlier checkpoint",
+        fatal=True,
     ),
     Rule(
         "the discriminator has won",
@@ -87,14 +97,10 @@ class Watchdog:
         self._since = dict(self._level)
         self._named = {rule.mode: False for rule in RULES}
 
-    def observe(self, rows: Sequence[Row]) -> Collapse | None:
-        """Take the rows of the next steps; return the first rule that is newly broken."""
-        found = None
-        for row in rows:
-            for rule in RULES:
-                collapse = self._observe(rule, row)
-                found = found or collapse
-        return found
+    def observe(self, rows: Sequence[Row]) -> list[Collapse]:
+        """Take the rows of the next steps; return the rules that are newly broken."""
+        found = [self._observe(rule, row) for row in rows for rule in RULES]
+        return [collapse for collapse in found if collapse is not None]
 
     def values(self) -> dict[str, Any]:
         """Return the state, as JSON knows it."""

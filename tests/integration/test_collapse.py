@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tests.commands import metrics, run, succeed, train_command
@@ -27,3 +28,16 @@ def test_by_default_it_does_not(demo_shards: Path, tmp_path: Path) -> None:
     rows = metrics(tmp_path)
     assert len(rows) == 30
     assert min(row["grad_norm/g"] for row in rows) > 1
+
+
+def test_a_run_that_can_only_skip_its_steps_ends_with_what_was_seen(demo_shards: Path, tmp_path: Path) -> None:
+    rates = ["--optimizer.lr-g", 1e30, "--optimizer.lr-d", 1e30, "--on-collapse", "warn"]
+    flags = ["--preset", "debug", "--width", 4, *SMALL, *rates, "--max-steps", 200, "--data", demo_shards]
+    done = run(train_command(2, *flags, "--run-dir", tmp_path / "run"))
+    assert done.returncode != 0
+    assert "error: training is stopped at step" in done.stderr and "nothing but skipped steps; " in done.stderr
+    (dump,) = (tmp_path / "run").glob("not_finite-step-*.json")
+    seen = json.loads(dump.read_text())
+    assert any(summary["not_finite"] for summary in seen["gradients"].values())
+    weights = [summary for name, summary in seen["tensors"].items() if name.endswith("weight")]
+    assert weights and not any(summary["not_finite"] for summary in weights)

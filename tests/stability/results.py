@@ -43,8 +43,7 @@ class Result:
 
     def collapses(self) -> list[Collapse]:
         """Return what the watchdog names, step by step."""
-        watchdog = Watchdog()
-        return [collapse for row in self.rows() if (collapse := watchdog.observe([row])) is not None]
+        return Watchdog().observe(list(self.rows()))
 
 
 def gather(phase: str, work: Path) -> dict[str, Path]:

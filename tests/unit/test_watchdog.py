@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from dist_dcgan.training.watchdog import RULES, Collapse, Watchdog
+from dist_dcgan.training.watchdog import RULES, Watchdog
 
 HEALTHY = {
     "loss/d": 0.5,
     "loss/g": 3.0,
     "score/fake": 0.2,
+    "grad_norm/d": 30.0,
     "grad_norm/g": 20.0,
     "diversity/real": 0.5,
     "diversity/fake": 0.3,
@@ -22,6 +23,7 @@ HEALTHY = {
 }
 BROKEN: dict[str, dict[str, float]] = {
     "not finite": {"loss/d": math.nan},
+    "nothing but skipped steps": {"grad_norm/d": math.inf},
     "the discriminator has won": {"grad_norm/g": 1e-4, "loss/g": 42.0},
     "the generator has won": {"score/fake": 0.99, "loss/g": 0.01, "grad_norm/g": 1e-4},
     "mode collapse": {"diversity/fake": 0.02},
@@ -41,31 +43,30 @@ def test_every_rule_has_a_case() -> None:
 @pytest.mark.parametrize("mode", BROKEN)
 def test_names_the_mode_and_since_when(mode: str) -> None:
     watchdog = Watchdog()
-    assert watchdog.observe(rows(1, 7)) is None
+    assert watchdog.observe(rows(1, 7)) == []
     found = watchdog.observe(rows(8, STEPS[mode], **BROKEN[mode]))
-    assert found is not None
-    assert (found.rule.mode, found.since, found.step) == (mode, 8, 7 + STEPS[mode])
-    assert len(str(found).splitlines()) == 3
+    assert [(one.rule.mode, one.since, one.step) for one in found] == [(mode, 8, 7 + STEPS[mode])]
+    assert len(str(found[0]).splitlines()) == 3
 
 
 @pytest.mark.parametrize("mode", BROKEN)
 def test_keeps_still_one_step_before(mode: str) -> None:
-    assert Watchdog().observe(rows(1, STEPS[mode] - 1, **BROKEN[mode])) is None
+    assert Watchdog().observe(rows(1, STEPS[mode] - 1, **BROKEN[mode])) == []
 
 
 @pytest.mark.parametrize("mode", BROKEN)
 def test_is_named_once_until_it_has_passed(mode: str) -> None:
     watchdog, steps = Watchdog(), STEPS[mode]
-    assert watchdog.observe(rows(1, steps, **BROKEN[mode])) is not None
-    assert watchdog.observe(rows(1 + steps, 5 * steps, **BROKEN[mode])) is None
-    assert watchdog.observe(rows(1 + 6 * steps, steps)) is None
-    assert watchdog.observe(rows(1 + 7 * steps, steps, **BROKEN[mode])) is not None
+    assert watchdog.observe(rows(1, steps, **BROKEN[mode])) != []
+    assert watchdog.observe(rows(1 + steps, 5 * steps, **BROKEN[mode])) == []
+    assert watchdog.observe(rows(1 + 6 * steps, steps)) == []
+    assert watchdog.observe(rows(1 + 7 * steps, steps, **BROKEN[mode])) != []
 
 
 def test_a_mode_that_holds_in_most_steps_is_named() -> None:
     watchdog = Watchdog()
     found = [watchdog.observe(rows(step, 1, **(BROKEN["oscillation"] if step % 4 else {}))) for step in range(1, 601)]
-    assert any(isinstance(item, Collapse) for item in found)
+    assert any(found)
 
 
 def test_a_mode_that_holds_in_half_of_the_steps_is_not() -> None:
@@ -79,11 +80,11 @@ def test_a_resumed_watchdog_goes_on_counting() -> None:
     broken = rows(1, STEPS["mode collapse"], **BROKEN["mode collapse"])
     first.observe(broken[:60])
     second.load_values(json.loads(json.dumps(first.values())))
-    assert str(second.observe(broken[60:])) == str(whole.observe(broken)) != "None"
+    assert second.observe(broken[60:]) == whole.observe(broken) != []
 
 
 def test_one_image_per_rank_says_nothing_about_diversity() -> None:
-    assert Watchdog().observe(rows(1, 1000, **{"diversity/real": 0.0, "diversity/fake": 0.0})) is None
+    assert Watchdog().observe(rows(1, 1000, **{"diversity/real": 0.0, "diversity/fake": 0.0})) == []
 
 
 def test_a_checkpoint_of_other_rules_is_taken_over_as_far_as_it_goes() -> None:
