@@ -59,7 +59,8 @@ def save_checkpoint(
     final = directory / f"step-{values['step']:08d}"
     temporary = final.with_name(final.name + ".tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+        for left in directory.glob("step-*.tmp"):  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write(temporary, tensors, values)
         if final.exists():  # an earlier attempt at this step, found damaged, or this process would have resumed from it

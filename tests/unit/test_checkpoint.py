@@ -156,6 +156,7 @@ def test_an_unfinished_checkpoint_is_none_and_is_swept_by_the_next(tmp_path: Pat
     left.mkdir()
     (left / "tensors.safetensors").write_bytes(b"half")
     assert load_newest(tmp_path) is None
+    (tmp_path / "step-00000009.tmp").mkdir()
     save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
