@@ -80,17 +80,17 @@ class ShardReader:
 
     def _opened(self, shards: list[int]) -> dict[int, _Stream]:
         """Return the open files of `shards`; closes what is open beside them beyond a number, or was removed."""
-        asked = {shard: self._files(shard) for shard in shards}
-        opened = {shard: self._streams.pop(shard, None) for shard in shards}
-        for shard, stream in opened.items():
-            if stream is None or stream.asked != asked[shard]:
+        opened = {}
+        for shard in shards:
+            asked, stream = self._files(shard), self._streams.pop(shard, None)
+            if stream is None or stream.asked != asked:
                 if stream is not None:
                     stream.file.close()
                 self._close_some()
-                opened[shard] = self._open(shard, asked[shard])
-        found = {shard: stream for shard, stream in opened.items() if stream is not None}
-        self._streams |= found
-        return found
+                stream = self._open(shard, asked)
+            opened[shard] = stream
+        self._streams |= opened
+        return opened
 
     def _close_some(self) -> None:
         """Close what is open beyond a number; a file that was removed takes room on the disk until it is closed."""

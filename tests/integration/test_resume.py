@@ -67,6 +67,23 @@ def test_nobody_trains_on_when_torchrun_is_killed(demo_shards: Path, tmp_path: P
     assert not [rank for rank in ranks if alive(rank)]
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_others(
+    demo_shards: Path, tmp_path: Path
+) -> None:
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+    flags = ["--data", demo_shards, *FLAGS, "--max-steps", 10_000, "--checkpoint.every-steps", 5, "--run-dir", run_dir]
+    process = start(train_command(2, *flags))
+    while not (run_dir / "checkpoints" / "step-00000005").is_dir():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    (run_dir / "checkpoints").rename(moved)
+    (run_dir / "checkpoints").touch()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "cannot be written: Not a directory: mend that, and the same command goes on" in output
+    assert load_newest(moved) is not None
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

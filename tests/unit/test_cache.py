@@ -61,6 +61,15 @@ def staged(location: Path | str, folder: Path, **options: Any) -> Place:
     return open_place(DataOptions(path=location, cache_dir=folder, **options))
 
 
+def staged_from_everywhere(source: Path, web: str, tmp_path: Path) -> list[Place]:
+    """The data set as another folder, a web server and a command give it."""
+    return [
+        staged(source, tmp_path / "a"),
+        staged(web, tmp_path / "b"),
+        staged(f"pipe:cat {source}/{{}}", tmp_path / "c", allow_commands=True),
+    ]
+
+
 def all_pixels(place: Place) -> np.ndarray:
     samples, size = place.manifest.samples, place.manifest.image_size
     out = np.empty((samples, size, size, 3), dtype=np.uint8)
@@ -75,13 +84,7 @@ def loader(place: Place, **data: Any) -> BatchLoader:
 
 def test_a_data_set_is_the_same_from_everywhere(source: Path, web: str, tmp_path: Path) -> None:
     expected = all_pixels(Folder(source))
-    command = f"pipe:cat {source}/{{}}"
-    places = [
-        staged(source, tmp_path / "a"),
-        staged(web, tmp_path / "b"),
-        staged(command, tmp_path / "c", allow_commands=True),
-    ]
-    for place in places:
+    for place in staged_from_everywhere(source, web, tmp_path):
         assert np.array_equal(all_pixels(place), expected)
         assert place.manifest == Folder(source).manifest
 
@@ -285,11 +288,7 @@ def test_a_file_of_another_user_is_used_and_stays(
 
 
 def test_more_than_a_file_may_have_is_refused_before_it_fills_the_disk(source: Path, web: str, tmp_path: Path) -> None:
-    places = [
-        staged(source, tmp_path / "a"),
-        staged(web, tmp_path / "b"),
-        staged(f"pipe:cat {source}/{{}}", tmp_path / "c", allow_commands=True),
-    ]
+    places = staged_from_everywhere(source, web, tmp_path)
     with (source / "shard-000004.tar").open("ab") as file:
         file.truncate(10**8)
     for place, message in zip(places, ("has more than", "sends more than the", "prints more than"), strict=True):
