@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,12 +96,20 @@ def test_one_that_reads_otherwise_than_it_was_written_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_written_beside_training_is_what_would_have_been_written_at_once(tmp_path: Path) -> None:
-    expected = save(tmp_path / "at once", 7)
-    live = tensors_of(7)
+def test_what_is_written_beside_training_is_what_would_have_been_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*arguments: Any) -> Path:
+        assert stepped.wait(20)
+        return save_checkpoint(*arguments)
+
+    expected, live, stepped = save(tmp_path / "at once", 7), tensors_of(7), threading.Event()
+    monkeypatch.setattr("dist_dcgan.training.saving.save_checkpoint", late)
     with Saver(tmp_path / "beside", Retention(3)) as saver:
         saver.save(live, values_of(7))
-        live["a"].zero_()  # the next step
+        for tensor in live.values():  # the next step
+            tensor.zero_()
+        stepped.set()
         saver.wait()
     for name in ("tensors.safetensors", "values.json"):
         assert (tmp_path / "beside" / expected.name / name).read_bytes() == (expected / name).read_bytes()
