@@ -2,7 +2,7 @@
 
 run PHASE    train the trials of a phase, some at once, one thread each: one that was killed goes on, one that is done
              is left; then gather their results
-evidence     train the usual loop and this project at both widths, 40 minutes each, one after the other
+evidence     train the usual loop and this project at both widths, 40 minutes each, by turns
 jump         measure how far one update of D moves its logit
 report       write the tables of README.md and its plots from the results
 """
@@ -40,8 +40,7 @@ def main() -> None:
     if options.command == "report":
         report.main()
     elif options.command == "evidence":
-        for name in evidence.NAMES:
-            evidence.measure(name, options.photos, options.minutes, options.work / "evidence")
+        evidence.measure(options.photos, options.minutes, options.work / "evidence")
         report.show_grids(results.gather_evidence(options.work / "evidence"), report.PLOTS / "evidence_grids.jpg")
     elif options.command == "jump":
         jump.measure(options.photos)

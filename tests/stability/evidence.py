@@ -1,7 +1,8 @@
 """Image quality at equal images and at equal wall-clock: the usual loop and this project, at both widths.
 
-Each runs for the same time with all cores, one after the other, on the same photographs. Time spent scoring does not
-count. The usual loop has no averaged generator and is scored by the one that it has.
+All four train on the same photographs with the same threads, one after the other and by turns, so that whatever else
+the machine does meets all of them alike. Time spent scoring does not count. The usual loop has no averaged generator
+and is scored by the one that it has. What has had no gradient for two turns is left where it is.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,95 +22,109 @@ from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.metrics.distances import kernel_distance
-from dist_dcgan.metrics.extractors import load_extractor
+from dist_dcgan.metrics.extractors import Extractor, load_extractor
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.loggers import save_grid
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from shards.files import publish
 from tests.benchmarks.step import PlainLoop
+from tests.stability.experiment import DEAD_GRADIENT
 
 BATCH, SEED = 32, 0
 FAKES, REALS = 1000, 2000
-SCORE_EVERY_MINUTES = 4
+TURNS = (0, 1, 2, 5, 10, 20, 30, 40)
+"""Minutes of training at which turns end and everything is scored."""
 ENOUGH_STEPS = 1_000_000
-NAMES = ("plain, width 64", "plain, width 128", "default, width 64", "default, width 128")
+WIDTHS = (64, 128)
 
 
-class Contender(NamedTuple):
-    """Something that trains."""
+class Contender:
+    """Something that trains: `step` on images, `generator`; `shown` returns what is scored, in eval mode."""
 
-    step: Callable[[Tensor], object]
-    generator: Callable[[], nn.Module]
-    """Returns what is scored, in eval mode."""
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        batches: BatchLoader,
+        step: Callable[[Tensor], object],
+        generator: nn.Module,
+        shown: Callable[[], nn.Module],
+    ) -> None:
+        self.name, self.config, self.generator, self.shown = name, config, generator, shown
+        self._batches, self._step = iter(batches), step
+        self.images, self.seconds, self.turns_without_gradient = 0, 0.0, 0
+
+    def train(self, minutes: float) -> None:
+        """Go on until so many minutes have been trained."""
+        self.generator.train()
+        while self.seconds < 60 * minutes:
+            started = time.perf_counter()
+            self._step(to_images(next(self._batches), torch.float32))
+            self.seconds += time.perf_counter() - started
+            self.images += BATCH
+        norm = nn.utils.get_total_norm([p.grad for p in self.generator.parameters() if p.grad is not None])
+        self.turns_without_gradient = self.turns_without_gradient + 1 if self.images and norm < DEAD_GRADIENT else 0
+
+    def score(self, real: Tensor, extractor: Extractor, world: World, folder: Path) -> dict[str, str | float]:
+        """Return the kernel distance to `real` features, and leave a grid."""
+        generator = self.shown()
+
+        def images(slots: range) -> Tensor:
+            return sample_images(generator, self.config, slots, world.device)
+
+        save_grid(images(range(64)), folder / f"{self.name}, {self.images:06d} images.png")
+        distance = kernel_distance(real, extract(lambda slots: to_pixels(images(slots)), FAKES, extractor, world))
+        return {
+            "name": self.name,
+            "images": self.images,
+            "seconds": round(self.seconds, 1),
+            "kid": distance.mean,
+            "kid_std": distance.std,
+        }
 
 
-def measure(name: str, data: Path, minutes: float, folder: Path) -> None:
-    """Train `name` for some minutes; leave rows of images, seconds and KID, and grids, in `folder`."""
+def measure(data: Path, minutes: float, folder: Path) -> None:
+    """Train all for some minutes each; leave rows of images, seconds and KID, and grids, in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name.replace(', ', '_').replace(' ', '_')}.jsonl"
-    if path.exists():
-        return
-    kind, width = name.split(", width ")
-    config = Config.model_validate(
-        {"width": int(width), "global_batch": BATCH, "max_steps": ENOUGH_STEPS, "seed": SEED}
-    )
     place = Folder(data)
-    reader = ShardReader(place)
-    with process_group(600, "cpu") as world:
-        plan = make_plan(config, 1, place.manifest.samples)
-        contender = plain(config, world) if kind == "plain" else default(config, world)
-        with BatchLoader(place, config, plan, world, 0) as batches:
-            rows = list(scored(contender, batches, config, world, reader, minutes, path.with_suffix("")))
-    publish(path, "".join(json.dumps({"name": name} | row) + "\n" for row in rows).encode())
+    with process_group(600, "cpu") as world, ExitStack() as stack, (folder / "rows.jsonl").open("w", 1) as rows:
+        contenders = list(enter(place, world, stack))
+        extractor = load_extractor("efficientnet-lite0", None, world.device)
+        real = real_features(ShardReader(place), extractor, REALS, world)
+        for turn in (turn for turn in TURNS if turn <= minutes):
+            for contender in contenders:
+                if contender.turns_without_gradient < 2:
+                    contender.train(turn)
+                    rows.write(json.dumps(contender.score(real, extractor, world, folder)) + "\n")
 
 
-def plain(config: Config, world: World) -> Contender:
-    """Return the usual loop."""
+def enter(place: Folder, world: World, stack: ExitStack) -> Iterator[Contender]:
+    """Yield the usual loop and this project's defaults at both widths; `stack` closes their loaders."""
+    for make in (usual, default):
+        for width in WIDTHS:
+            settings = {"width": width, "global_batch": BATCH, "max_steps": ENOUGH_STEPS, "seed": SEED}
+            config = Config.model_validate(settings)
+            plan = make_plan(config, 1, place.manifest.samples)
+            yield make(config, stack.enter_context(BatchLoader(place, config, plan, world, 0)), world)
+
+
+def usual(config: Config, batches: BatchLoader, world: World) -> Contender:
+    """Return the loop that most ports have; it has no averaged generator."""
     loop = PlainLoop(config.width, world.device, config.seed)
-    return Contender(lambda real: loop.step(real.contiguous()), lambda: loop.generator.eval())
+    name = f"usual loop, width {config.width}"
+    return Contender(
+        name, config, batches, lambda real: loop.step(real.contiguous()), loop.generator, loop.generator.eval
+    )
 
 
-def default(config: Config, world: World) -> Contender:
+def default(config: Config, batches: BatchLoader, world: World) -> Contender:
     """Return this project's step with its defaults."""
-    state = TrainState(config, make_plan(config, 1, BATCH), world, 64)
+    state = TrainState(config, batches.plan, world, 64)
 
     def averaged() -> nn.Module:
         recompute_statistics(state.generator_ema, config, world.device, state.dtype)
         return state.generator_ema
 
-    return Contender(lambda real: train_step(state, real), averaged)
-
-
-def scored(
-    contender: Contender,
-    batches: BatchLoader,
-    config: Config,
-    world: World,
-    reader: ShardReader,
-    minutes: float,
-    grids: Path,
-) -> Iterator[dict[str, float]]:
-    """Train, and yield a row at the start, every few minutes, and at the end."""
-    extractor = load_extractor("efficientnet-lite0", None, world.device)
-    real = real_features(reader, extractor, REALS, world)
-    seconds, images, due = 0.0, 0, 0.0
-    for batch in batches:
-        if seconds >= due:
-            due += 60 * SCORE_EVERY_MINUTES
-            generator = contender.generator()
-
-            def draw(slots: range, generator: nn.Module = generator) -> Tensor:
-                return sample_images(generator, config, slots, world.device)
-
-            distance = kernel_distance(real, extract(lambda slots: to_pixels(draw(slots)), FAKES, extractor, world))
-            save_grid(draw(range(64)), grids.with_name(f"{grids.name}_{images:06d}.png"))
-            generator.train()
-            yield {"images": images, "seconds": seconds, "kid": distance.mean, "kid_std": distance.std}
-            if seconds >= 60 * minutes:
-                return
-        started = time.perf_counter()
-        contender.step(to_images(batch, torch.float32))
-        seconds += time.perf_counter() - started
-        images += BATCH
+    name = f"this default, width {config.width}"
+    return Contender(name, config, batches, lambda real: train_step(state, real), state.generator, averaged)

@@ -8,8 +8,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib import pyplot
 
+from tests.stability.evidence import TURNS
 from tests.stability.jump import BATCH, WIDTHS
 from tests.stability.recipes import PHASES
 from tests.stability.results import FOLDER, Result, read
@@ -168,19 +170,28 @@ def evidence() -> dict[str, list[dict[str, float]]]:
 
 
 def evidence_table() -> str:
-    """Return a row per contender: what it had learned at equal images and at equal time."""
+    """Return a row per contender: what it had learned in equal time, and from equal images (read off its line)."""
     contenders = evidence()
     if not contenders:
         return ""
-    common = min(rows[-1]["images"] for rows in contenders.values())
-    lines = [f"| trained | images | minutes | 1000 KID at the end | at {common:,.0f} images |", "|---|---|---|---|---|"]
+    minutes = max(rows[-1]["seconds"] for rows in contenders.values()) / 60
+    whole = [rows for rows in contenders.values() if rows[-1]["seconds"] >= 60 * min(minutes, max(TURNS))]
+    images = min(rows[-1]["images"] for rows in whole)
+    times, counts = (minutes / 4, minutes / 2, minutes), (images / 4, images / 2, images)
+    heads = [f"{time:.0f} minutes" for time in times] + [f"{count:,.0f} images" for count in counts]
+    lines = ["| 1000 KID after | " + " | ".join(heads) + " | images in all |", "|---|" + "---|" * (len(heads) + 1)]
     for name, rows in contenders.items():
-        at_common = min(rows, key=lambda row: abs(row["images"] - common))
-        lines.append(
-            f"| {name} | {rows[-1]['images']:,} | {rows[-1]['seconds'] / 60:.0f} | {1000 * rows[-1]['kid']:.0f} | "
-            f"{1000 * at_common['kid']:.0f} (at {at_common['images']:,}) |"
-        )
+        found = [at(rows, "seconds", 60 * time) for time in times] + [at(rows, "images", count) for count in counts]
+        cells = [f"{1000 * kid:.0f}" if kid is not None else "" for kid in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {rows[-1]['images']:,} |")
     return "".join(line + "\n" for line in lines)
+
+
+def at(rows: Sequence[dict[str, float]], key: str, value: float) -> float | None:
+    """Return KID where `key` reached `value`, on the line between the scores around it; None behind the last one."""
+    if rows[-1][key] < 0.99 * value:
+        return None
+    return float(np.interp(value, [row[key] for row in rows], [row["kid"] for row in rows]))
 
 
 def plot_evidence(path: Path) -> None:

@@ -61,13 +61,11 @@ def gather(phase: str, work: Path) -> dict[str, Path]:
 
 
 def gather_evidence(folder: Path) -> dict[str, Path]:
-    """Write the results of the finished runs of the evidence; return their last grids by what each is."""
-    finished = sorted(folder.glob("*.jsonl"))
-    (FOLDER / "evidence.jsonl").write_text("".join(path.read_text() for path in finished))
-    return {
-        json.loads(path.read_text().splitlines()[-1])["name"]: max(folder.glob(f"{path.stem}_*.png"))
-        for path in finished
-    }
+    """Write the results of the evidence; return the last grids by what each is."""
+    rows = (folder / "rows.jsonl").read_text()
+    (FOLDER / "evidence.jsonl").write_text(rows)
+    names = dict.fromkeys(json.loads(row)["name"] for row in rows.splitlines())
+    return {name: max(folder.glob(f"{name}, *.png")) for name in names}
 
 
 def read(phase: str) -> list[Result]:
