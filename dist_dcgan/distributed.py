@@ -19,7 +19,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
 
+from dist_dcgan.peers import Peers, broke, first_sentence
 from shards.errors import OneRankError, UserError
 
 Result = TypeVar("Result")
@@ -112,27 +115,67 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
     device = _pick_device(local_rank, device_type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
-    if "WORLD_SIZE" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
-    if device.type == "cuda":
-        options["device_id"] = device
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world_size = _meeting_point(timeout)
+    peers = Peers(dist.PrefixStore("peers", store), rank, world_size)  # type: ignore[attr-defined]
     together = False
     try:
-        patient = _patient_group(timeout_seconds) if dist.get_world_size() > 1 else None
-        yield World(dist.get_rank(), local_rank, dist.get_world_size(), device, patient)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timeout,
+            store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=world_size,
+            device_id=device if device.type == "cuda" else None,
+        )
+        patient = _patient_group(timeout_seconds) if world_size > 1 else None
+        yield World(rank, local_rank, world_size, device, patient)
         together = True
-    except UserError as error:
-        together = not isinstance(error, OneRankError)
-        raise
+    except BaseException as error:
+        together = isinstance(error, UserError) and not isinstance(error, OneRankError)
+        if together or world_size == 1:
+            raise
+        if not broke(error):
+            peers.report(first_sentence(error))
+            raise
+        cause = f"{peers.explain()} ({first_sentence(error)})"
+        raise OneRankError(f"rank {rank} of {world_size} cannot go on: {cause}") from error
     finally:
         # NCCL's communicators end together: a rank that fails alone would wait here for peers that wait for it.
-        if together or device.type == "cpu":
+        if dist.is_initialized() and (together or device.type == "cpu"):
             # Whatever still refers to the group, as DDP does in a reference cycle, would keep gloo's threads alive
             # until the interpreter ends, where a thread that lets go of a tensor aborts the process.
             gc.collect()
             dist.destroy_process_group()
+
+
+def _meeting_point(timeout: timedelta) -> tuple[Any, int, int]:
+    """Return the store through which the ranks meet, this rank and their number."""
+    if "WORLD_SIZE" not in os.environ:
+        return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    return store, rank, world_size
+
+
+def under_torchrun(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
+    """Return a command as torchrun starts it: what ends it is told to torchrun.
+
+    Torchrun starts ranks again that have failed (--max-restarts), and names the first failure. A mistake of the user,
+    which all ranks meet alike, is not tried again.
+    """
+
+    def started(argv: Sequence[str]) -> None:
+        try:
+            record(main)(argv)
+        except OneRankError:
+            raise
+        except UserError:
+            if os.environ.get("LOCAL_RANK") == "0" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun passes it on, and the mistake is to be said
+                os.kill(os.getppid(), signal.SIGTERM)
+            raise
+
+    return started
 
 
 def _die_with_torchrun() -> None:

@@ -14,12 +14,11 @@ import torch
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from dist_dcgan.config import PlaceOptions
 from dist_dcgan.data.opening import open_place
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import PATIENT_SECONDS, from_rank_zero, process_group
+from dist_dcgan.distributed import PATIENT_SECONDS, from_rank_zero, process_group, under_torchrun
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
 from dist_dcgan.metrics.nearest import beside_nearest
@@ -116,4 +115,4 @@ def check_data(name: str, manifest: Manifest, image_size: int) -> None:
 
 
 if __name__ == "__main__":
-    run(record(main))  # torchrun tells what ended the first rank that failed
+    run(under_torchrun(main))

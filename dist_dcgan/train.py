@@ -10,12 +10,11 @@ import os
 from collections.abc import Sequence
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from dist_dcgan.config import Config, Plan, from_command_line, make_plan, to_yaml
 from dist_dcgan.data.opening import open_place
 from dist_dcgan.data.places import Place
-from dist_dcgan.distributed import world_size_of_launch
+from dist_dcgan.distributed import under_torchrun, world_size_of_launch
 from dist_dcgan.models.networks import IMAGE_SIZES, Discriminator, Generator, count_parameters
 from dist_dcgan.training.loop import train
 from shards.command_line import run
@@ -71,4 +70,4 @@ def train_or_explain(config: Config, plan: Plan, place: Place, resume: str) -> N
 
 
 if __name__ == "__main__":
-    run(record(main))  # torchrun tells what ended the first rank that failed
+    run(under_torchrun(main))
