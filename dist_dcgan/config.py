@@ -271,12 +271,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read configuration {path}: {error}") from None
 
 
+def to_values(config: Config) -> dict[str, Any]:
+    """Return the whole configuration, as JSON knows it, from which the same object can be built."""
+    values = config.model_dump(mode="json")
+    if config.batch_per_rank is not None:
+        del values["global_batch"]
+    return values
+
+
 def to_yaml(config: Config) -> str:
     """Return the whole configuration as YAML that `--config` reads back to the same object."""
-    content = config.model_dump(mode="json")
-    if config.batch_per_rank is not None:
-        del content["global_batch"]
-    return yaml.safe_dump(content, sort_keys=False)
+    return yaml.safe_dump(to_values(config), sort_keys=False)
 
 
 def differences(stored: Config, current: Config) -> list[str]:

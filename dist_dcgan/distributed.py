@@ -31,6 +31,8 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 PATIENT_SECONDS = 1800.0
 """Most seconds that ranks wait for each other where one may have to bring data, or to compute scores."""
+MEETING_SECONDS = 300.0
+"""Seconds in which all ranks must have started."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,12 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
     device = _pick_device(local_rank, device_type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=timeout_seconds)
-    store, rank, world_size = _meeting_point(timeout)
+    timeout, patience = timedelta(seconds=timeout_seconds), timedelta(seconds=max(timeout_seconds, MEETING_SECONDS))
+    store, rank, world_size = _meeting_point(patience)
     peers = Peers(dist.PrefixStore("peers", store), rank, world_size)  # type: ignore[attr-defined]
     together = False
     try:
+        peers.wait_for_all(patience)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=timeout,

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ class Peers:
         """Enter this rank; `store` is one of torch.distributed."""
         self._store, self._rank, self._world_size = store, rank, world_size
         store.set(f"place {rank}", json.dumps([socket.gethostname(), os.getpid()]))
+
+    def wait_for_all(self, patience: timedelta) -> None:
+        """Wait until all ranks have started, which they do at different speeds."""
+        self._store.wait([f"place {rank}" for rank in range(self._world_size)], patience)
 
     def report(self, why: str) -> None:
         """Say that this rank fails by itself, and why."""

@@ -27,7 +27,7 @@ from shards.command_line import Options, build, nearest, parse_flags, run
 from shards.errors import UserError
 from shards.files import file_sha256, publish, sync_directory
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _TENSORS = "tensors.safetensors"
 _VALUES = "values.json"
 _NAME = re.compile(r"step-(\d{8,})")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_dcgan.config import Config, Plan
+from dist_dcgan.config import Config, Plan, to_values
 from dist_dcgan.data.loader import BatchLoader, flip, to_images
 from dist_dcgan.data.places import Place
 from dist_dcgan.data.reader import ShardReader
@@ -20,7 +20,7 @@ from dist_dcgan.training.export import export_generator
 from dist_dcgan.training.loggers import Logger, draw_curves, make_logger
 from dist_dcgan.training.meter import Meter
 from dist_dcgan.training.quality import QualityMeter
-from dist_dcgan.training.run_directory import RunDirectory, claimed, record, require_same_data
+from dist_dcgan.training.run_directory import RunDirectory, claimed, record, require_same_run
 from dist_dcgan.training.saving import Saver
 from dist_dcgan.training.steps import dry_step, train_step
 from dist_dcgan.training.stopping import StopRequest
@@ -90,7 +90,7 @@ def resume(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
     def read() -> dict[str, Any] | None:
         found = load_newest(run.checkpoints)
         if found is not None:
-            require_same_data(run, found.values, manifest.digest(), state.plan.global_batch)
+            require_same_run(run, state.config, state.plan.global_batch, manifest.digest(), found.values)
             state.load_tensors(found.tensors)
         record(run, state.config)
         return None if found is None else found.values
@@ -103,7 +103,7 @@ def resume(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
 
 def save(state: TrainState, saver: Saver, manifest: Manifest) -> None:
     """Begin to write a checkpoint; raises UserError, on all ranks, where the one before could not be written."""
-    values = state.values() | {"manifest_digest": manifest.digest()}
+    values = state.values() | {"manifest_digest": manifest.digest(), "config": to_values(state.config)}
     from_rank_zero(lambda: saver.save(state.tensors(), values))
 
 

@@ -80,7 +80,8 @@ def claimed(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
     if is_run and resume == "never":
         raise UserError(f"run directory {run.path} holds a run already: name another with --run-dir, or drop --resume")
     if is_run:
-        _require_same_run(run, config)
+        stored = build(Config, read_yaml(run.config), where=str(run.config))
+        _require_equal(f"run directory {run.path} holds a run", stored, config)
     lock = _lock(run.path)
     try:
         yield
@@ -94,8 +95,13 @@ def record(run: RunDirectory, config: Config) -> None:
     run.stopped.unlink(missing_ok=True)
 
 
-def require_same_data(run: RunDirectory, values: Mapping[str, Any], digest: str, global_batch: int) -> None:
-    """Raise UserError where the checkpoint's values are of another data set or global batch."""
+def require_same_run(
+    run: RunDirectory, config: Config, global_batch: int, digest: str, values: Mapping[str, Any]
+) -> None:
+    """Raise UserError where the values of its newest checkpoint are of another data set, global batch or configuration.
+
+    The checkpoint may have been put there from another run.
+    """
     if values["manifest_digest"] != digest:
         raise UserError(
             f"run directory {run.path} was trained on another data set: name that one with --data, or another --run-dir"
@@ -105,6 +111,8 @@ def require_same_data(run: RunDirectory, values: Mapping[str, Any], digest: str,
             f"run directory {run.path} was trained with global batch {values['global_batch']}, this start makes it "
             f"{global_batch}: give --global-batch {values['global_batch']}"
         )
+    stored = build(Config, values["config"], where=f"the newest checkpoint in {run.checkpoints}")
+    _require_equal(f"the newest checkpoint in {run.checkpoints} is", stored, config)
 
 
 def _lock(path: Path) -> FileLock:
@@ -122,11 +130,9 @@ def _lock(path: Path) -> FileLock:
     return lock
 
 
-def _require_same_run(run: RunDirectory, config: Config) -> None:
-    stored = build(Config, read_yaml(run.config), where=str(run.config))
+def _require_equal(what: str, stored: Config, config: Config) -> None:
     changed = differences(stored, config)
     if changed:
         raise UserError(
-            f"run directory {run.path} holds a run of another configuration ({'; '.join(changed)}): "
-            "use the same, or name another with --run-dir"
+            f"{what} of another configuration ({'; '.join(changed)}): use the same, or name another with --run-dir"
         )

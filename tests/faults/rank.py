@@ -1,0 +1,198 @@
+"""Training as one rank that something happens to: python -m tests.faults.rank, in the place of dist_dcgan.train.
+
+FAULTS, JSON, says what happens where: each fault happens once in the life of a run, whatever is started again.
+FAULT_LOG names the folder that remembers it, and where every rank writes which samples each of its steps used, and
+when, and the digest of what it holds whenever a checkpoint is due.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+PLACES = ("import", "start", "before step", "D step", "G step", "save", "evaluation")
+"""Where something happens. A step is one of training; for "import" and "start", the step is 0."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to one rank."""
+
+    act: str
+    """A key of ACTS."""
+    place: str
+    """One of PLACES."""
+    step: int
+    """The step in which it happens, counted from 1."""
+    rank: int = 1
+
+    def __str__(self) -> str:
+        where = self.place if self.step == 0 else f"{self.place} {self.step}"
+        return f"{self.act}, rank {self.rank}, {where}"
+
+
+def to_environment(faults: list[Fault], log: Path) -> dict[str, str]:
+    """Return the variables that a rank reads."""
+    return {"FAULTS": json.dumps([asdict(fault) for fault in faults]), "FAULT_LOG": str(log)}
+
+
+class Injector:
+    """Makes the faults of this rank happen, each once."""
+
+    def __init__(self) -> None:
+        self._rank, self._log = int(os.environ.get("RANK", "0")), Path(os.environ["FAULT_LOG"])
+        faults = [Fault(**fault) for fault in json.loads(os.environ["FAULTS"])]
+        self._faults = {index: fault for index, fault in enumerate(faults) if fault.rank == self._rank}
+        self._samples = (self._log / f"samples-{self._rank}.jsonl").open("a", buffering=1)
+        self.step = 0
+
+    def used(self, step: int, samples: list[int]) -> None:
+        """Note the samples of a step, counted from 1, which begins."""
+        self.step = step
+        self._samples.write(json.dumps({"step": step, "time": time.time(), "samples": samples}) + "\n")
+
+    def holds(self, step: int, tensors: Mapping[str, Any]) -> None:
+        """Note the digest of everything that this rank has after a step."""
+        digest = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values()))
+        with (self._log / f"holds-{self._rank}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "sha256": digest.hexdigest()}) + "\n")
+
+    def reach(self, place: str, step: int | None = None) -> None:
+        """Have happen what is to happen here."""
+        step = self.step if step is None else step
+        for index, fault in self._faults.items():
+            if (fault.place, fault.step) == (place, step) and self._is_first(index):
+                ACTS[fault.act]()
+
+    def _is_first(self, index: int) -> bool:
+        try:
+            with (self._log / f"fault-{index:03d}").open("x") as file:
+                file.write(repr(time.time()))
+        except FileExistsError:
+            return False
+        return True
+
+
+def _peers() -> list[int]:
+    agent = os.getppid()
+    return [int(child) for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
+
+
+def _kill_tree() -> None:
+    agent, mine = os.getppid(), os.getpid()
+    for pid in [agent, *(pid for pid in _peers() if pid != mine), mine]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _damage_newest() -> None:
+    """Cut the newest checkpoint short, and die."""
+    run_dir = Path(os.environ["FAULT_LOG"]) / "run"
+    newest = max((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8))
+    content = (newest / "tensors.safetensors").read_bytes()
+    (newest / "tensors.safetensors").write_bytes(content[: len(content) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fail() -> None:
+    raise ValueError("an injected mistake")
+
+
+def _disk_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _nan_gradient() -> None:
+    """Have the next gradient of D's first layer be NaN on this rank."""
+    parameter = next(NETWORKS["discriminator"].parameters())
+
+    def poison(gradient: Any) -> Any:
+        handle.remove()
+        return gradient * math.nan
+
+    handle = parameter.register_hook(poison)
+
+
+NETWORKS: dict[str, Any] = {}
+
+ACTS: dict[str, Callable[[], None]] = {
+    "kill -9 of a rank": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "kill -9 of torchrun": lambda: os.kill(os.getppid(), signal.SIGKILL),
+    "kill -9 of all": _kill_tree,
+    "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "SIGTERM to a rank": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGUSR1 to a rank": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "SIGTERM to torchrun": lambda: os.kill(os.getppid(), signal.SIGTERM),
+    "SIGUSR1 to torchrun": lambda: os.kill(os.getppid(), signal.SIGUSR1),
+    "exception": _fail,
+    "disk full": _disk_full,
+    "checkpoint cut short, kill -9": _damage_newest,
+    "NaN gradient": _nan_gradient,
+}
+
+
+def main() -> None:
+    """Train."""
+    injector = Injector()
+    injector.reach("import", 0)
+    from dist_dcgan import train
+    from dist_dcgan.distributed import under_torchrun
+    from dist_dcgan.training import checkpoint, loop, quality, steps
+    from shards.command_line import run
+
+    to_images, values_file = loop.to_images, checkpoint._VALUES
+
+    def begin_step(batch: Any, dtype: Any) -> Any:
+        injector.used(batch.step + 1, batch.samples.tolist())
+        injector.reach("before step")
+        return to_images(batch, dtype)
+
+    def reaching(place: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if place == "D step":
+                NETWORKS["discriminator"] = arguments[0].discriminator
+            injector.reach(place)
+            return function(*arguments, **options)
+
+        return wrapped
+
+    publish, save = checkpoint.publish, loop.save
+
+    def save_noting(state: Any, *arguments: Any) -> None:
+        injector.holds(state.step, state.tensors())
+        save(state, *arguments)
+
+    def publish_reaching(path: Path, content: bytes) -> None:
+        if path.name == values_file:
+            injector.reach("save", int(path.parent.name.removeprefix("step-").removesuffix(".tmp")))
+        publish(path, content)
+
+    patches = [
+        mock.patch.object(loop, "to_images", begin_step),
+        mock.patch.object(loop, "save", save_noting),
+        mock.patch.object(steps, "discriminator_step", reaching("D step", steps.discriminator_step)),
+        mock.patch.object(steps, "generator_step", reaching("G step", steps.generator_step)),
+        mock.patch.object(quality, "extract", reaching("evaluation", quality.extract)),
+        mock.patch.object(checkpoint, "publish", publish_reaching),
+    ]
+    for patch in patches:
+        patch.start()
+
+    def started(argv: Any) -> None:
+        injector.reach("start", 0)
+        train.main(argv)
+
+    run(under_torchrun(started))
+
+
+if __name__ == "__main__":
+    main()
