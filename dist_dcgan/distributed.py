@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
-from dist_dcgan.peers import Peers, broke, first_sentence
+from dist_dcgan.peers import Peers, broke, first_sentence, meet_in
 from shards.errors import OneRankError, UserError
 
 Result = TypeVar("Result")
@@ -117,12 +117,11 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
     device = _pick_device(local_rank, device_type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout, patience = timedelta(seconds=timeout_seconds), timedelta(seconds=max(timeout_seconds, MEETING_SECONDS))
-    store, rank, world_size = _meeting_point(patience)
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world_size = _meeting_point(max(timeout_seconds, MEETING_SECONDS))
     peers = Peers(dist.PrefixStore("peers", store), rank, world_size)  # type: ignore[attr-defined]
     together = False
     try:
-        peers.wait_for_all(patience)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=timeout,
@@ -152,12 +151,12 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
             dist.destroy_process_group()
 
 
-def _meeting_point(timeout: timedelta) -> tuple[Any, int, int]:
-    """Return the store through which the ranks meet, this rank and their number."""
+def _meeting_point(patience_seconds: float) -> tuple[Any, int, int]:
+    """Return the store through which the ranks meet, this rank and their number, when all have come."""
     if "WORLD_SIZE" not in os.environ:
         return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    return store, rank, world_size
+    store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=patience_seconds)))
+    return meet_in(store, rank, world_size, patience_seconds), rank, world_size
 
 
 def under_torchrun(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:

@@ -1,4 +1,4 @@
-"""What became of the other ranks, where a collective breaks: who failed and why, who ended, who does not answer.
+"""How ranks meet, and what became of the others where a collective breaks: who failed and why, ended, or hangs.
 
 The ranks keep a board in the store through which they met; under torchrun it lives in the agent, so that it outlives
 each of them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import threading
@@ -21,8 +22,39 @@ from typing import Any
 
 import torch.distributed as dist
 
+from shards.errors import OneRankError
+
 _SECONDS_TO_ASK = 2.0
-_SECONDS_BETWEEN_LOOKS = 0.05
+_SECONDS_BETWEEN_LOOKS = 0.02
+
+
+def meet_in(store: Any, rank: int, world_size: int, patience_seconds: float) -> Any:
+    """Return the part of `store` that belongs to this start of the ranks alone, when all have come.
+
+    Torchrun keeps one store while it starts ranks again, so that they would find the addresses of those before them
+    (torch 2.14: "Connection refused"). Its count of restarts does not tell starts apart, as a node that is replaced
+    counts anew. So rank 0 numbers the starts, and answers each peer by a word that only that process can have said.
+    Raises OneRankError with the ranks that do not come in time.
+    """
+    if rank != 0:
+        word = secrets.token_hex(8)
+        store.set(f"hello {rank}", word)
+        store.wait([f"start for {word}"], timedelta(seconds=patience_seconds))
+        room = dist.PrefixStore(f"start {store.get(f'start for {word}').decode()}", store)  # type: ignore[attr-defined]
+        room.set(f"here {rank}", "")
+        return room
+    number = store.add("starts", 1)
+    room = dist.PrefixStore(f"start {number}", store)  # type: ignore[attr-defined]
+    deadline, missing = time.monotonic() + patience_seconds, list(range(1, world_size))
+    while missing:
+        for peer in missing:
+            if store.check([f"hello {peer}"]):
+                store.set(f"start for {store.get(f'hello {peer}').decode()}", str(number))
+        missing = [peer for peer in missing if not room.check([f"here {peer}"])]
+        if missing and time.monotonic() > deadline:
+            raise OneRankError(f"rank 0 waits in vain for ranks {missing}: they have not started")
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return room
 
 
 class Peers:
@@ -32,10 +64,6 @@ class Peers:
         """Enter this rank; `store` is one of torch.distributed."""
         self._store, self._rank, self._world_size = store, rank, world_size
         store.set(f"place {rank}", json.dumps([socket.gethostname(), os.getpid()]))
-
-    def wait_for_all(self, patience: timedelta) -> None:
-        """Wait until all ranks have started, which they do at different speeds."""
-        self._store.wait([f"place {rank}" for rank in range(self._world_size)], patience)
 
     def report(self, why: str) -> None:
         """Say that this rank fails by itself, and why."""

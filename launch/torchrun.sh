@@ -13,7 +13,7 @@ watch() {
   local without=0 started=
   while kill -0 $$ 2>/dev/null; do
     if has_ranks; then started=yes without=0; else without=$((without + 1)); fi
-    if [ -n "$started" ] && [ "$without" -gt "${ORPHANED_SECONDS:-60}" ]; then
+    if [ -n "$started" ] && [ "$without" -gt "${ORPHANED_SECONDS:-150}" ]; then
       echo "error: torchrun hangs: its ranks ended $without seconds ago: it is killed" >&2
       kill -KILL $$
     fi
@@ -23,7 +23,7 @@ watch() {
 has_ranks() {
   local child
   for child in $(cat /proc/$$/task/$$/children 2>/dev/null); do
-    [ "$child" = "$BASHPID" ] || grep -q '^State:.Z' "/proc/$child/status" 2>/dev/null || return 0
+    ! grep -qz '^RANK=' "/proc/$child/environ" 2>/dev/null || return 0
   done
   return 1
 }

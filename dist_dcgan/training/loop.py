@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -92,6 +93,7 @@ def resume(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
         if found is not None:
             require_same_run(run, state.config, state.plan.global_batch, manifest.digest(), found.values)
             state.load_tensors(found.tensors)
+            print(f"going on after step {found.values['step']} of {run.path}", file=sys.stderr, flush=True)
         record(run, state.config)
         return None if found is None else found.values
 

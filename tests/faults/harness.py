@@ -80,7 +80,7 @@ class Outcome:
         digest = hashlib.sha256()
         for name, tensor in sorted(found.tensors.items()):
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-        values = {key: value for key, value in found.values.items() if key != "wandb_run_id"}
+        values = {key: value for key, value in found.values.items() if key not in ("wandb_run_id", "config")}
         digest.update(json.dumps(values, sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -137,14 +137,21 @@ def command(data: Path, run_dir: Path, *flags: object) -> list[str]:
     return [str(word) for word in (*usual, *flags)]
 
 
-def launch(folder: Path, words: list[str], faults: Sequence[Fault], ranks: int) -> Start:
-    """Start launch/torchrun.sh once and wait for its end."""
-    env = environment() | to_environment(list(faults), folder) | {"RANKS": str(ranks), "PYTHONPATH": str(ROOT)}
-    env |= {"PATH": f"{stand_in(folder)}:{env['PATH']}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
+def launch(
+    folder: Path,
+    words: list[str],
+    faults: Sequence[Fault],
+    ranks: int,
+    restarts: int = 3,
+    within: Sequence[str] = (),
+) -> Start:
+    """Start launch/torchrun.sh once, by the command `within`, and wait for its end."""
+    env = environment() | to_environment(list(faults), folder) | {"RANKS": str(ranks), "RESTARTS": str(restarts)}
+    env |= {"PATH": f"{stand_in(folder)}:{env['PATH']}", "PYTHONPATH": str(ROOT), "ORPHANED_SECONDS": "10"}
     with (folder / "output.txt").open("a+") as output:
         before = output.tell()
         process = subprocess.Popen(
-            ["bash", ROOT / "launch" / "torchrun.sh", *words],
+            [*within, "bash", ROOT / "launch" / "torchrun.sh", *words],
             env=env,
             cwd=ROOT,
             stdout=output,

@@ -94,6 +94,14 @@ def _kill_tree() -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def _hang_torchrun() -> None:
+    """Have torchrun hang, and all of its ranks die."""
+    os.kill(os.getppid(), signal.SIGSTOP)
+    for pid in [*(pid for pid in _peers() if pid != os.getpid()), os.getpid()]:
+        if b"tests.faults.rank" in Path(f"/proc/{pid}/cmdline").read_bytes():  # not the launcher's watch
+            os.kill(pid, signal.SIGKILL)
+
+
 def _damage_newest() -> None:
     """Cut the newest checkpoint short, and die."""
     run_dir = Path(os.environ["FAULT_LOG"]) / "run"
@@ -133,6 +141,7 @@ ACTS: dict[str, Callable[[], None]] = {
     "SIGUSR1 to a rank": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     "SIGTERM to torchrun": lambda: os.kill(os.getppid(), signal.SIGTERM),
     "SIGUSR1 to torchrun": lambda: os.kill(os.getppid(), signal.SIGUSR1),
+    "SIGSTOP of torchrun, kill -9 of ranks": _hang_torchrun,
     "exception": _fail,
     "disk full": _disk_full,
     "checkpoint cut short, kill -9": _damage_newest,

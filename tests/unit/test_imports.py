@@ -15,7 +15,7 @@ BASE = {"dist_dcgan.config", "dist_dcgan.distributed", "dist_dcgan.random_stream
 MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.config": SHARDS,
     "dist_dcgan.distributed": {*SHARDS, "dist_dcgan.peers"},
-    "dist_dcgan.peers": set(),
+    "dist_dcgan.peers": {"shards.errors"},
     "dist_dcgan.random_streams": set(),
     "dist_dcgan.models": {"dist_dcgan.distributed", "dist_dcgan.models", "shards.errors"},
     "dist_dcgan.data": {*BASE, *SHARDS, "dist_dcgan.data", "shards.reader", "shards.transfer"},
