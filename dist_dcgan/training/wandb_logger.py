@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_dcgan.config import Config
 from dist_dcgan.training.notices import warn
 from dist_dcgan.training.run_directory import RunDirectory
-from dist_dcgan.training.wandb_process import UNSENT, close_seconds
+from dist_dcgan.training.wandb_process import UNSENT, close_seconds, holds_rows
 
 
 class WandbLogger:
@@ -123,8 +123,8 @@ def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_left(segment: Path) -> bool:
-    if any(segment.glob("*.wandb.synced")):  # by `wandb sync`
-        return False
+    if any(segment.glob("*.wandb.synced")) or not any(map(holds_rows, segment.glob("*.wandb"))):
+        return False  # it was uploaded by `wandb sync`, or there is nothing to
     return segment.name.startswith("offline-run-") or (segment / UNSENT).exists()
 
 

@@ -10,11 +10,12 @@ one records into the run directory instead, from the start. Nothing here imports
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
+import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,12 +26,19 @@ UNSENT = "unsent"
 """A file in a segment that is not on the server, or not all of it."""
 
 _INIT_SECONDS = 60.0  # for the server to take the run, while training goes on
-_LAST_INIT_SECONDS = 2.0  # the same, once training has ended
+_LAST_INIT_SECONDS = 1.5  # the same, once training has ended
 _FINISH_SECONDS = 3.5
 _LOOK_SECONDS = 1.0  # between looks at what is new
 
+_HEADER_BYTES = 7  # of a .wandb file
+
 _DONE, _FAILED, _NO_SERVER = range(3)  # exit status of the fork
 _START, _HAS_KEY, _RECORDS = b"0", b"1", b"2"  # how far the fork is
+
+
+def holds_rows(file: Path) -> bool:
+    """Return whether a .wandb file has more than its header."""
+    return file.stat().st_size > _HEADER_BYTES
 
 
 def close_seconds(mode: str) -> float:
@@ -149,6 +157,9 @@ def main() -> None:
     os.environ["WANDB_SILENT"] = "true"  # else it asks the server for the user's name, to print it
     try:
         import wandb
+
+        with contextlib.suppress(ImportError):
+            import wandb.apis.public  # which wandb.init imports: each fork would
     except BaseException as error:  # whatever it is, it is not training's
         training.warn(f"W&B is turned off: it cannot be imported: {error!r}")
         return
@@ -228,7 +239,11 @@ class Attempt:
             ended = self._training.ended(wait=_LOOK_SECONDS)
             for found in feed.new():
                 self._log(found)
-        wandb.finish(exit_code=0 if self._training.well() else 1)
+        try:
+            wandb.finish(exit_code=0 if self._training.well() else 1)
+        finally:
+            wandb.teardown()  # waits until the file is written
+        _require_written(unsent.parent)
         unsent.unlink(missing_ok=True)
         return _DONE
 
@@ -246,9 +261,8 @@ class Attempt:
             wandb.log({key: float("nan") if value is None else value for key, value in found.items()})
 
     def _arguments(self) -> dict[str, Any]:
-        """Return what wandb.init is called with: no code, no console, no command line."""
+        """Return what wandb.init is called with: no code and no console."""
         order, wandb = self._order, self._wandb
-        sys.argv[1:] = []
         options: dict[str, Any] = {
             "init_timeout": _INIT_SECONDS,
             "finish_timeout": _FINISH_SECONDS if self._mode == "online" else close_seconds("offline"),
@@ -271,6 +285,12 @@ class Attempt:
             "config": order.config,
             "settings": wandb.Settings(**options),
         }
+
+
+def _require_written(segment: Path) -> None:
+    """Raise OSError where the disk is full, of which wandb itself says nothing."""
+    if shutil.disk_usage(segment).free == 0 or not any(map(holds_rows, segment.glob("*.wandb"))):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(segment))
 
 
 def _write(descriptor: int, text: str) -> None:
