@@ -301,8 +301,9 @@ def test_segments_of_a_run_offline_are_one_run_with_each_step_once(
         while len(list(run_dir.glob("wandb/offline-run-*/run-*.wandb"))) == before:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
-        for each in processes_with(f"MARKER={tmp_path}"):  # as schedulers do: W&B's processes are signalled, too
-            os.kill(each, number)
+        for each, line in processes_with(f"MARKER={tmp_path}").items():
+            if "dist_dcgan" in line:  # as schedulers do: ours beside training are signalled, too
+                os.kill(each, number)
         output += process.communicate(timeout=60)[0]
         assert process.returncode == 0, output
         assert (run_dir / "STOPPED").exists()
@@ -348,7 +349,7 @@ def test_a_signal_is_obeyed_while_the_server_is_silent(
     with black_hole() as address:
         env = environment() | user | {"WANDB_BASE_URL": address}
         process = start(train_command(1, *flags(demo_shards, tmp_path / "run", "online", 10_000)), env=env)
-        while not list((tmp_path / "run").glob("wandb/run-*")):  # it waits for the server now
+        while not list((tmp_path / "run").glob("wandb/run-*/run-*.wandb")):  # it waits for the server now
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
         assert any("wandb-core" in line for line in processes_with(f"MARKER={tmp_path}").values())
