@@ -46,9 +46,10 @@ def succeed(command: list[str], **options: Any) -> subprocess.CompletedProcess[s
     return done
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
+def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
     """Start in the background; output goes to a pipe that `communicate` reads."""
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
+    return subprocess.Popen(command, text=True, **options)
 
 
 def one_line_error(command: list[str], **options: Any) -> str:

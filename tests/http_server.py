@@ -78,6 +78,9 @@ def serve(*answers: Answer) -> Iterator[Server]:
         def do_GET(self) -> None:
             _respond(self, server)
 
+        def do_POST(self) -> None:
+            _respond(self, server)
+
         def log_message(self, *_: object) -> None:
             pass
 

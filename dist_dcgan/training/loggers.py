@@ -5,14 +5,11 @@ Nothing here may stop training: what fails is reported once and left. The other 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import queue
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +18,11 @@ from tqdm import tqdm
 
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.distributed import World
+from dist_dcgan.training.notices import reported, warn
 from dist_dcgan.training.run_directory import RunDirectory
+from dist_dcgan.training.wandb_logger import WandbLogger
 from shards.errors import UserError
-from shards.files import publish
+from shards.files import atomic_file, publish
 
 Row = Mapping[str, float]
 
@@ -182,98 +181,17 @@ class ConsoleLogger:
             self._bar.close()
 
 
-class WandbLogger:
-    """Sends rows and grids from a thread of its own, so that nothing W&B does or fails to do holds up training."""
-
-    _INIT_SECONDS = 60
-    _CLOSE_SECONDS = 5  # beyond the import: a network that hangs must not hold up the end of a run
-    _CLOSE_SECONDS_OFFLINE = 30
-
-    def __init__(self, config: Config, run: RunDirectory, run_id: str) -> None:
-        self._config, self._run, self._run_id = config, run, run_id
-        self._queue: queue.Queue[Callable[[Any], object] | None] = queue.Queue(maxsize=1000)
-        self._imported = threading.Event()
-        self._thread = threading.Thread(target=self._send, name="wandb", daemon=True)
-        self._thread.start()
-
-    def metrics(self, row: Row) -> None:
-        """Queue the row."""
-        self._put(lambda wandb: wandb.log(dict(row)))
-
-    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
-        """Queue the grid that `SampleFiles` wrote."""
-        picture = self._run.samples / f"step-{step:08d}.png"
-        if picture.is_file():
-            self._put(lambda wandb: wandb.log({"step": step, "samples": wandb.Image(str(picture))}))
-
-    def alert(self, step: int, text: str) -> None:
-        """Queue the alert."""
-        self._put(lambda wandb: wandb.alert(title=f"Step {step}: {text.splitlines()[0]}"[:64], text=text))
-
-    def close(self) -> None:
-        """Send what is queued, for some seconds at most."""
-        self._put(None)
-        self._imported.wait(self._INIT_SECONDS)
-        offline = self._config.wandb.mode == "offline"
-        self._thread.join(self._CLOSE_SECONDS_OFFLINE if offline else self._CLOSE_SECONDS)
-        if self._thread.is_alive():
-            warn("W&B did not finish in time: what it had is in the run directory, see `wandb sync`")
-
-    def _put(self, item: Callable[[Any], object] | None) -> None:
-        with contextlib.suppress(queue.Full):  # W&B is slower than training: metrics.jsonl has every row
-            self._queue.put_nowait(item)
-
-    def _send(self) -> None:
-        try:
-            self._send_all()
-        except BaseException as error:  # wandb raises errors of its own and of the network, and exits on some
-            warn(f"W&B is turned off: {error!r}")
-        finally:
-            self._imported.set()
-
-    def _send_all(self) -> None:
-        import wandb  # imported here: it takes seconds, and most runs of a test do without
-
-        self._imported.set()
-        options = self._config.wandb
-        mode = options.mode
-        if mode == "auto":
-            if not wandb.login(prompt=False, verify=False):
-                return
-            mode = "online"
-        settings = wandb.Settings(
-            init_timeout=self._INIT_SECONDS,
-            finish_timeout=self._CLOSE_SECONDS,  # what wandb does as the interpreter ends keeps to it as well
-            silent=True,
-            disable_git=True,
-            console="off",
-        )
-        wandb.init(
-            project=options.project,
-            name=options.name or self._run.path.resolve().name,
-            id=self._run_id,
-            resume="allow",
-            mode=mode,
-            dir=self._run.path,
-            config=self._config.model_dump(mode="json"),
-            settings=settings,
-        )
-        wandb.define_metric("*", step_metric="step")  # steps behind the last one logged would be dropped after a resume
-        for send in iter(self._queue.get, None):
-            send(wandb)
-        wandb.finish()
-
-
 def make_logger(config: Config, plan: Plan, world: World, run: RunDirectory, step: int, wandb_run_id: str) -> Logger:
     """Return the logger of this rank, which goes on after `step`."""
     if not world.is_main:
         return NullLogger()
     loggers: list[Logger] = []
-    with _reported("metrics.jsonl"):
+    with reported("metrics.jsonl"):
         loggers.append(JsonlLogger(run.metrics, step))
     loggers += [SampleFiles(run.samples), ConsoleLogger(plan, step)]
     if config.wandb.mode != "disabled":
-        loggers.append(WandbLogger(config, run, wandb_run_id))
+        with reported("W&B"):
+            loggers.append(WandbLogger(config, run, wandb_run_id))
     return CompositeLogger(loggers)
 
 
@@ -292,12 +210,13 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     from torchvision.utils import save_image  # imported here: it takes seconds, and only one rank ever draws
 
     columns = columns or max(1, round(len(images) ** 0.5))
-    save_image(images.float(), path, nrow=columns, normalize=True, value_range=(-1, 1))
+    with atomic_file(path, durable=False) as file:  # W&B's process may look at any time
+        save_image(images.float(), file, format="png", nrow=columns, normalize=True, value_range=(-1, 1))
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
     """Plot losses, D's scores and gradient norms from metrics.jsonl into a PNG; a failure is reported, not raised."""
-    with _reported("curves"):
+    with reported("curves"):
         import matplotlib
 
         matplotlib.use("Agg")
@@ -318,20 +237,6 @@ def draw_curves(metrics: Path, path: Path) -> None:
         panels[-1].set_xlabel("thousand images seen")
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
-
-
-def warn(message: str) -> None:
-    """Print one line of warning."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _reported(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong inside, off the critical path, into a warning."""
-    try:
-        yield
-    except Exception as error:  # a full disk, a missing font, ...: training has gone on or goes on
-        warn(f"{what}: {error!r}")
 
 
 def _kid(row: Row) -> str:

@@ -13,7 +13,7 @@ from dist_dcgan.metrics.features import extract, real_features, to_pixels
 from dist_dcgan.metrics.quality import kid_name, quality
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.export import export_generator, is_finite
-from dist_dcgan.training.loggers import warn
+from dist_dcgan.training.notices import warn
 from dist_dcgan.training.run_directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
 

@@ -132,28 +132,6 @@ def test_a_run_directory_that_is_none_is_refused_unchanged(demo_shards: Path, tm
     assert contents(tmp_path) == {str(tmp_path / "thesis.txt"): b"mine"}
 
 
-def test_wandb_offline_leaves_a_run_to_sync_and_a_resume_goes_on_with_it(demo_shards: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    flags = ["--preset", "debug", "--width", 4, "--data", demo_shards, "--run-dir", run_dir, "--wandb", "offline"]
-    for steps in (2, 4):
-        done = succeed(train_command(1, *flags, "--max-steps", steps))
-        assert "warning" not in done.stderr
-    segments = list(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
-    assert len(segments) == 2
-    assert len({path.name for path in segments}) == 1
-
-
-@pytest.mark.parametrize("key", [{}, {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}])
-def test_wandb_auto_never_stops_a_run(demo_shards: Path, tmp_path: Path, key: dict[str, str]) -> None:
-    """Without a key there is nothing to do; with one, the server that it names refuses."""
-    flags = ["--preset", "debug", "--width", 4, "--data", demo_shards, "--run-dir", tmp_path / "run"]
-    env = environment() | {"HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path), **key}
-    done = succeed(train_command(1, *flags, "--max-steps", 2), env=env)
-    assert len(metrics(tmp_path / "run")) == 2
-    assert key.get("WANDB_API_KEY", "no key") not in done.stdout + done.stderr
-    assert not key or "W&B" in done.stderr
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_at_a_step_and_a_second_writer_is_refused(
     demo_shards: Path, tmp_path: Path, number: signal.Signals
