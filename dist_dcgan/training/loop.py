@@ -7,26 +7,23 @@ import sys
 from contextlib import ExitStack, closing
 from typing import Any
 
-from torch import Tensor
-
 from dist_dcgan.config import Config, Plan, to_values
 from dist_dcgan.data.loader import BatchLoader, flip, to_images
 from dist_dcgan.data.places import Place
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, from_rank_zero, meet, meet_on_node, process_group, require_same
 from dist_dcgan.training.checkpoint import Retention, load_newest
-from dist_dcgan.training.dump import write_dump
-from dist_dcgan.training.ema import recompute_statistics, sample_images
+from dist_dcgan.training.ema import recompute_statistics
 from dist_dcgan.training.export import export_generator
-from dist_dcgan.training.loggers import Logger, draw_curves, make_logger
+from dist_dcgan.training.loggers import draw_curves, make_logger
 from dist_dcgan.training.meter import Meter
 from dist_dcgan.training.quality import QualityMeter
+from dist_dcgan.training.reporting import log_samples, report
 from dist_dcgan.training.run_directory import RunDirectory, claimed, record, require_same_run
 from dist_dcgan.training.saving import Saver
 from dist_dcgan.training.steps import dry_step, train_step
 from dist_dcgan.training.stopping import StopRequest
 from dist_dcgan.training.train_state import TrainState
-from shards.errors import UserError
 from shards.manifest import Manifest
 
 
@@ -68,14 +65,16 @@ def train_in(world: World, stop: StopRequest, config: Config, plan: Plan, place:
             meter.add(train_step(state, images))
             last = state.step == plan.total_steps
             scores = quality.read()
-            if last or scores or state.step % config.log.every_steps == 0 or state.step == 1:
-                report(logger, state, run, meter.read(), scores)
-            if last or state.passed(config.log.samples_every_images):
-                log_samples(logger, state)
             if saver.failed:
                 stop.request()
             stopping = stop.agreed()
-            if last or stopping or state.step % config.checkpoint.every_steps == 0:
+            saving = last or stopping or state.step % config.checkpoint.every_steps == 0
+            logging = last or scores or state.step % config.log.every_steps == 0 or state.step == 1
+            if saving or logging:
+                report(logger, state, run, meter.read(), scores if logging else None)
+            if last or state.passed(config.log.samples_every_images):
+                log_samples(logger, state)
+            if saving:
                 save(state, saver, manifest)
             if stopping:
                 break
@@ -120,32 +119,3 @@ def finish(state: TrainState, run: RunDirectory, saver: Saver, manifest: Manifes
     recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
     export_generator(run.generator, state.generator_ema, state.config, manifest.image_size, state.step)
     draw_curves(run.metrics, run.curves)
-
-
-def report(
-    logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[str, float]], scores: dict[str, float]
-) -> None:
-    """Log the last of the rows with the scores, and what the watchdog finds in all of them.
-
-    Raises UserError, on all ranks, where it finds a collapse and the configuration says to stop, or nothing is done
-    any more.
-    """
-    logger.metrics(rows[-1] | scores)
-    for collapse in state.watchdog.observe(rows):
-        logger.alert(state.step, str(collapse))
-        if collapse.rule.fatal:
-            where = from_rank_zero(lambda: str(write_dump(run, state, rows)))
-            raise UserError(f"training is stopped at step {state.step}: {collapse.rule.mode}; {where} has the details")
-        if state.config.on_collapse == "stop":
-            mode = collapse.rule.mode
-            raise UserError(f"training is stopped at step {state.step}, as --on-collapse stop asks: {mode}")
-
-
-def log_samples(logger: Logger, state: TrainState) -> None:
-    """Log a grid from fixed z by the averaged generator; only a logger that wants it has it drawn."""
-
-    def draw() -> Tensor:
-        recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
-        return sample_images(state.generator_ema, state.config, range(state.config.log.samples), state.world.device)
-
-    logger.samples(state.step, draw)

@@ -36,6 +36,7 @@ class TrainState:
         self.precision = resolve_precision(config.precision, world.device)
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         self.step = 0
+        self.skipped_steps = 0
         self.wandb_run_id: str | None = None
         self.best_kid: float | None = None
         self.watchdog = Watchdog()
@@ -94,6 +95,7 @@ class TrainState:
         """Return what a checkpoint holds beside tensors, as JSON knows it."""
         return {
             "step": self.step,
+            "skipped_steps": self.skipped_steps,
             "global_batch": self.plan.global_batch,
             "wandb_run_id": self.wandb_run_id,
             "best_kid": self.best_kid,
@@ -117,7 +119,8 @@ class TrainState:
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Take over the values of a checkpoint."""
-        self.step, self.wandb_run_id, self.best_kid = values["step"], values["wandb_run_id"], values["best_kid"]
+        self.step, self.skipped_steps = values["step"], values["skipped_steps"]
+        self.wandb_run_id, self.best_kid = values["wandb_run_id"], values["best_kid"]
         self.watchdog.load_values(values["watchdog"])
         if self.precision == "fp16":
             self.scaler_g.load_state_dict(values["scaler_g"])

@@ -42,6 +42,11 @@ class Collapse(NamedTuple):
         )
 
 
+def was_skipped(row: Row) -> bool:
+    """Return whether a network was not updated, as its gradients were not finite."""
+    return not (math.isfinite(row["grad_norm/d"]) and math.isfinite(row["grad_norm/g"]))
+
+
 RULES = (
     Rule(
         "not finite",
@@ -52,7 +57,7 @@ RULES = (
     ),
     Rule(
         "nothing but skipped steps",
-        lambda row: not (math.isfinite(row["grad_norm/d"]) and math.isfinite(row["grad_norm/g"])),
+        was_skipped,
         50,
         "gradients are infinite or not a number in every step, so that no network learns",
         "--precision fp32, or a smaller --optimizer.lr-g and --optimizer.lr-d, from an earlier checkpoint",

@@ -1,0 +1,45 @@
+"""What a run tells of its steps and its images, and what ends it when they went wrong."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dist_dcgan.distributed import from_rank_zero
+from dist_dcgan.training.dump import write_dump
+from dist_dcgan.training.ema import recompute_statistics, sample_images
+from dist_dcgan.training.loggers import Logger
+from dist_dcgan.training.run_directory import RunDirectory
+from dist_dcgan.training.train_state import TrainState
+from dist_dcgan.training.watchdog import was_skipped
+from shards.errors import UserError
+
+
+def report(
+    logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[str, float]], scores: dict[str, float] | None
+) -> None:
+    """Count and watch the steps since the last report; log the last of them, with its scores, where there are any.
+
+    Raises UserError, on all ranks, where a collapse is found and the configuration says to stop, or nothing is done any
+    more.
+    """
+    state.skipped_steps += sum(was_skipped(row) for row in rows)
+    if scores is not None:
+        logger.metrics(rows[-1] | {"steps/skipped": state.skipped_steps} | scores)
+    for collapse in state.watchdog.observe(rows):
+        logger.alert(state.step, str(collapse))
+        if collapse.rule.fatal:
+            where = from_rank_zero(lambda: str(write_dump(run, state, rows)))
+            raise UserError(f"training is stopped at step {state.step}: {collapse.rule.mode}; {where} has the details")
+        if state.config.on_collapse == "stop":
+            mode = collapse.rule.mode
+            raise UserError(f"training is stopped at step {state.step}, as --on-collapse stop asks: {mode}")
+
+
+def log_samples(logger: Logger, state: TrainState) -> None:
+    """Log a grid from fixed z by the averaged generator; only a logger that wants it has it drawn."""
+
+    def draw() -> Tensor:
+        recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
+        return sample_images(state.generator_ema, state.config, range(state.config.log.samples), state.world.device)
+
+    logger.samples(state.step, draw)
