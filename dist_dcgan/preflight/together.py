@@ -136,7 +136,7 @@ def scores(subject: Subject) -> Finding:
 
 def fingerprint(tensor: Tensor) -> str:
     """Return some digits that stand for the bits of a tensor, whatever its memory format."""
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    content = tensor.detach().cpu().reshape(-1).view(torch.uint8)  # in the order of indices
     return hashlib.sha256(content.numpy().tobytes()).hexdigest()[:12]
 
 
