@@ -225,15 +225,15 @@ class Invocation(Options):
 
 
 class _CommandLine(Config, Invocation):
-    """Every flag of `dist_dcgan.train`."""
+    """Every flag of `dist_dcgan.train` and `dist_dcgan.doctor`."""
 
 
 SHORT_FLAGS = {"--data": "--data.path", "--wandb": "--wandb.mode"}
 
 
-def from_command_line(argv: Sequence[str]) -> tuple[Config, Invocation]:
+def from_command_line(argv: Sequence[str], prog: str = "python -m dist_dcgan.train") -> tuple[Config, Invocation]:
     """Resolve the preset or file and the flags of `argv`; raises UserError for whatever is wrong in them."""
-    flags = parse_flags(_CommandLine, argv, "python -m dist_dcgan.train", SHORT_FLAGS)
+    flags = parse_flags(_CommandLine, argv, prog, SHORT_FLAGS)
     invocation = build(Invocation, {name: flags.pop(name) for name in Invocation.model_fields if name in flags})
     if invocation.preset is not None and invocation.config is not None:
         raise UserError(f"--preset {invocation.preset} and --config {invocation.config} exclude each other: give one")

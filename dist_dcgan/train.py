@@ -15,10 +15,11 @@ from dist_dcgan.config import Config, Plan, from_command_line, make_plan, to_yam
 from dist_dcgan.data.opening import open_place
 from dist_dcgan.data.places import Place
 from dist_dcgan.distributed import under_torchrun, world_size_of_launch
-from dist_dcgan.models.networks import IMAGE_SIZES, Discriminator, Generator, count_parameters
+from dist_dcgan.models.networks import Discriminator, Generator, count_parameters, require_image_size
 from dist_dcgan.training.loop import train
+from dist_dcgan.training.steps import is_out_of_memory
 from shards.command_line import run
-from shards.errors import OneRankError, UserError
+from shards.errors import OneRankError
 from shards.manifest import Manifest
 
 
@@ -27,9 +28,7 @@ def main(argv: Sequence[str]) -> None:
     config, invocation = from_command_line(argv)
     place = open_place(config.data)
     manifest = place.manifest
-    if manifest.image_size not in IMAGE_SIZES:
-        sizes = ", ".join(map(str, IMAGE_SIZES))
-        raise UserError(f"{config.data.path} has images of {manifest.image_size} pixels: convert to one of {sizes}")
+    require_image_size(manifest.image_size, str(config.data.path))
     if invocation.dry_run:
         world_size = invocation.world_size or world_size_of_launch(None)
         describe(config, make_plan(config, world_size, manifest.samples), manifest)
@@ -53,6 +52,7 @@ def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
     print(f"global batch:      {plan.global_batch}, {plan.batch_per_rank} per rank")
     print(f"steps per epoch:   {plan.steps_per_epoch:,}")
     print(f"steps in all:      {plan.total_steps:,} ({plan.total_steps / plan.steps_per_epoch:.2f} epochs)")
+    print("will it run here:  `python -m dist_dcgan.doctor` with the same flags tries it, under torchrun on all ranks")
 
 
 def train_or_explain(config: Config, plan: Plan, place: Place, resume: str) -> None:
@@ -60,7 +60,7 @@ def train_or_explain(config: Config, plan: Plan, place: Place, resume: str) -> N
     try:
         train(config, plan, place, resume)
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        if not is_out_of_memory(error):
             raise
         rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
         raise OneRankError(

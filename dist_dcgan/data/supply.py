@@ -20,6 +20,11 @@ _SECONDS_BETWEEN_LOOKS = 0.005
 _SECONDS_TO_CLOSE = 2.0
 
 
+def shards_at_a_time(order: SampleOrder, positions: int) -> int:
+    """Return the most shards in use at a time where so many positions of an epoch are read for a step."""
+    return order.shards_in(1 + order.windows_of(positions) + _WINDOWS_AHEAD)
+
+
 class ClosedError(Exception):
     """Raised where a file is awaited from a supply that has been closed."""
 
@@ -35,7 +40,7 @@ class Supply:
 
         Raises UserError where the shards that are in use at a time cannot be kept at a time.
         """
-        place.require_room(order.shards_in(1 + order.windows_of(len(positions)) + _WINDOWS_AHEAD))
+        place.require_room(shards_at_a_time(order, len(positions)))
         self._place, self._order, self._node = place, order, node
         self._files: dict[int, tuple[int, ShardFile]] = {}
         self._epoch, self._read = epoch, self._windows(epoch, positions)

@@ -13,10 +13,19 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from shards.errors import UserError
+
 Norm: TypeAlias = Callable[[int], nn.Module]
 """Makes the batch norm for a number of channels."""
 
 IMAGE_SIZES = (32, 64, 128)
+
+
+def require_image_size(image_size: int, where: str) -> None:
+    """Raise UserError where no networks draw images of that many pixels a side, as the data set `where` has them."""
+    if image_size not in IMAGE_SIZES:
+        sizes = ", ".join(map(str, IMAGE_SIZES))
+        raise UserError(f"{where} has images of {image_size} pixels: convert to one of {sizes}")
 
 
 def hidden_layers(image_size: int) -> int:

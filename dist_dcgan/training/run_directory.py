@@ -19,6 +19,9 @@ from shards.command_line import build
 from shards.errors import UserError
 from shards.files import publish
 
+_LOCK = "run.lock"
+_HOLDER = "run.holder.json"
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -74,6 +77,16 @@ def claimed(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
     Raises UserError where another process holds it, where it holds something else than a run, or a run of another
     configuration, and where `resume` is "never" and there is a run already. Nothing is changed then.
     """
+    require_fitting(run, config, resume)
+    lock = _lock(run.path)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_fitting(run: RunDirectory, config: Config, resume: str) -> None:
+    """Raise UserError where this configuration may not go on in the folder, whoever holds it; changes nothing."""
     is_run = run.config.is_file()
     if run.path.is_dir() and not is_run and any(not entry.name.startswith("run.") for entry in run.path.iterdir()):
         raise UserError(f"run directory {run.path} holds files but no run: name an empty or new one with --run-dir")
@@ -82,11 +95,13 @@ def claimed(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
     if is_run:
         stored = build(Config, read_yaml(run.config), where=str(run.config))
         _require_equal(f"run directory {run.path} holds a run", stored, config)
-    lock = _lock(run.path)
-    try:
-        yield
-    finally:
-        lock.release()
+
+
+def require_unclaimed(run: RunDirectory) -> None:
+    """Raise UserError, with the holder, where a process holds the folder; changes nothing."""
+    with _errors(run.path):
+        if (run.path / _LOCK).exists():
+            FileLock(run.path / _LOCK, timeout=0).acquire().lock.release()
 
 
 def record(run: RunDirectory, config: Config) -> None:
@@ -116,18 +131,27 @@ def require_same_run(
 
 
 def _lock(path: Path) -> FileLock:
-    holder, lock = path / "run.holder.json", FileLock(path / "run.lock", timeout=0)
-    try:
+    lock = FileLock(path / _LOCK, timeout=0)
+    with _errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        publish(holder, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": started}).encode())
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "since": started}
+        publish(path / _HOLDER, json.dumps(who).encode())
+    return lock
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Say what keeps the folder from being held."""
+    try:
+        yield
     except Timeout:
+        holder = path / _HOLDER
         who = holder.read_text() if holder.is_file() else "an unknown process"
         raise UserError(f"run directory {path} is in use by {who}: wait for it, or name another") from None
     except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
         raise UserError(f"run directory {path} cannot be used: {error}: name another with --run-dir") from None
-    return lock
 
 
 def _require_equal(what: str, stored: Config, config: Config) -> None:

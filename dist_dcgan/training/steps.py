@@ -55,6 +55,11 @@ def dry_step(state: TrainState, image_size: int) -> None:
     state.load_values(values)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a step failed for want of memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def discriminator_step(state: TrainState, real: Tensor, fake: Tensor) -> Metrics:
     """Update D on real and generated images, as two batches with statistics of their own.
 

@@ -173,6 +173,7 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(demo_shards: Path, tmp_pa
         "steps in all:      5 (5.00 epochs)",
     ):
         assert line in output
+    assert "`python -m dist_dcgan.doctor`" in output.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 

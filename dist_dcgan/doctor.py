@@ -1,0 +1,34 @@
+"""Look whether a run will train here, before it is started: one line per check, nothing stays on any disk.
+
+python -m dist_dcgan.doctor [flags of dist_dcgan.train]
+torchrun --nproc_per_node=8 -m dist_dcgan.doctor [flags of dist_dcgan.train]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dist_dcgan.config import from_command_line
+from dist_dcgan.distributed import under_torchrun
+from dist_dcgan.preflight.examination import examine
+from dist_dcgan.preflight.findings import Finding
+from shards.command_line import run
+from shards.errors import UserError
+
+
+def main(argv: Sequence[str]) -> None:
+    """Examine and print; raises UserError where a check failed."""
+    config, invocation = from_command_line(argv, "python -m dist_dcgan.doctor")
+    found = examine(config, invocation, show)
+    failed = [thing for thing, finding in found.items() if finding.level == "FAILED"]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}")
+
+
+def show(thing: str, finding: Finding) -> None:
+    """Print one line of the table."""
+    print(f"{finding.level:8} {thing:15} {finding.text}", flush=True)
+
+
+if __name__ == "__main__":
+    run(under_torchrun(main))

@@ -1,0 +1,55 @@
+"""The checks of a preflight in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+from dist_dcgan.config import Config, Invocation
+from dist_dcgan.preflight import machine, storage, together
+from dist_dcgan.preflight.findings import Check, Finding, Subject, examine_all
+
+
+def examine(config: Config, invocation: Invocation, tell: Callable[[str, Finding], None]) -> dict[str, Finding]:
+    """Make every check and return what all ranks found, by thing; rank 0 has `tell` hear of each at once.
+
+    Nothing stays on any disk.
+    """
+    with ExitStack() as stack:
+        world, lost = together.join(config.distributed.timeout_seconds, stack)
+        subject = Subject(config, invocation, world, lost)
+        return examine_all(checks(stack), subject, tell if world.is_main else _nobody)
+
+
+def checks(stack: ExitStack) -> list[Check]:
+    """Return the checks; `stack` ends what one of them opens for later ones."""
+    step = "training step"
+    return [
+        Check("versions", machine.versions),
+        Check("requirements", machine.requirements),
+        Check("eval extra", machine.eval_extra),
+        Check("devices", machine.devices),
+        Check("threads", machine.threads),
+        Check("shared memory", machine.shared_memory),
+        Check("process group", together.process_group_found),
+        Check("all-reduce", together.all_reduce, ("process group",)),
+        Check("data set", partial(storage.data_set, stack=stack)),
+        Check("first shard", storage.first_shard, ("data set",)),
+        Check("plan", storage.plan, ("data set",)),
+        Check("shuffling", storage.shuffling, ("plan",)),
+        Check("cache", storage.cache, ("plan",)),
+        Check("run directory", storage.run_directory),
+        Check("writing", storage.writing),
+        Check("room", storage.room, ("plan",)),
+        Check("W&B", machine.wandb),
+        Check("gradients' sum", together.all_reduce_gradients, ("all-reduce", "data set")),
+        Check(step, together.training_step, ("all-reduce", "plan")),
+        Check("gradients", together.gradients, (step,)),
+        Check("parameters", together.parameters, (step,)),
+        Check("scores", together.scores, (step,)),
+    ]
+
+
+def _nobody(thing: str, finding: Finding) -> None:
+    """Do nothing: rank 0 tells."""

@@ -1,0 +1,189 @@
+"""What is installed and what the machine has."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import hashlib
+import netrc
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from dist_dcgan.preflight.findings import Finding, Subject, counted
+from dist_dcgan.training.train_state import resolve_precision
+
+_PACKAGE = "dist_dcgan"
+_SHARED_MEMORY = Path("/dev/shm")
+_SMALL_SHARED_MEMORY = 64 << 20
+
+
+def versions(subject: Subject) -> Finding:
+    """Look at Python, torch and torchvision; torch and the code of this project must be the same on all ranks."""
+    found = f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {_version('torchvision')}"
+    same = {"the version of torch": str(torch.__version__), f"the code of {_PACKAGE}": _code()}
+    try:
+        floor = metadata.metadata(_PACKAGE)["Requires-Python"] or ""
+    except metadata.PackageNotFoundError:
+        floor = ""
+    if not SpecifierSet(floor).contains(platform.python_version(), prereleases=True):
+        return Finding("FAILED", f"{found}; Python {floor} is needed: make an environment with a newer one")
+    return Finding("ok", found, same, "install the same on all nodes")
+
+
+def requirements(subject: Subject) -> Finding:
+    """Hold every package that the installed distribution asks for against its floor."""
+    try:
+        asked = _requirements("")
+    except metadata.PackageNotFoundError:
+        return Finding("warning", f"{_PACKAGE} is not installed, so what it asks for is not known: pip install -e .")
+    below = dict(_below(asked))
+    if not below:
+        return Finding("ok", f"{len(asked)} packages, none below its floor")
+    wanted = " ".join(f"'{requirement}'" for requirement in below)
+    return Finding("FAILED", f"{'; '.join(below.values())}: pip install -U {wanted}")
+
+
+def eval_extra(subject: Subject) -> Finding:
+    """Look for what scores need."""
+    try:
+        below = dict(_below(_requirements("eval")))
+    except metadata.PackageNotFoundError:
+        below = {}
+    if not below:
+        return Finding("ok", "installed")
+    lost = "no scores in training, no best generator, no dist_dcgan.evaluate"
+    return Finding("warning", f"{'; '.join(below.values())}, so {lost}: pip install -U '{_PACKAGE}[eval]'")
+
+
+def devices(subject: Subject) -> Finding:
+    """Hold the ranks of this node against its GPUs."""
+    gpus, ranks = torch.cuda.device_count(), ranks_of_node()
+    if 0 < gpus < ranks:
+        return Finding("FAILED", f"{ranks} ranks on this node, but {counted(gpus, 'GPU')}: use --nproc_per_node={gpus}")
+    device = subject.world.device
+    precision = resolve_precision(subject.config.precision, device)
+    same = {"the kind of device": "GPU" if gpus else "CPU", "precision": precision}
+    remedy = "give every node GPUs of one kind, or name one --precision"
+    if device.type == "cpu":
+        return Finding("ok", f"CPU with {counted(_cores(), 'core')}, no GPU; trains in {precision}", same, remedy)
+    properties = torch.cuda.get_device_properties(device)
+    bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
+    each = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bf16}"
+    return Finding(
+        "ok", f"{counted(gpus, 'GPU')} for {counted(ranks, 'rank')}: {each}; trains in {precision}", same, remedy
+    )
+
+
+def threads(subject: Subject) -> Finding:
+    """Hold the threads of this node's ranks against its cores."""
+    each, ranks, cores = torch.get_num_threads(), ranks_of_node(), _cores()
+    found = f"{counted(ranks, 'rank')} of {counted(each, 'thread')} on {counted(cores, 'core')}"
+    if each * ranks <= cores:
+        return Finding("ok", found)
+    enough = cores // ranks
+    remedy = f"set OMP_NUM_THREADS={enough}" if enough else f"use --nproc_per_node={cores}"
+    return Finding("warning", f"{found}: they wait for each other; {remedy}")
+
+
+def shared_memory(subject: Subject) -> Finding | None:
+    """Look at /dev/shm, over which NCCL passes data between the GPUs of a node."""
+    if sys.platform != "linux" or not _SHARED_MEMORY.is_dir():
+        return None
+    total = shutil.disk_usage(_SHARED_MEMORY).total
+    found = f"{_SHARED_MEMORY} has {total / 2**20:,.0f} MiB"
+    if total > _SMALL_SHARED_MEMORY:
+        return Finding("ok", found)
+    return Finding("warning", f"{found}, what containers get by default; several GPUs want more: --shm-size=1g")
+
+
+def wandb(subject: Subject) -> Finding | None:
+    """Say what W&B's mode comes to on rank 0; asks no server and never shows a key."""
+    if not subject.world.is_main:
+        return None
+    mode = subject.config.wandb.mode
+    if mode in ("disabled", "offline"):
+        return Finding("ok", mode)
+    source = _source_of_key()
+    if mode == "auto" and os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return Finding("ok", "disabled, as WANDB_MODE is set: --wandb offline keeps a run to sync later")
+    if source is not None:
+        return Finding("ok", f"online, with the key of {source}")
+    if mode == "auto":
+        return Finding("ok", "disabled, no key is configured: `wandb login` does, --wandb offline needs none")
+    return Finding("warning", "online, but no key is configured, so it will be turned off: `wandb login`")
+
+
+def ranks_of_node() -> int:
+    """Return the number of ranks that torchrun started on this machine, 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _code() -> str:
+    """Return some digits that stand for the files of this package: two checkouts may have one version."""
+    digest, root = hashlib.sha256(), Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(os.fsencode(path.relative_to(root)) + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _requirements(extra: str) -> list[Requirement]:
+    """Return what the distribution asks for without extras, or what one of them adds."""
+    asked = [Requirement(text) for text in metadata.requires(_PACKAGE) or ()]
+    plain = [item for item in asked if item.marker is None or item.marker.evaluate({"extra": ""})]
+    if not extra:
+        return plain
+    return [item for item in asked if item not in plain and item.marker and item.marker.evaluate({"extra": extra})]
+
+
+def _below(asked: list[Requirement]) -> Iterator[tuple[str, str]]:
+    """Yield what pip is to be asked for, and what is wrong, of each package that is missing or too old."""
+    for requirement in asked:
+        found = _version(requirement.name)
+        wanted = f"{requirement.name}{requirement.specifier}"
+        if found == "missing":
+            yield wanted, f"{requirement.name} is missing"
+        elif not requirement.specifier.contains(found, prereleases=True):
+            yield wanted, f"{requirement.name} is {found}, {requirement.specifier} is needed"
+
+
+def _source_of_key() -> str | None:
+    """Return where W&B finds a key, in its order: the environment, its settings, .netrc."""
+    for variable in ("WANDB_IDENTITY_TOKEN_FILE", "WANDB_API_KEY"):
+        if os.environ.get(variable):
+            return variable
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+    settings = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(OSError, UnicodeDecodeError, configparser.Error):  # W&B passes such a file over, too
+        settings.read([folder / "settings", Path("wandb", "settings")])
+    if settings.get("default", "api_key", fallback=""):
+        return "its settings"
+    server = os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback="https://api.wandb.ai")
+    named = os.environ.get("NETRC")
+    for path in [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            if path.is_file() and netrc.netrc(path).authenticators(str(urlsplit(server).hostname)):
+                return str(path)
+        except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
+            continue
+    return None

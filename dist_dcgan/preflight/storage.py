@@ -1,0 +1,229 @@
+"""The data set, and the disks that a run writes to. Nothing that is written to try them stays."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from dist_dcgan.config import Config, Plan, make_plan, to_yaml
+from dist_dcgan.data.opening import open_place
+from dist_dcgan.data.order import SampleOrder
+from dist_dcgan.data.places import Place
+from dist_dcgan.data.supply import shards_at_a_time
+from dist_dcgan.distributed import world_size_of_launch
+from dist_dcgan.models.networks import Discriminator, Generator, require_image_size
+from dist_dcgan.preflight.findings import Finding, Subject, counted
+from dist_dcgan.training.checkpoint import load_newest
+from dist_dcgan.training.run_directory import RunDirectory, require_fitting, require_same_run, require_unclaimed
+from shards.errors import UserError
+from shards.files import check_room, publish
+
+_PROBE = ".dist_dcgan-doctor-"
+_FEW_BATCHES = 10
+
+
+def data_set(subject: Subject, stack: ExitStack) -> Finding:
+    """Read the manifest and look at the files, as training does; what is to be cached goes where `stack` removes it."""
+    options = subject.config.data
+    if options.cache_dir is not None:
+        folder = stack.enter_context(probe_folder(options.cache_dir))
+        options = options.model_copy(update={"cache_dir": folder / "cache"})
+    place = open_place(options)
+    manifest = place.manifest
+    require_image_size(manifest.image_size, str(options.path))
+    subject.place = place
+    digest = manifest.digest()[:12]
+    shards = counted(len(manifest.shards), "shard")
+    found = f"{manifest.samples:,} images of {manifest.image_size} pixels in {shards}, digest {digest}"
+    same = {"the digest of the data set": digest}
+    return Finding("ok", found, same, "copy one data set to all nodes")
+
+
+def first_shard(subject: Subject) -> Finding | None:
+    """Read the shard that training begins with, on one rank of each node, against its SHA-256."""
+    if subject.world.local_rank != 0:
+        return None
+    place = _place(subject)
+    shard = _order(subject).window(0).shards[0]
+    started = time.perf_counter()
+    place.ready(shard)
+    seconds = time.perf_counter() - started
+    entry = place.manifest.shards[shard]
+    rate = entry.bytes / 1e6 / seconds
+    return Finding("ok", f"{entry.name} matches its SHA-256: {entry.bytes / 1e6:,.1f} MB at {rate:,.0f} MB/s")
+
+
+def plan(subject: Subject) -> Finding:
+    """Divide the data set and the batch among the ranks."""
+    config, invocation = subject.config, subject.invocation
+    made = make_plan(config, world_size_of_launch(invocation.world_size), _place(subject).manifest.samples)
+    subject.plan = made
+    found = (
+        f"{made.total_steps:,} steps of {made.global_batch} images, {made.batch_per_rank} per rank; "
+        f"{made.steps_per_epoch:,} steps an epoch"
+    )
+    same = {"the configuration": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12]}
+    return Finding("ok", found, same, "start all nodes with the same flags")
+
+
+def shuffling(subject: Subject) -> Finding:
+    """Say among how many images the order is random."""
+    order, made = _order(subject), _plan(subject)
+    shards = order.window(0).shards
+    images = sum(_place(subject).manifest.shards[shard].samples for shard in shards)
+    found = f"among {images:,} images at a time ({counted(len(shards), 'shard')})"
+    everything = len(shards) == len(_place(subject).manifest.shards)
+    if everything or images >= _FEW_BATCHES * made.global_batch:
+        return Finding("ok", found)
+    return Finding("ok", f"{found}, few batches of {made.global_batch}: a larger --data.window-shards shuffles better")
+
+
+def cache(subject: Subject) -> Finding | None:
+    """Try the disk of the cache, on one rank of each node."""
+    folder, gigabytes = subject.config.data.cache_dir, subject.config.data.cache_gb
+    if folder is None or subject.world.local_rank != 0:
+        return None
+    place = _place(subject)
+    place.require_room(shards_at_a_time(_order(subject), _plan(subject).global_batch))
+    try_writing(folder)
+    total = sum(entry.bytes for entry in place.manifest.shards)
+    staged = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    required = max(min(round(gigabytes * 1e9), total) - staged, 0)
+    require_room(folder, required, "the cache takes", "a smaller --data.cache-gb, or another --data.cache-dir")
+    return Finding("ok", f"{folder} can be written and has room for {required / 1e9:,.3g} GB")
+
+
+def run_directory(subject: Subject) -> Finding | None:
+    """Look whether this run may begin or go on in its folder, on rank 0, which alone writes there."""
+    if not subject.world.is_main:
+        return None
+    run = RunDirectory(subject.config.run_dir)
+    require_fitting(run, subject.config, subject.invocation.resume)
+    require_unclaimed(run)
+    newest = load_newest(run.checkpoints)
+    if newest is None:
+        return Finding("ok", f"{run.path} is free for a new run")
+    if subject.place is not None and subject.plan is not None:
+        digest = subject.place.manifest.digest()
+        require_same_run(run, subject.config, subject.plan.global_batch, digest, newest.values)
+    return Finding("ok", f"{run.path} holds this run, which goes on from step {newest.values['step']:,}")
+
+
+def writing(subject: Subject) -> Finding | None:
+    """Try the disk of the run directory, on rank 0."""
+    if not subject.world.is_main:
+        return None
+    try:
+        folder = try_writing(subject.config.run_dir)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"run directory {subject.config.run_dir} cannot be used: {reason}: name another with --run-dir"
+        ) from None
+    return Finding("ok", f"files can be written, renamed, locked and removed in {folder}")
+
+
+def room(subject: Subject) -> Finding | None:
+    """Hold the disk of the run directory against what the run keeps there, on rank 0."""
+    if not subject.world.is_main:
+        return None
+    run, config = RunDirectory(subject.config.run_dir), subject.config
+    image_size, steps = _place(subject).manifest.image_size, _plan(subject).total_steps
+    each, exports = checkpoint_bytes(config, image_size), export_bytes(config, image_size)
+    # One more than are kept, for the next is whole before the oldest goes.
+    kept = config.checkpoint.keep + 1 + steps // (config.checkpoint.keep_every_steps or steps + 1)
+    there = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
+    required = max(kept * each - there, each) + exports
+    purpose = f"{kept} checkpoints of {each:,} bytes and the generator take"
+    require_room(run.path, required, purpose, "a smaller --checkpoint.keep, or another --run-dir")
+    return Finding("ok", f"for {kept} checkpoints of {each / 1e6:,.1f} MB and the generator, twice")
+
+
+def checkpoint_bytes(config: Config, image_size: int) -> int:
+    """Return the bytes of the tensors of a checkpoint: both networks, the averaged generator, Adam's moments."""
+    generator, discriminator = _networks(config, image_size)
+    total = 2 * _bytes(generator) + _bytes(discriminator)
+    for network in (generator, discriminator):
+        step_bytes = 4  # Adam counts its steps per parameter, in float32
+        total += sum(2 * parameter.nbytes + step_bytes for parameter in network.parameters())
+    return total
+
+
+def export_bytes(config: Config, image_size: int) -> int:
+    """Return the bytes of the two generators beside the checkpoints, the latest and the best."""
+    return 2 * _bytes(_networks(config.model_copy(update={"precision": "fp32"}), image_size)[0])
+
+
+def gradient_elements(config: Config, image_size: int) -> int:
+    """Return the number of gradients that a step adds up over the ranks."""
+    return sum(parameter.numel() for network in _networks(config, image_size) for parameter in network.parameters())
+
+
+def try_writing(path: Path) -> Path:
+    """Write, sync, rename, lock and remove a file where `path` lies; returns the folder.
+
+    Raises OSError or UserError where that is not to be had.
+    """
+    with probe_folder(path) as folder:
+        publish(folder / "probe", b"written by dist_dcgan.doctor\n")
+        (folder / "probe").unlink()
+        try:
+            with FileLock(folder / "lock", timeout=0):
+                try:
+                    with FileLock(folder / "lock", timeout=0, is_singleton=False):
+                        raise UserError(f"file locks hold nobody off in {folder.parent}: use another file system")
+                except Timeout:
+                    pass  # as it should be
+        except NotImplementedError:
+            raise UserError(f"there are no file locks in {folder.parent}: use another file system") from None
+        return folder.parent
+
+
+@contextmanager
+def probe_folder(path: Path) -> Iterator[Path]:
+    """Make a folder in `path` or the nearest folder above it that exists, and remove it with all that is in it."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    with tempfile.TemporaryDirectory(prefix=_PROBE, dir=existing, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def require_room(folder: Path, required: int, purpose: str, remedy: str) -> None:
+    """Raise UserError, with the remedy, where the disk of a folder has less room."""
+    try:
+        check_room(folder, required, purpose)
+    except UserError as error:
+        raise UserError(f"{error}: use {remedy}") from None
+
+
+def _networks(config: Config, image_size: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return both networks with shapes and no memory."""
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    with torch.device("meta"):
+        generator = Generator(config.width, image_size, config.model.latent_dim, config.model.kernel_size)
+        discriminator = Discriminator(config.width, image_size, config.model.kernel_size)
+    return generator.to(dtype), discriminator.to(dtype)
+
+
+def _bytes(network: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
+
+
+def _order(subject: Subject) -> SampleOrder:
+    return SampleOrder(_place(subject).manifest, subject.config.seed, subject.config.data.window_shards)
+
+
+def _place(subject: Subject) -> Place:
+    assert subject.place is not None
+    return subject.place
+
+
+def _plan(subject: Subject) -> Plan:
+    assert subject.plan is not None
+    return subject.plan

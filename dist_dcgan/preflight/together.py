@@ -1,0 +1,206 @@
+"""What the ranks do together: meet, add up, and take a step of the training that is to come."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.distributed import World, process_group
+from dist_dcgan.preflight.findings import Finding, Subject, counted, gather
+from dist_dcgan.preflight.machine import ranks_of_node
+from dist_dcgan.preflight.storage import gradient_elements
+from dist_dcgan.random_streams import normal, stream_seed
+from dist_dcgan.training.quality import QualityMeter
+from dist_dcgan.training.run_directory import RunDirectory
+from dist_dcgan.training.steps import is_out_of_memory, train_step
+from dist_dcgan.training.train_state import TrainState
+from shards.errors import UserError
+
+_SMALL_ELEMENTS = 256
+_SMALL_REPEATS = 20
+_LARGE_REPEATS = 3
+_STEPS = 2
+_STEPS_FP16 = 17
+"""Until the loss scale has come down from 2**16 to 1, where it must."""
+
+
+def join(timeout_seconds: float, stack: ExitStack) -> tuple[World, str | None]:
+    """Join the other ranks until `stack` ends; where that fails, stand alone and return why."""
+    try:
+        return stack.enter_context(process_group(timeout_seconds, _device_type(timeout_seconds))), None
+    except (RuntimeError, ValueError, OSError, UserError) as error:  # torch's own are RuntimeErrors
+        rank, local_rank, world_size = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+        )
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        return World(rank, local_rank, world_size, torch.device("cpu")), reason
+
+
+def process_group_found(subject: Subject) -> Finding:
+    """Say who is there."""
+    world = subject.world
+    if subject.lost is not None:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return Finding(
+            "FAILED",
+            f"{world.world_size} ranks do not find each other at {where}: {subject.lost}: is every node started, "
+            "is the port open, does GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) name the network between them?",
+        )
+    hosts = list(dict.fromkeys(gather(world, socket.gethostname())))
+    shown = ", ".join(hosts[:8]) + (", …" if len(hosts) > 8 else "")
+    backend = "NCCL" if world.device.type == "cuda" else "gloo"
+    found = f"{counted(world.world_size, 'rank')} on {counted(len(hosts), 'host')} ({shown}) over {backend}"
+    return Finding("ok", found)
+
+
+def all_reduce(subject: Subject) -> Finding:
+    """Add up 1 KB over all ranks."""
+    return Finding("ok", f"1 KB in {1000 * _seconds_of_sum(subject.world, _SMALL_ELEMENTS, _SMALL_REPEATS):.2f} ms")
+
+
+def all_reduce_gradients(subject: Subject) -> Finding:
+    """Add up as much as a step does."""
+    assert subject.place is not None
+    elements = gradient_elements(subject.config, subject.place.manifest.image_size)
+    seconds = _seconds_of_sum(subject.world, elements, _LARGE_REPEATS)
+    return Finding("ok", f"{4 * elements / 1e6:,.1f} MB, the gradients of a step, in {1000 * seconds:,.1f} ms")
+
+
+def training_step(subject: Subject) -> Finding:
+    """Build networks and optimizers as training does and take some steps on random images, timing the last."""
+    assert subject.place is not None and subject.plan is not None
+    world, made = subject.world, subject.plan
+    seconds = 0.0
+    try:
+        state = TrainState(subject.config, made, world, subject.place.manifest.image_size)
+        for _ in range(_STEPS_FP16 if state.precision == "fp16" else _STEPS):
+            images = _random_images(state, subject.place.manifest.image_size)
+            started = _now(world)
+            train_step(state, images)
+            seconds = _now(world) - started
+        state.assert_equal_strides()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory with {made.batch_per_rank} images per rank at width {subject.config.width}: use more "
+            f"ranks, or a smaller --global-batch or --width ({str(error).splitlines()[0]})"
+        ) from None
+    subject.state = state
+    rate = made.global_batch / seconds
+    return Finding("ok", f"{seconds:.3f} s, {rate:,.0f} images/s over all ranks; peak memory {_peak(world)}")
+
+
+def gradients(subject: Subject) -> Finding:
+    """Look whether every parameter got a finite gradient, the same on all ranks."""
+    assert subject.state is not None
+    found: dict[str, Tensor] = {}
+    for prefix, network in (("generator", subject.state.generator), ("discriminator", subject.state.discriminator)):
+        for name, parameter in network.named_parameters():
+            if parameter.grad is None:
+                return Finding("FAILED", f"{prefix}.{name} got no gradient: a part of the network is cut off")
+            if not torch.isfinite(parameter.grad).all():
+                return Finding("FAILED", f"the gradient of {prefix}.{name} is not finite: use --precision fp32")
+            found[f"the gradient of {prefix}.{name}"] = parameter.grad
+    return _equal(found, subject.world)
+
+
+def parameters(subject: Subject) -> Finding:
+    """Look whether all that a checkpoint holds is the same on all ranks after these steps."""
+    assert subject.state is not None
+    return _equal({f"after a step, {name}": tensor for name, tensor in subject.state.tensors().items()}, subject.world)
+
+
+def scores(subject: Subject) -> Finding:
+    """Load what scores images while training; every rank takes part."""
+    assert subject.state is not None and subject.place is not None
+    QualityMeter(subject.state, ShardReader(subject.place), RunDirectory(subject.config.run_dir))
+    options = subject.config.quality
+    if subject.state.plan.total_steps * subject.state.plan.global_batch < options.every_images:
+        return Finding("ok", f"none: the run ends before {options.every_images:,} images")
+    return Finding("ok", f"every {options.every_images:,} images, by extractor {options.extractor}")
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """Return some digits that stand for the bits of a tensor, whatever its memory format."""
+    content = tensor.detach().cpu().reshape(-1).view(torch.uint8)  # in the order of indices
+    return hashlib.sha256(content.numpy().tobytes()).hexdigest()[:12]
+
+
+def _equal(tensors: Mapping[str, Tensor], world: World) -> Finding:
+    equal = f", equal to the bit on {world.world_size} ranks" if world.world_size > 1 else ""
+    same = {name: fingerprint(tensor) for name, tensor in tensors.items()}
+    remedy = "its GPU, memory or network is at fault, or its software: take that node out and try again"
+    return Finding("ok", f"{len(same)} tensors{equal}", same, remedy)
+
+
+def _random_images(state: TrainState, image_size: int) -> Tensor:
+    key = stream_seed(state.config.seed, "preflight", state.step)
+    noise = normal(key, state.slots, 3 * image_size * image_size, state.world.device).clamp_(-1, 1)
+    return noise.view(-1, image_size, image_size, 3).permute(0, 3, 1, 2).to(state.dtype)
+
+
+def _seconds_of_sum(world: World, elements: int, repeats: int) -> float:
+    """Return the median time of an all-reduce; raises UserError where a sum is wrong."""
+    expected = world.world_size * (world.world_size + 1) / 2
+    seconds = []
+    for _ in range(1 + repeats):  # the first makes connections
+        content = torch.full((elements,), world.rank + 1.0, device=world.device)
+        started = _now(world)
+        dist.all_reduce(content)
+        seconds.append(_now(world) - started)
+        wrong = int((content != expected).sum())
+        if wrong:
+            example = content[content != expected][0]
+            raise UserError(
+                f"{wrong:,} of {elements:,} sums over the ranks are wrong, such as {example} for {expected}: "
+                "the network, a GPU or its driver is at fault"
+            )
+    return sorted(seconds[1:])[repeats // 2]
+
+
+def _now(world: World) -> float:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    return time.perf_counter()
+
+
+def _peak(world: World) -> str:
+    """Return the most memory so far: what torch took of the GPU, or the whole process."""
+    if world.device.type == "cuda":
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        return f"{torch.cuda.max_memory_allocated(world.device) / 2**30:.2f} of {total / 2**30:.0f} GiB a GPU"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB a process"
+
+
+def _device_type(timeout_seconds: float) -> str:
+    """Return cuda where every node has a GPU for each of its ranks, else cpu, the same on all ranks.
+
+    They must agree before they join, or those with GPUs would wait for the others over NCCL; torchrun's store serves.
+    """
+    lacks = torch.cuda.device_count() < ranks_of_node()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return "cpu" if lacks else "cuda"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=timeout_seconds)
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    topic = f"dist_dcgan.doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store.add(f"{topic}/lacking", int(lacks))
+    if store.add(f"{topic}/here", 1) == int(os.environ["WORLD_SIZE"]):
+        store.set(f"{topic}/complete", "")
+    store.wait([f"{topic}/complete"], timeout)
+    return "cpu" if store.add(f"{topic}/lacking", 0) else "cuda"
