@@ -1,0 +1,119 @@
+"""Ranks that start together, whoever started before them, and name whoever ends, fails or hangs."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_dcgan.distributed import process_group
+from dist_dcgan.peers import meet_in
+from shards.errors import OneRankError
+from tests.commands import environment, run
+from tests.ranks import run_ranks
+
+TIMEOUT = 5.0
+
+
+def what_a_rank_hears(kind: str) -> str:
+    """Have something happen to rank 1 between two collectives; return what the others raise."""
+    try:
+        with process_group(TIMEOUT, "cpu") as world:
+            dist.all_reduce(torch.ones(1))
+            if world.rank == 1 and kind == "failed":
+                raise ValueError("it cannot go on.\nBecause")
+            if world.rank == 1 and kind == "late":
+                time.sleep(TIMEOUT + 1)
+            dist.all_reduce(torch.ones(1))
+        return "nothing"
+    except OneRankError as error:
+        return str(error)
+    except ValueError:
+        return "mine"
+
+
+def test_a_rank_that_fails_is_named_with_its_error() -> None:
+    heard = run_ranks(3, what_a_rank_hears, "failed")
+    assert heard[1] == "mine"
+    for rank in (0, 2):
+        assert re.match(
+            rf"rank {rank} of 3 cannot go on: rank 1 on \S+ \(process \d+\) failed: ValueError: it cannot go on\. \(",
+            heard[rank],
+        )
+
+
+def test_a_rank_that_is_late_is_not_killed() -> None:
+    """All answer: nobody is to blame."""
+    for heard in run_ranks(2, what_a_rank_hears, "late"):
+        assert "cannot go on: a collective took too long, or a connection broke" in heard
+
+
+def test_healthy_ranks_hear_nothing() -> None:
+    assert run_ranks(3, what_a_rank_hears, "") == ["nothing"] * 3
+
+
+def rooms(word: str) -> list[str]:
+    """Meet three times in one store; return what a rank finds where rank 0 left a word."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world_size = next(rendezvous("env://"))
+    found = []
+    for start in range(3):
+        room = meet_in(store, rank, world_size, 30)
+        if rank == 0:
+            time.sleep(0.3 * (start == 1))  # the others look earlier than it writes
+            room.set("word", f"{word} {start}")
+        found.append(room.get("word").decode())
+    return found
+
+
+def test_each_start_finds_its_own_words_in_a_store_that_stays() -> None:
+    assert run_ranks(3, rooms, "hello") == [["hello 0", "hello 1", "hello 2"]] * 3
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    with pytest.raises(OneRankError, match=r"rank 0 waits in vain for ranks \[1, 2\]"):
+        meet_in(dist.HashStore(), 0, 3, 0.1)  # type: ignore[attr-defined]
+
+
+RESTARTED = """
+import os, signal, sys
+from dist_dcgan.distributed import process_group, under_torchrun
+from shards.command_line import run
+from shards.errors import UserError
+import torch, torch.distributed as dist
+
+def main(argv):
+    with process_group(20, "cpu") as world:
+        dist.all_reduce(torch.ones(1))
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if argv[0] == "mistake":
+                raise UserError("a mistake of the user")
+            if world.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+    print("ended well", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
+
+run(under_torchrun(main))
+"""
+
+
+@pytest.mark.parametrize("kind", ["killed", "mistake"])
+def test_ranks_that_died_are_started_again_and_a_mistake_is_not(kind: str, tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RESTARTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    env = environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = run([*torchrun, str(script), kind], env=env)
+    if kind == "killed":
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("ended well 1") == 2  # at the first attempt: it met no addresses of the ranks before
+    else:
+        assert done.returncode != 0
+        assert done.stderr.count("error: a mistake of the user") == 1
+        assert "ended well" not in done.stdout

@@ -1,0 +1,31 @@
+"""The short part of the fault bench (`python -m tests.faults`), without its limits of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.__main__ import make_bench
+from tests.faults.scenarios import Bench, Scenario, scenarios
+
+SHORT = [scenario for scenario in scenarios() if scenario.always]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A bench whose undisturbed runs are made once."""
+    return make_bench(tmp_path_factory.mktemp("faults"))._replace(limits=False)
+
+
+@pytest.mark.parametrize("scenario", SHORT, ids=[f"{scenario.row}: {scenario.name}" for scenario in SHORT])
+def test_nothing_is_lost(scenario: Scenario, bench: Bench, tmp_path: Path) -> None:
+    found = scenario.check(bench, tmp_path)
+    if found.startswith("not tried"):
+        pytest.skip(found)
+
+
+def test_the_bench_holds_every_promise_of_the_table() -> None:
+    rows = {scenario.row for scenario in SHORT}
+    assert rows == {scenario.row for scenario in scenarios()}
+    assert len({scenario.name for scenario in scenarios()}) == len(scenarios())
