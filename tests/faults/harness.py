@@ -100,8 +100,8 @@ class Outcome:
 
     def seconds_to_next_step(self) -> float:
         """Seconds from the first fault to the first step that begins after it in new processes."""
-        later = [row["time"] for row in self.steps() if row["time"] > self.fault_time()]
-        return min(later) - self.fault_time()
+        first = self.steps()[0]["pid"]
+        return next(row["time"] for row in self.steps() if row["pid"] != first) - self.fault_time()
 
     def repeated_steps(self) -> int:
         """How many steps were begun more than once."""

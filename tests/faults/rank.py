@@ -59,7 +59,9 @@ class Injector:
     def used(self, step: int, samples: list[int]) -> None:
         """Note the samples of a step, counted from 1, which begins."""
         self.step = step
-        self._samples.write(json.dumps({"step": step, "time": time.time(), "samples": samples}) + "\n")
+        self._samples.write(
+            json.dumps({"step": step, "time": time.time(), "pid": os.getpid(), "samples": samples}) + "\n"
+        )
 
     def holds(self, step: int, tensors: Mapping[str, Any]) -> None:
         """Note the digest of everything that this rank has after a step."""
