@@ -29,15 +29,16 @@ from shards.manifest import Manifest
 
 def train(config: Config, plan: Plan, place: Place, resume_mode: str) -> None:
     """Train until the last step or a stop signal; every rank calls it with the same arguments."""
-    with StopRequest() as stop, process_group(config.distributed.timeout_seconds) as world:
-        train_in(world, stop, config, plan, place, resume_mode)
+    with process_group(config.distributed.timeout_seconds) as world:
+        train_in(world, config, plan, place, resume_mode)
 
 
-def train_in(world: World, stop: StopRequest, config: Config, plan: Plan, place: Place, resume_mode: str) -> None:
+def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode: str) -> None:
     """Train as one rank of `world`."""
     manifest = place.manifest
     with ExitStack() as stack:
         # Agree on the data set and claim the run directory.
+        stop = stack.enter_context(StopRequest())
         require_same(manifest.digest(), f"the data set at {config.data.path}")
         run = RunDirectory(config.run_dir)
         from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
@@ -80,7 +81,6 @@ def train_in(world: World, stop: StopRequest, config: Config, plan: Plan, place:
                 break
 
         # Leave the generator and the curves.
-        stop.settle()
         from_rank_zero(lambda: finish(state, run, saver, manifest))
 
 

@@ -14,9 +14,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopRequest:
     """Turns signals into a flag that all ranks see at the same step.
 
-    The handler only sets the flag, from before the ranks meet until after they have parted. `agreed` reduces the flags
-    of all ranks over the CPU backend and reads the result one step later, so that it waits neither for the peers nor
-    for the GPU.
+    The handler only sets the flag. `agreed` reduces the flags of all ranks over the CPU backend and reads the result
+    one step later, so that it waits neither for the peers nor for the GPU. Before the ranks have met there is nothing
+    to save, and a signal just ends the process.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._reduction is not None:
+            self._reduction.wait()
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -43,11 +45,6 @@ class StopRequest:
         self._flag = torch.tensor([float(self._requested)])
         self._reduction = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
         return stopping
-
-    def settle(self) -> None:
-        """Wait for what `agreed` has begun; to be called before the ranks part."""
-        if self._reduction is not None:
-            self._reduction.wait()
 
     def request(self) -> None:
         """Ask for a stop, as a signal does."""

@@ -34,7 +34,6 @@ from dist_dcgan.training import loop
 from dist_dcgan.training.checkpoint import Retention, save_checkpoint
 from dist_dcgan.training.ema import update_ema
 from dist_dcgan.training.steps import Metrics, train_step
-from dist_dcgan.training.stopping import StopRequest
 from dist_dcgan.training.train_state import TrainState
 from shards.command_line import Options, build, parse_flags, run
 from shards.convert import convert
@@ -191,7 +190,7 @@ def seconds_between_steps(config: Config, world: World) -> float:
         config = Config.model_validate(config.model_dump(exclude={"data", "run_dir", "max_steps"}) | paths)
         plan = make_plan(config, 1, manifest.samples)
         with mock.patch.object(loop, "train_step", stamped_step), contextlib.redirect_stderr(io.StringIO()):
-            loop.train_in(world, StopRequest(), config, plan, Folder(config.data.path), "never")
+            loop.train_in(world, config, plan, Folder(config.data.path), "never")
     real_steps = stamps[1:]  # the first is the dry step
     return statistics.mean(after[0] - before[1] for before, after in pairwise(real_steps))
 

@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 
 def steps_until_stopped(asked_rank: int) -> list[int]:
     """Take up to 20 uneven steps; the asked rank gets a signal in its sixth. Return the steps taken."""
-    with StopRequest() as stop, process_group(60, "cpu") as world:
+    with process_group(60, "cpu") as world, StopRequest() as stop:
         steps = []
         for step in range(20):
             time.sleep(0.01 * world.rank)
@@ -29,7 +29,6 @@ def steps_until_stopped(asked_rank: int) -> list[int]:
             steps.append(step)
             if stop.agreed():
                 break
-        stop.settle()
         return steps
 
 

@@ -176,7 +176,11 @@ def main() -> None:
 
         return wrapped
 
-    publish, save = checkpoint.publish, loop.save
+    publish, save, process_group = checkpoint.publish, loop.save, loop.process_group
+
+    def meet(*arguments: Any) -> Any:
+        injector.reach("start", 0)
+        return process_group(*arguments)
 
     def save_noting(state: Any, *arguments: Any) -> None:
         injector.holds(state.step, state.tensors())
@@ -190,6 +194,7 @@ def main() -> None:
     patches = [
         mock.patch.object(loop, "to_images", begin_step),
         mock.patch.object(loop, "save", save_noting),
+        mock.patch.object(loop, "process_group", meet),
         mock.patch.object(steps, "discriminator_step", reaching("D step", steps.discriminator_step)),
         mock.patch.object(steps, "generator_step", reaching("G step", steps.generator_step)),
         mock.patch.object(quality, "extract", reaching("evaluation", quality.extract)),
@@ -198,11 +203,7 @@ def main() -> None:
     for patch in patches:
         patch.start()
 
-    def started(argv: Any) -> None:
-        injector.reach("start", 0)
-        train.main(argv)
-
-    run(under_torchrun(started))
+    run(under_torchrun(train.main))
 
 
 if __name__ == "__main__":

@@ -176,9 +176,8 @@ def stopped(bench: Bench, folder: Path, fault: Fault) -> str:
     assert outcome.faults() == 1
     assert outcome.repeated_steps() == 0, outcome.repeated_steps()
     assert outcome.starts[0].survivors == []
-    if fault.place != "import":  # until torch is there nothing has begun, and the process just ends
-        assert len(outcome.starts) == 2
-        assert "going on after step" in outcome.starts[1].output or fault.place == "start"
+    if fault.step:  # before the first there is nothing to save, and the process just ends
+        assert len(outcome.starts) == 2 and "going on after step" in outcome.starts[1].output
     seconds = outcome.starts[0].ended - outcome.fault_time()
     return f"0 steps lost, ended after {seconds:.1f} s"
 
