@@ -73,8 +73,10 @@ class Peers:
         """Return what ended the collective that broke on this rank.
 
         A rank of this machine that does not answer is killed, so that torchrun need not wait for it. Takes some seconds
-        at most, whatever state the others are in.
+        at most, whatever state the others are in. From now on SIGTERM is ignored: torchrun sends it as soon as one rank
+        has ended, and this one is to say why.
         """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         found: list[str] = []
         self._ask(lambda: found.extend(self._explain()))
         return "; ".join(found) or "a collective took too long, or a connection broke"
