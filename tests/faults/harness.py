@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,13 +116,11 @@ def run(
     flags: Flags = (),
     ranks: int = 2,
     most_starts: int = MOST_STARTS,
-    before_start: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Start the same command until the run has ended well, or as often as is allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     outcome = Outcome(folder)
     for _ in range(most_starts):
-        before_start()
         outcome.starts.append(launch(folder, command(data, folder / "run", *flags), faults, ranks))
         if outcome.starts[-1].code == 0 and not (outcome.run_dir / "STOPPED").exists():
             break
