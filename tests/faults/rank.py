@@ -66,7 +66,9 @@ class Injector:
 
     def holds(self, step: int, tensors: Mapping[str, Any]) -> None:
         """Note the digest of everything that this rank has after a step, and all should have."""
-        shared = {name: tensor for name, tensor in tensors.items() if not re.match(r"generator_ema.*(running|tracked)", name)}
+        shared = {
+            name: tensor for name, tensor in tensors.items() if not re.match(r"generator_ema.*(running|tracked)", name)
+        }
         digest = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in shared.values()))
         with (self._log / f"holds-{self._rank}.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "sha256": digest.hexdigest()}) + "\n")

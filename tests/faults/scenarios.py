@@ -397,6 +397,7 @@ def damages() -> Iterator[Scenario]:
             "checkpoint damaged or foreign",
             name,
             lambda bench, folder, damage=damage: passed_over(bench, folder, damage),
+            always=damage in (_flip, _pickle),
         )
     yield Scenario("checkpoint damaged or foreign", "of another configuration", of_another_configuration)
     yield Scenario("checkpoint damaged or foreign", "all of them damaged", none_sound)

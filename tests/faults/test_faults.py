@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.__main__ import make_bench
+from tests.faults.harness import golden, require_golden, run
 from tests.faults.scenarios import Bench, Scenario, scenarios
 
 SHORT = [scenario for scenario in scenarios() if scenario.always]
@@ -23,6 +24,14 @@ def test_nothing_is_lost(scenario: Scenario, bench: Bench, tmp_path: Path) -> No
     found = scenario.check(bench, tmp_path)
     if found.startswith("not tried"):
         pytest.skip(found)
+
+
+def test_another_run_is_not_taken_for_the_undisturbed_one(bench: Bench, tmp_path: Path) -> None:
+    other = run(tmp_path, bench.data, flags=["--seed", 1])
+    undisturbed = golden(bench.work, bench.data)
+    assert other.samples() != undisturbed.samples() and other.state() != undisturbed.state()
+    with pytest.raises(AssertionError):
+        require_golden(other, undisturbed)
 
 
 def test_the_bench_holds_every_promise_of_the_table() -> None:
