@@ -220,14 +220,14 @@ def hangs_at_a_step(bench: Bench, folder: Path) -> str:
     assert "cannot go on: rank 1 on" in outcome.output and "does not answer and is killed" in outcome.output
     seconds = with_no_restart.ended - outcome.fault_time()
     assert seconds <= SHORT_TIMEOUT + 5 or not bench.limits, f"ended after {seconds:.1f} s"
-    outcome.starts += run(folder, bench.data, flags=flags).starts
+    outcome.starts += run(folder, bench.data).starts
     require_golden(outcome, golden(bench.work, bench.data))
     return f"named, ended {seconds:.1f} s after it at a timeout of {SHORT_TIMEOUT} s"
 
 
 def restarts_after_a_hang(bench: Bench, folder: Path) -> str:
     """The launcher goes on by itself."""
-    flags = ("--distributed.timeout-seconds", SHORT_TIMEOUT)
+    flags = ("--distributed.timeout-seconds", 2 * SHORT_TIMEOUT)
     outcome = run(folder, bench.data, [Fault("SIGSTOP", "save", 8, 0)], flags, most_starts=1)
     require_golden(outcome, golden(bench.work, bench.data))
     assert "rank 0 on" in outcome.output and "does not answer and is killed" in outcome.output

@@ -20,7 +20,7 @@ def soak(bench: Bench, folder: Path) -> str:
     """Let all of them happen, with no more than the same command; it must end as if nothing had."""
     faults = list(draw())
     steps = FAULTS * STEPS_BETWEEN + 4
-    flags = ("--max-steps", steps, "--distributed.timeout-seconds", SHORT_TIMEOUT, "--checkpoint.every-steps", 4)
+    flags = ("--max-steps", steps, "--distributed.timeout-seconds", 2 * SHORT_TIMEOUT, "--checkpoint.every-steps", 4)
     outcome = Outcome(folder, run(folder, bench.data, faults, flags, most_starts=2 * FAULTS).starts)
     require_golden(outcome, golden(bench.work, bench.data, flags=("--max-steps", steps)))
     assert outcome.faults() == FAULTS
