@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_dcgan import distributed
 from dist_dcgan.config import Config, Invocation, make_plan
 from dist_dcgan.data.places import Folder
 from dist_dcgan.distributed import World, process_group
@@ -476,6 +477,7 @@ def test_ranks_that_do_not_find_each_other_are_told_and_the_rest_is_checked(
     variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "MEETING_SECONDS", 1.0)
     found = examined(demo_shards, tmp_path / "run", timeout_seconds=1)
     assert found["process group"].level == "FAILED"
     assert found["process group"].text.startswith("2 ranks do not find each other at 127.0.0.1:0: ")
