@@ -74,11 +74,11 @@ class Injector:
             file.write(json.dumps({"step": step, "sha256": digest.hexdigest()}) + "\n")
 
     def reach(self, place: str, step: int | None = None) -> None:
-        """Have happen what is to happen here."""
+        """Have happen the next of what is to happen here."""
         step = self.step if step is None else step
         for index, fault in self._faults.items():
             if (fault.place, fault.step) == (place, step) and self._is_first(index):
-                ACTS[fault.act]()
+                return ACTS[fault.act]()
 
     def _is_first(self, index: int) -> bool:
         try:

@@ -8,7 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from tests.faults.rank import Fault
 
 STOPS = ("SIGTERM to a rank", "SIGUSR1 to a rank", "SIGTERM to torchrun", "SIGUSR1 to torchrun")
 SHORT_TIMEOUT = 5
-EVALUATION: Flags = ("--quality.extractor", "efficientnet-lite0", "--quality.every-images", 48)
+EVALUATION: Flags = ("--quality.extractor", "efficientnet-lite0", "--quality.every-images", 16)
 EVALUATION = (*EVALUATION, "--quality.fakes", 16, "--quality.reals", 16)
 
 
@@ -161,32 +161,38 @@ def dies_within_a_save(bench: Bench, folder: Path) -> str:
 
 
 def stops() -> Iterator[Scenario]:
-    """Yield each signal at each moment, to a rank and to torchrun, five times each."""
+    """Yield each signal at each moment: once in the short part, and five times in one run."""
     short = {("D step", 0), ("save", 1), ("evaluation", 2), ("start", 3), ("import", 0)}
     for index, act in enumerate(STOPS):
-        for place, step in (("import", 0), ("start", 0), ("D step", 6), ("save", 8), ("evaluation", 6)):
-            for time in range(5):
-                fault = Fault(act, place, step, 0 if place == "save" else time % 2)
+        for place in ("import", "start", "D step", "save", "evaluation"):
+            for times in (1, 5) if (place, index) in short else (5,):
+                steps = [0] * times if place in ("import", "start") else [2, 4, 6, 8, 10][:times]
+                faults = [
+                    Fault(act, place, step, 0 if place == "save" else number % 2) for number, step in enumerate(steps)
+                ]
                 yield Scenario(
                     "SIGTERM or SIGUSR1, to a rank or to torchrun",
-                    f"{fault}, {time + 1} of 5",
-                    lambda bench, folder, fault=fault: stopped(bench, folder, fault),
-                    always=time == 1 and (place, index) in short,
+                    f"{act}, {place}, {'once' if times == 1 else 'five times'}",
+                    lambda bench, folder, faults=faults: stopped(bench, folder, faults),
+                    always=times == 1,
                 )
 
 
-def stopped(bench: Bench, folder: Path, fault: Fault) -> str:
+def stopped(bench: Bench, folder: Path, faults: Sequence[Fault]) -> str:
     """No step is lost: each is begun once, however often the command is started."""
-    flags = EVALUATION if fault.place == "evaluation" else ()
-    outcome = run(folder, bench.data, [fault], flags)
+    flags: Flags = ("--checkpoint.every-steps", 2)
+    if faults[0].place == "evaluation":
+        flags = (*flags, *EVALUATION)
+    outcome = run(folder, bench.data, faults, flags, most_starts=2 + len(faults))
     require_golden(outcome, golden(bench.work, bench.data, flags=flags))
-    assert outcome.faults() == 1
+    assert outcome.faults() == len(faults)
     assert outcome.repeated_steps() == 0, outcome.repeated_steps()
-    assert outcome.starts[0].survivors == []
-    if fault.step:  # before the first there is nothing to save, and the process just ends
-        assert len(outcome.starts) == 2 and "going on after step" in outcome.starts[1].output
+    assert all(start.survivors == [] for start in outcome.starts)
+    if faults[0].step:  # before the first there is nothing to save, and the process just ends
+        assert len(outcome.starts) == 1 + len(faults)
+        assert outcome.output.count("going on after step") == len(faults)
     seconds = outcome.starts[0].ended - outcome.fault_time()
-    return f"0 steps lost, ended after {seconds:.1f} s"
+    return f"0 steps lost, {len(outcome.starts)} starts, the first ended after {seconds:.1f} s"
 
 
 # Ranks that hang or fail
