@@ -189,8 +189,9 @@ def stopped(bench: Bench, folder: Path, faults: Sequence[Fault]) -> str:
     assert outcome.repeated_steps() == 0, outcome.repeated_steps()
     assert all(start.survivors == [] for start in outcome.starts)
     if faults[0].step:  # before the first there is nothing to save, and the process just ends
-        assert len(outcome.starts) == 1 + len(faults)
-        assert outcome.output.count("going on after step") == len(faults)
+        # A signal may meet the last checkpoint of a run that another is stopping already.
+        assert 2 <= len(outcome.starts) <= 1 + len(faults)
+        assert outcome.output.count("going on after step") == len(outcome.starts) - 1
     seconds = outcome.starts[0].ended - outcome.fault_time()
     return f"0 steps lost, {len(outcome.starts)} starts, the first ended after {seconds:.1f} s"
 
