@@ -90,9 +90,9 @@ class Outcome:
             {key: value for key, value in row.items() if not key.startswith(TIMINGS)} for row in metrics(self.run_dir)
         ]
 
-    def fault_time(self, index: int = 0) -> float:
-        """The time of day at which a fault happened."""
-        return float((self.folder / f"fault-{index:03d}").read_text())
+    def fault_time(self) -> float:
+        """The time of day at which the first fault happened."""
+        return min(float(path.read_text()) for path in self.folder.glob("fault-*"))
 
     def faults(self) -> int:
         """How many faults have happened."""
