@@ -14,12 +14,15 @@ import sys
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from shards.convert import Settings, convert
 from shards.demo import write_demo
 from shards.sources.lmdb_source import LmdbSource
-from tests.faults.scenarios import Bench, Scenario, scenarios
+from tests.faults.scenario import Bench, Scenario
+from tests.faults.scenarios import scenarios
 from tests.faults.soak import soak
 
 README = Path(__file__).parent / "README.md"
@@ -70,7 +73,7 @@ def attempt(bench: Bench, scenario: Scenario) -> None:
     note(bench, scenario.row, scenario.name, check)
 
 
-def note(bench: Bench, row: str, name: str, check) -> None:  # type: ignore[no-untyped-def]
+def note(bench: Bench, row: str, name: str, check: Callable[[], str]) -> None:
     """Run a check that has not passed yet, and note what became of it."""
     noted = results(bench)
     if noted.get(name, {}).get("passed"):
@@ -87,7 +90,7 @@ def note(bench: Bench, row: str, name: str, check) -> None:  # type: ignore[no-u
     print(f"{'passed' if passed else 'FAILED':7} {result['seconds']:6} s  {name}: {found}", flush=True)
 
 
-def results(bench: Bench) -> dict[str, dict]:  # type: ignore[type-arg]
+def results(bench: Bench) -> dict[str, dict[str, Any]]:
     """Return the last result of each scenario by its name."""
     path = bench.work / "results.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -96,7 +99,7 @@ def results(bench: Bench) -> dict[str, dict]:  # type: ignore[type-arg]
 
 def write_table(bench: Bench) -> int:
     """Write the table of README.md; return how many scenarios have failed."""
-    rows: dict[str, list[dict]] = defaultdict(list)  # type: ignore[type-arg]
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results(bench).values():
         rows[result["row"]].append(result)
     lines = ["| what happens | passed | what was found |", "|---|---|---|"]

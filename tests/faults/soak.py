@@ -6,8 +6,9 @@ import random
 from pathlib import Path
 
 from tests.faults.harness import Outcome, golden, require_golden, run
+from tests.faults.processes import SHORT_TIMEOUT
 from tests.faults.rank import ACTS, Fault
-from tests.faults.scenarios import SHORT_TIMEOUT, Bench
+from tests.faults.scenario import Bench
 
 FAULTS, SEED = 64, 0
 STEPS_BETWEEN = 7

@@ -8,7 +8,8 @@ import pytest
 
 from tests.faults.__main__ import make_bench
 from tests.faults.harness import golden, require_golden, run
-from tests.faults.scenarios import Bench, Scenario, scenarios
+from tests.faults.scenario import Bench, Scenario
+from tests.faults.scenarios import scenarios
 
 SHORT = [scenario for scenario in scenarios() if scenario.always]
 
