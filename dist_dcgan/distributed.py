@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
+from dist_dcgan.connections import require_connected
 from dist_dcgan.peers import Peers, broke, first_sentence, meet_in
 from shards.errors import OneRankError, UserError
 
@@ -122,6 +123,9 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
     peers = Peers(dist.PrefixStore("peers", store), rank, world_size)  # type: ignore[attr-defined]
     together = False
     try:
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        if nodes > 1:
+            require_connected(store, int(os.environ["GROUP_RANK"]), nodes, leads=local_rank == 0)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=timeout,
@@ -155,7 +159,11 @@ def _meeting_point(patience_seconds: float) -> tuple[Any, int, int]:
     """Return the store through which the ranks meet, this rank and their number, when all have come."""
     if "WORLD_SIZE" not in os.environ:
         return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
-    store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=patience_seconds)))
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=patience_seconds)))
+    except (ValueError, RuntimeError) as error:  # torch's errors of stores are RuntimeErrors
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise OneRankError(f"cannot meet the other ranks at {place} ({first_sentence(error)})") from error
     return meet_in(store, rank, world_size, patience_seconds), rank, world_size
 
 

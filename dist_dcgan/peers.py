@@ -78,7 +78,8 @@ class Peers:
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         found: list[str] = []
-        self._ask(lambda: found.extend(self._explain()))
+        if not self._ask(lambda: found.extend(self._explain())):
+            return f"{os.environ.get('MASTER_ADDR', 'the machine')}, where the ranks meet, cannot be reached"
         return "; ".join(found) or "a collective took too long, or a connection broke"
 
     def _explain(self) -> list[str]:
@@ -120,16 +121,17 @@ class Peers:
     def _read(self, key: str) -> Any:
         return json.loads(self._store.get(key))
 
-    def _ask(self, question: Callable[[], object]) -> None:
-        """Ask the store, which may be gone or cut off, in a thread that need not come back."""
+    def _ask(self, question: Callable[[], object]) -> bool:
+        """Ask the store, which may be gone or cut off, in a thread that need not come back; return whether it answered."""
+        answered = threading.Event()
 
         def ask() -> None:
-            with suppress(RuntimeError):  # the store went with its host: then there is nothing to be known
+            with suppress(RuntimeError):  # the store went with its host
                 question()
+                answered.set()
 
-        thread = threading.Thread(target=ask, name="peers", daemon=True)
-        thread.start()
-        thread.join(2 * _SECONDS_TO_ASK)
+        threading.Thread(target=ask, name="peers", daemon=True).start()
+        return answered.wait(2 * _SECONDS_TO_ASK)
 
 
 def broke(error: BaseException) -> bool:

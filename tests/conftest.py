@@ -13,6 +13,7 @@ from shards.sources.lmdb_source import LmdbSource
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--with-system", action="store_true", help="run tests that need system packages")
+    parser.addoption("--long", action="store_true", help="run also what takes minutes each and is covered in short")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

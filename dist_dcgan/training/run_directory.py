@@ -19,6 +19,8 @@ from shards.command_line import build
 from shards.errors import UserError
 from shards.files import publish
 
+LOGS = "logs"
+"""Folder of what ranks printed, where launch/ keeps it."""
 _LOCK = "run.lock"
 _HOLDER = "run.holder.json"
 
@@ -88,13 +90,18 @@ def claimed(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
 def require_fitting(run: RunDirectory, config: Config, resume: str) -> None:
     """Raise UserError where this configuration may not go on in the folder, whoever holds it; changes nothing."""
     is_run = run.config.is_file()
-    if run.path.is_dir() and not is_run and any(not entry.name.startswith("run.") for entry in run.path.iterdir()):
+    if not is_run and run.path.is_dir() and any(_is_content(entry.name) for entry in run.path.iterdir()):
         raise UserError(f"run directory {run.path} holds files but no run: name an empty or new one with --run-dir")
     if is_run and resume == "never":
         raise UserError(f"run directory {run.path} holds a run already: name another with --run-dir, or drop --resume")
     if is_run:
         stored = build(Config, read_yaml(run.config), where=str(run.config))
         _require_equal(f"run directory {run.path} holds a run", stored, config)
+
+
+def _is_content(name: str) -> bool:
+    """Return whether a file is more than what launchers and locks leave before a run begins."""
+    return not name.startswith("run.") and name != LOGS
 
 
 def require_unclaimed(run: RunDirectory) -> None:

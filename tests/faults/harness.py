@@ -144,8 +144,7 @@ def launch(
     within: Sequence[str] = (),
 ) -> Start:
     """Start launch/torchrun.sh once, by the command `within`, and wait for its end."""
-    env = environment() | to_environment(list(faults), folder) | {"RANKS": str(ranks), "RESTARTS": str(restarts)}
-    env |= {"PATH": f"{stand_in(folder)}:{env['PATH']}", "PYTHONPATH": str(ROOT), "ORPHANED_SECONDS": "10"}
+    env = launcher_environment(folder, faults, ranks) | {"RESTARTS": str(restarts), "ORPHANED_SECONDS": "10"}
     with (folder / "output.txt").open("a+") as output:
         before = output.tell()
         process = subprocess.Popen(
@@ -167,6 +166,12 @@ def launch(
             os.kill(pid, signal.SIGKILL)
         output.seek(before)
         return Start(code, output.read(), ended, survivors)
+
+
+def launcher_environment(folder: Path, faults: Sequence[Fault], ranks: int) -> dict[str, str]:
+    """Return the variables by which a launcher starts `ranks` ranks, to whom the faults happen."""
+    env = environment() | to_environment(list(faults), folder) | {"RANKS": str(ranks), "PYTHONPATH": str(ROOT)}
+    return env | {"PATH": f"{stand_in(folder)}:{env['PATH']}"}
 
 
 def stand_in(folder: Path) -> Path:

@@ -136,6 +136,21 @@ def _nan_gradient() -> None:
     handle = parameter.register_hook(poison)
 
 
+def _hold() -> None:
+    """Wait for a signal to stop, or for death: something is going to happen from without."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    came = []
+
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        handlers[signal.Signals(number)](number, frame)
+
+    for number in handlers:
+        signal.signal(number, note)
+    while not came:
+        time.sleep(0.1)
+
+
 NETWORKS: dict[str, Any] = {}
 
 ACTS: dict[str, Callable[[], None]] = {
@@ -149,6 +164,8 @@ ACTS: dict[str, Callable[[], None]] = {
     "SIGUSR1 to torchrun": lambda: os.kill(os.getppid(), signal.SIGUSR1),
     "SIGSTOP of torchrun, kill -9 of ranks": _hang_torchrun,
     "exception": _fail,
+    "wait": lambda: time.sleep(2),
+    "hold": _hold,
     "disk full": _disk_full,
     "checkpoint cut short, kill -9": _damage_newest,
     "NaN gradient": _nan_gradient,

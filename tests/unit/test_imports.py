@@ -14,7 +14,8 @@ SHARDS = {"shards.manifest", "shards.errors", "shards.command_line", "shards.fil
 BASE = {"dist_dcgan.config", "dist_dcgan.distributed", "dist_dcgan.random_streams"}
 MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.config": SHARDS,
-    "dist_dcgan.distributed": {*SHARDS, "dist_dcgan.peers"},
+    "dist_dcgan.distributed": {*SHARDS, "dist_dcgan.connections", "dist_dcgan.peers"},
+    "dist_dcgan.connections": {"shards.errors"},
     "dist_dcgan.peers": {"shards.errors"},
     "dist_dcgan.random_streams": set(),
     "dist_dcgan.models": {"dist_dcgan.distributed", "dist_dcgan.models", "shards.errors"},

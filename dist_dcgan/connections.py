@@ -1,0 +1,135 @@
+"""Whether the machines of a run reach each other, tried before the first collective would hang on it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from shards.errors import UserError
+
+_SECONDS_TO_CONNECT = 10.0
+_MOST_AT_ONCE = 32
+_MOST_SHOWN = 5
+_SIOCGIFADDR = 0x8915  # netdevice(7)
+
+
+class Place(NamedTuple):
+    """Where a machine answers, and with what."""
+
+    host: str
+    address: str
+    port: int
+    word: str
+
+
+def require_connected(store: Any, node: int, nodes: int, leads: bool) -> None:
+    """Raise UserError, on all ranks, with the pairs of machines of which one cannot connect to the other.
+
+    Every rank calls it; of each machine, `node` of `nodes`, one rank leads and tries. Gloo connects each rank with each
+    other by the address to which a machine resolves its own name, and so it is done here. `store` is one of
+    torch.distributed, which all have reached already.
+    """
+    if leads:
+        _try_all(store, node, nodes)
+    failures = [failure for other in range(nodes) for failure in json.loads(store.get(f"failures {other}"))]
+    if failures:
+        shown = "; ".join(failures[:_MOST_SHOWN])
+        more = f"; and {len(failures) - _MOST_SHOWN} more" if len(failures) > _MOST_SHOWN else ""
+        raise UserError(
+            f"machines do not reach each other: {shown}{more}: open the ports between them, or name the interface that "
+            "joins them with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        )
+
+
+def _try_all(store: Any, node: int, nodes: int) -> None:
+    """Connect to all other machines, and let them connect to this one; leave what went wrong in the store."""
+    with ExitStack() as stack:
+        try:
+            place: Place | None = stack.enter_context(_answering())
+            failures = []
+        except OSError as error:
+            place, failures = None, [f"{socket.gethostname()} cannot listen ({error})"]
+        store.set(f"place {node}", json.dumps(place))
+        places = [json.loads(store.get(f"place {other}")) for other in range(nodes) if other != node]
+        with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
+            found = pool.map(lambda other: _try(Place(*other)), (other for other in places if other))
+            failures += [failure for failure in found if failure]
+        store.set(f"failures {node}", json.dumps(failures))
+        store.wait([f"failures {other}" for other in range(nodes)])  # until all have tried this one
+
+
+def _try(other: Place) -> str | None:
+    """Return what is wrong with the way from this machine to another, None where nothing is."""
+    here = socket.gethostname()
+    try:
+        with socket.create_connection((other.address, other.port), timeout=_SECONDS_TO_CONNECT) as connection:
+            heard = connection.recv(len(other.word), socket.MSG_WAITALL).decode(errors="replace")
+    except OSError as error:
+        return f"{here} cannot connect to {other.host} at {other.address} ({error})"
+    if heard != other.word:
+        return f"{here} meets another program at {other.address}, which {other.host} takes for its address"
+    return None
+
+
+@contextmanager
+def _answering() -> Iterator[Place]:
+    """Answer whoever connects with a word; yield where."""
+    word, address = secrets.token_hex(8), own_address()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family, backlog=1024) as server:
+        threading.Thread(target=_answer, args=(server, word.encode()), name="connections", daemon=True).start()
+        try:
+            yield Place(socket.gethostname(), address, server.getsockname()[1], word)
+        finally:
+            server.shutdown(socket.SHUT_RDWR)  # wakes the thread
+
+
+def _answer(server: socket.socket, word: bytes) -> None:
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:  # it was shut down
+            return
+        with connection:
+            connection.sendall(word)
+
+
+def own_address() -> str:
+    """Return the address under which gloo offers this machine to the others.
+
+    It is that of GLOO_SOCKET_IFNAME, else the first to which the machine's name resolves and which is its own, else
+    127.0.0.1. Raises OSError where there is no such interface.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if interface:
+        return _address_of(interface)
+    try:
+        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+    except OSError:
+        found = []
+    for family, kind, _, _, place in found:
+        with socket.socket(family, kind) as probe:
+            try:
+                probe.bind(place)
+            except OSError:
+                continue
+            return str(place[0])
+    return "127.0.0.1"
+
+
+def _address_of(interface: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", os.fsencode(interface)[:15]))
+        except OSError as error:
+            raise OSError(f"GLOO_SOCKET_IFNAME={interface}: {error}") from None
+    return socket.inet_ntoa(answer[20:24])
