@@ -26,7 +26,7 @@ fi
 watch() {
   local without=0 started=
   trap '' TERM INT HUP QUIT USR1
-  while kill -0 $$ 2>/dev/null; do
+  while is_child; do
     if has_ranks; then started=yes without=0; else without=$((without + 1)); fi
     if [ -n "$started" ] && [ "$without" -gt "${ORPHANED_SECONDS:-150}" ]; then
       kill_torchrun "its ranks ended $without seconds ago"
@@ -38,6 +38,10 @@ watch() {
   if [ -z "$started" ] && [ "${NODES:-1}" -gt 1 ]; then
     echo "error: $(hostname) has not met the $NODES machines at $HEAD: does each run this command, and is the port open?" >&2
   fi
+}
+is_child() { # until torchrun has ended, even where nobody has asked how
+  local parent
+  read -r _ _ _ parent _ <"/proc/$BASHPID/stat" && [ "$parent" = $$ ]
 }
 has_ranks() {
   local child

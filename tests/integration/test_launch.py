@@ -1,4 +1,4 @@
-"""train.sbatch against a stand-in for SLURM: what is queued again and what is not."""
+"""The launchers against stand-ins for SLURM and torchrun: what is queued again and what is not."""
 
 from __future__ import annotations
 
@@ -6,70 +6,125 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.shards_fixtures import contents, numbered, write_lmdb
 
-LAUNCH = Path(__file__).parents[2] / "launch"
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
 STAND_INS = {
-    "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "$@" >> requeued; fi',
-    "scancel": 'echo "$@" >> passed_on; exit 1',  # fails, as it does while the controller is busy
-    # runs until it is told to stop, then leaves the marker that training would
-    "srun": """touch started
-while [ ! -e passed_on ]; do sleep 0.05; done
-[ -z "$MARKER" ] || touch run/STOPPED
-exit 1""",
+    "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "$@" >> "$HERE/requeued"; fi',
+    # runs until it is signalled or told to end, and leaves what training would
+    "srun": """trap 'touch "$HERE/signalled"' USR1
+printf '%s\\n' "$@" "HEAD=$HEAD" "LOGS=$LOGS" > "$HERE/called"
+touch "$HERE/started"
+while [ ! -e "$HERE/signalled" ] && [ ! -e "$HERE/ends" ]; do sleep 0.05; done
+for leaves in $LEAVES; do mkdir -p "$HERE/run/$leaves"; done
+exit $STATUS""",
 }
 
 
-def submit(folder: Path, number: signal.Signals | None, marker: bool, earlier: bool) -> tuple[int, bool]:
-    """Run the script, send it a signal, and return its exit status and whether it queued the job again.
-
-    `marker`: training leaves one; `earlier`: an earlier start has left one.
-    """
-    (folder / "run").mkdir()
-    if earlier:
-        (folder / "run" / "STOPPED").touch()
-    (folder / "bin").mkdir()
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job whose SLURM is a stand-in."""
+    (tmp_path / "bin").mkdir()
     for name, body in STAND_INS.items():
-        (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (folder / "bin" / name).chmod(0o755)
-    env = os.environ | {
-        "PATH": f"{folder}/bin:{os.environ['PATH']}",
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    return os.environ | {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "HERE": str(tmp_path),
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n1",
         "SLURM_JOB_NUM_NODES": "1",
-        "MARKER": "yes" if marker else "",
     }
-    process = subprocess.Popen(["bash", LAUNCH / "train.sbatch", "--run-dir", "run"], cwd=folder, env=env)
-    while not (folder / "started").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    if number is None:
-        (folder / "passed_on").touch()
-    else:
-        process.send_signal(number)
-    return process.wait(timeout=30), (folder / "requeued").exists()
 
 
-def test_a_run_that_saved_itself_before_the_limit_is_queued_again(tmp_path: Path) -> None:
-    assert submit(tmp_path, signal.SIGUSR1, marker=True, earlier=False) == (0, True)
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    assert (tmp_path / "passed_on").read_text() == "--signal=USR1 7\n"
+@dataclass
+class Job:
+    """What becomes of a job."""
+
+    number: signal.Signals | None
+    """The signal that it gets; None where it ends by itself."""
+    leaves: str
+    """What it leaves in the run directory."""
+    status: int
+    """What srun ends with."""
+    expected: tuple[int, bool]
+    """The status of the job, and whether it queues itself again."""
+    earlier: str = ""
+    """What an earlier job has left."""
 
 
-OTHERS = {
-    "cancelled": (signal.SIGTERM, True, False),
-    "not saved": (signal.SIGUSR1, False, False),
-    "crashed after an earlier stop": (None, False, True),
+JOBS = {
+    "it saved itself before the limit": Job(signal.SIGUSR1, "STOPPED", 1, (0, True)),
+    "it saved itself, and torchrun ended well": Job(signal.SIGUSR1, "STOPPED", 0, (0, True)),
+    "the limit came before it had anything to save": Job(signal.SIGUSR1, "", 1, (0, True)),
+    "it ended as the limit came": Job(signal.SIGUSR1, "", 0, (0, False)),
+    "it was cancelled": Job(signal.SIGTERM, "STOPPED", 1, (1, False)),
+    "it was cancelled, after a checkpoint": Job(signal.SIGTERM, "checkpoints/step-00000008", 1, (1, False)),
+    "it failed": Job(None, "", 1, (1, False)),
+    "it failed, as far as before": Job(None, "", 1, (1, False), earlier="checkpoints/step-00000008"),
+    "it failed after a checkpoint": Job(
+        None, "checkpoints/step-00000012", 1, (0, True), earlier="checkpoints/step-00000008"
+    ),
+    "it failed after an earlier stop": Job(None, "", 1, (1, False), earlier="STOPPED"),
+    "it stopped by a signal that only the ranks got": Job(None, "STOPPED checkpoints/step-00000008", 1, (1, False)),
+    "it ended well": Job(None, "checkpoints/step-00000008", 0, (0, False)),
 }
 
 
-@pytest.mark.parametrize(("number", "marker", "earlier"), OTHERS.values(), ids=OTHERS)
-def test_no_other_run_is(tmp_path: Path, number: signal.Signals | None, marker: bool, earlier: bool) -> None:
-    assert submit(tmp_path, number, marker, earlier) == (1, False)
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+def test_which_jobs_queue_themselves_again(job: Job, stand_ins: dict[str, str], tmp_path: Path) -> None:
+    for name in job.earlier.split():
+        (tmp_path / "run" / name).mkdir(parents=True)
+    env = stand_ins | {"LEAVES": job.leaves, "STATUS": str(job.status)}
+    words = ["bash", LAUNCH / "train.sbatch", "--run-dir", tmp_path / "run"]
+    process = subprocess.Popen(words, cwd=ROOT, env=env)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    if job.number is None:
+        (tmp_path / "ends").touch()
+    else:
+        process.send_signal(job.number)
+    assert (process.wait(timeout=30), (tmp_path / "requeued").exists()) == job.expected
+    assert not job.expected[1] or (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+def test_a_run_directory_from_a_file_of_options(stand_ins: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"run_dir: {tmp_path}/with space\n")
+    (tmp_path / "ends").touch()
+    env = stand_ins | {"LEAVES": "", "STATUS": "0", "CONTAINER": "env INSIDE=yes", "SLURM_RESTART_COUNT": "2"}
+    words = ["bash", LAUNCH / "train.sbatch", "--config", tmp_path / "run.yaml"]
+    subprocess.run(words, cwd=ROOT, env=env, check=True)
+    called = (tmp_path / "called").read_text().splitlines()
+    assert called[3:] == [
+        *("env", "INSIDE=yes", "bash", "launch/torchrun.sh", "--config", str(tmp_path / "run.yaml")),
+        *("HEAD=n1:20007", f"LOGS={tmp_path}/with space/logs/7-2"),
+    ]
+
+
+def test_a_mistake_is_found_before_the_nodes_start(stand_ins: dict[str, str], tmp_path: Path) -> None:
+    words = ["bash", LAUNCH / "train.sbatch", "--widht", "64"]
+    done = subprocess.run(words, cwd=ROOT, env=stand_ins, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "--width" in done.stderr
+    assert not (tmp_path / "called").exists()
+
+
+def test_machines_that_do_not_meet_are_told_so(tmp_path: Path) -> None:
+    """Torchrun ends before it has started ranks."""
+    (tmp_path / "torchrun").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "2"}
+    words = ["bash", LAUNCH / "torchrun.sh"]
+    done = subprocess.run(words, env=env | {"HEAD": "n1:20007"}, capture_output=True, text=True)
+    assert done.returncode == 1 and "has not met the 2 machines at n1:20007" in done.stderr
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: NODES=2, but not where they meet")
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch")))
