@@ -127,7 +127,7 @@ def test_the_command_prints_its_tables(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert lines[0] == "| ranks | 3 | 4 |"
     assert "| steps per epoch | 416 | 312 |" in lines
     assert "| slices make up the batch | True | True |" in lines
-    assert "| moments: reductions | 26 | 26 |" in lines
+    assert "| reductions of moments | 26 | 26 |" in lines
     assert any(line.startswith("- 3 ranks: error: global_batch 128 is not divisible by 3 ranks") for line in lines)
     assert "- 4 ranks: 32 images per rank, 156 steps per epoch" in lines
     assert "| shards | 5 |" in lines
