@@ -122,7 +122,7 @@ class Peers:
         return json.loads(self._store.get(key))
 
     def _ask(self, question: Callable[[], object]) -> bool:
-        """Ask the store, which may be gone or cut off, in a thread that need not come back; return whether it answered."""
+        """Ask the store, which may be gone, in a thread that need not come back; return whether it answered."""
         answered = threading.Event()
 
         def ask() -> None:

@@ -43,6 +43,7 @@ class SampleOrder:
         self._seed, self._window_shards = seed, window_shards
         self._windows_per_epoch = -(-len(self._counts) // window_shards)
         self._shards = lru_cache(maxsize=2)(self._permuted_shards)
+        self._window_ends = lru_cache(maxsize=2)(self._ends_of_windows)
         self._window = lru_cache(maxsize=2)(self._permuted_window)  # a batch lies in one window, or in two
 
     def samples(self, epoch: int, start: int, stop: int) -> Indices:
@@ -76,7 +77,7 @@ class SampleOrder:
         """Return the most shards of `windows` in a row."""
         return min(windows * self._window_shards, len(self._counts))
 
-    def _window_ends(self, epoch: int) -> Indices:
+    def _ends_of_windows(self, epoch: int) -> Indices:
         """Return the position behind each window of an epoch."""
         counts = self._counts[self._shards(epoch)]
         ends: Indices = np.cumsum(np.add.reduceat(counts, range(0, len(counts), self._window_shards)))

@@ -39,14 +39,15 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
     with ExitStack() as stack:
         # Agree on the data set and claim the run directory.
         stop = stack.enter_context(StopRequest())
-        require_same(manifest.digest(), f"the data set at {config.data.path}")
+        digest = manifest.digest()
+        require_same(digest, f"the data set at {config.data.path}")
         run = RunDirectory(config.run_dir)
         from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
 
         # Build networks and optimizers, warm them up, go on from the newest checkpoint.
         state = TrainState(config, plan, world, manifest.image_size)
         dry_step(state, manifest.image_size)
-        resume(state, run, manifest)
+        resume(state, run, digest)
         state.wandb_run_id = state.wandb_run_id or from_rank_zero(lambda: secrets.token_hex(4))
 
         # Train.
@@ -76,7 +77,7 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
             if last or state.passed(config.log.samples_every_images):
                 log_samples(logger, state)
             if saving:
-                save(state, saver, manifest)
+                save(state, saver, digest)
             if stopping:
                 break
 
@@ -84,13 +85,13 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         from_rank_zero(lambda: finish(state, run, saver, manifest))
 
 
-def resume(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
+def resume(state: TrainState, run: RunDirectory, digest: str) -> None:
     """Load the newest sound checkpoint, where there is one: rank 0 reads it and tells the others."""
 
     def read() -> dict[str, Any] | None:
         found = load_newest(run.checkpoints)
         if found is not None:
-            require_same_run(run, state.config, state.plan.global_batch, manifest.digest(), found.values)
+            require_same_run(run, state.config, state.plan.global_batch, digest, found.values)
             state.load_tensors(found.tensors)
             print(f"going on after step {found.values['step']} of {run.path}", file=sys.stderr, flush=True)
         record(run, state.config)
@@ -102,9 +103,9 @@ def resume(state: TrainState, run: RunDirectory, manifest: Manifest) -> None:
         state.load_values(values)
 
 
-def save(state: TrainState, saver: Saver, manifest: Manifest) -> None:
+def save(state: TrainState, saver: Saver, digest: str) -> None:
     """Begin to write a checkpoint; raises UserError, on all ranks, where the one before could not be written."""
-    values = state.values() | {"manifest_digest": manifest.digest(), "config": to_values(state.config)}
+    values = state.values() | {"manifest_digest": digest, "config": to_values(state.config)}
     from_rank_zero(lambda: saver.save(state.tensors(), values))
 
 

@@ -11,16 +11,23 @@ import torch.distributed as dist
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+def steps_between_agreements(world_size: int) -> int:
+    """Return how often ranks agree on stopping: at each step, up to 63 of them."""
+    return 1 + world_size // 64
+
+
 class StopRequest:
     """Turns signals into a flag that all ranks see at the same step.
 
     The handler only sets the flag. `agreed` reduces the flags of all ranks over the CPU backend and reads the result
-    one step later, so that it waits neither for the peers nor for the GPU. Before the ranks have met there is nothing
+    one step later, so that it waits neither for the peers nor for the GPU. Gloo passes it from rank to rank in a ring,
+    which of many ranks takes longer than a step: they agree every few steps. Before the ranks have met there is nothing
     to save, and a signal just ends the process.
     """
 
     def __init__(self) -> None:
         self._requested = False
+        self._calls = 0
         self._flag = torch.zeros(1)
         self._reduction: dist.Work | None = None
         self._previous: dict[signal.Signals, object] = {}
@@ -37,7 +44,10 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def agreed(self) -> bool:
-        """Return whether a rank had been asked to stop by the previous step; call it once a step on all ranks."""
+        """Return whether a rank had been asked to stop when they last agreed; call it once a step on all ranks."""
+        self._calls += 1
+        if self._calls % steps_between_agreements(dist.get_world_size()):
+            return False
         stopping = False
         if self._reduction is not None:
             self._reduction.wait()

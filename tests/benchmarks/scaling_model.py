@@ -16,7 +16,7 @@ The collectives are those that a step was seen to issue (`collectives.py`). All 
 needs their result. Those of gradients are taken as not hidden behind the compute, as in one communicator they delay
 the moments of the next layer; "at best" they hide behind the backward passes of which they are.
 
-A step is never shorter than the flag that stops a run, which goes round all ranks over TCP beside it.
+A step is never shorter than its share of the flag that stops a run, which goes round all ranks over TCP beside it.
 
 Batch norm is taken to be this project's. torch's, the default on CUDA, speaks as often, but gathers in its forward pass
 8 bytes a channel from every rank: 30 MB a step at 512 ranks and the paper's width.
@@ -35,6 +35,7 @@ from typing import NamedTuple
 from pydantic import Field
 
 from dist_dcgan.config import Config, make_plan
+from dist_dcgan.training.stopping import steps_between_agreements
 from dist_dcgan.training.train_state import TrainState
 from shards.command_line import Options, build, parse_flags, run
 from tests.benchmarks.collectives import Collective, moments_and_gradients, one_of, recorded_step, reduce_at_once
@@ -94,7 +95,7 @@ class Estimate(NamedTuple):
     gradients_at_best: float
     """What of them cannot be hidden behind the compute."""
     stop_flag: float
-    """From rank to rank and back; a step that is shorter waits for that of the step before."""
+    """From rank to rank and back, as a share of the steps for which it has time; shorter ones wait for it."""
 
     @property
     def total(self) -> float:
@@ -168,7 +169,7 @@ def estimate(model: Model, collectives: Sequence[Collective], world_size: int, i
     )
     at_best = max(0.0, gradients - HIDING_PASSES * compute)
     # gloo sums up a single number in a ring: once round for the sum, once more to tell it (gloo/allreduce.cc).
-    stop_flag = 2 * (world_size - 1) * model.stop_hop_us / 1e6
+    stop_flag = 2 * (world_size - 1) * model.stop_hop_us / 1e6 / steps_between_agreements(world_size)
     return Estimate(compute, moments, gradients, at_best, stop_flag)
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dist_dcgan.distributed import process_group
 from dist_dcgan.training.stopping import StopRequest
+from tests.benchmarks.collectives import one_of, recorded
 from tests.ranks import run_ranks
 
 
@@ -36,3 +37,11 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step() -> None:
 
 def test_no_signal_stops_none() -> None:
     assert run_ranks(2, steps_until_stopped, -1) == [list(range(20))] * 2
+
+
+def test_many_ranks_agree_every_few_steps() -> None:
+    with one_of(512), StopRequest() as stop:
+        reductions = [len(recorded(stop.agreed)) for _ in range(18)]
+        assert reductions == [0] * 8 + [1] + [0] * 8 + [1]
+        stop.request()
+        assert [stop.agreed() for _ in range(18)] == [False] * 17 + [True]

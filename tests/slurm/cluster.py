@@ -1,8 +1,8 @@
 """A real SLURM cluster of some nodes on one machine: its daemons, with a folder for everything that they keep.
 
-Each node is a slurmd in a UTS and mount namespace of its own, so that there `hostname` and /etc/hosts are those of a node;
-its processors and GPUs are pretended. Nothing of the machine's own SLURM or network is read or written. Needs root,
-slurm-wlm and munge.
+Each node is a slurmd in a UTS and mount namespace of its own, so that there `hostname` and /etc/hosts are those of a
+node; its processors and GPUs are pretended. Nothing of the machine's own SLURM or network is read or written. Needs
+root, slurm-wlm and munge.
 """
 
 from __future__ import annotations

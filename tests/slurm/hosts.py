@@ -6,15 +6,25 @@ Each host has a name, an address and an /etc/hosts; the machine's own network is
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+PROGRAMS = ("ip", "nsenter", "unshare")
 SUBNET = "10.231.77"
 
-# Mounts the hosts' own /etc/hosts and takes the host's name; every step execs, so that the process is that of the command.
+# With /etc/hosts and the name of the host; every step execs, so that the process is that of the command.
 _ENTER = 'mount --bind "$1" /etc/hosts; hostname "$2"; shift 2; exec "$@"'
+
+
+def missing() -> str | None:
+    """Return why there can be no hosts here, None where there can."""
+    absent = [program for program in PROGRAMS if shutil.which(program) is None]
+    if os.geteuid() != 0 or absent:
+        return "hosts need root" if os.geteuid() != 0 else f"not installed: {', '.join(absent)}"
+    return None
 
 
 class Hosts:
