@@ -5,7 +5,7 @@
 #   NODES=2 HEAD=host1:29400 bash launch/torchrun.sh --data data/bedroom_train --run-dir runs/bedrooms
 # RANKS: processes per machine, one per GPU by default. RESTARTS: how often ranks that failed are started again; they go
 # on from the newest checkpoint. LOGS: a folder for what each rank prints, which is then prefixed with its number here.
-# JOB: a name that the machines share and no other run has.
+# JOB: a name that the machines share and no other run has. COMMAND: doctor or evaluate instead of train.
 set -euo pipefail
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds to save after a signal
@@ -64,4 +64,4 @@ watch &
 
 exec torchrun "${meeting[@]}" --nproc_per_node="${RANKS:-gpu}" --max-restarts="${RESTARTS:-3}" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-  -m dist_dcgan.train "$@"
+  -m "dist_dcgan.${COMMAND:-train}" "$@"

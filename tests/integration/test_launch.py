@@ -127,6 +127,25 @@ def test_machines_that_do_not_meet_are_told_so(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: NODES=2, but not where they meet")
 
 
+def test_what_torchrun_is_told(tmp_path: Path) -> None:
+    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RANKS": "3"}
+
+    def told(**more: str) -> list[str]:
+        words = ["bash", LAUNCH / "torchrun.sh", "--run-dir", "with space"]
+        done = subprocess.run(words, env=env | more, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    alone = told()
+    assert alone[:3] == ["--standalone", "--nproc_per_node=3", "--max-restarts=3"]
+    assert alone[-4:] == ["-m", "dist_dcgan.train", "--run-dir", "with space"]
+    among = told(NODES="2", HEAD="n1:20007", JOB="7", LOGS="a b", RESTARTS="0", COMMAND="doctor")
+    assert among[:4] == ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:20007", "--rdzv-id=7"]
+    assert among[4:8] == [f"--log-dir=a b/{os.uname().nodename}", "--tee=3", "--nproc_per_node=3", "--max-restarts=0"]
+    assert among[-3] == "dist_dcgan.doctor"
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch")))
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", LAUNCH / script], check=True)

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,10 @@ def missing() -> str | None:
     if os.geteuid() != 0:
         return "a SLURM cluster needs root"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
-    return f"not installed: {', '.join(absent)}" if absent else None
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    allowed = subprocess.run(["unshare", "--mount", "--uts", "true"], capture_output=True, text=True)
+    return f"no namespaces here: {allowed.stderr.strip()}" if allowed.returncode else None
 
 
 class Cluster:
@@ -44,7 +47,7 @@ class Cluster:
         self.nodes = [f"n{number + 1}" for number in range(nodes)]
         self._processors = processors
         self.configuration = folder / "slurm.conf"
-        self.environment = os.environ | {"SLURM_CONF": str(self.configuration)}
+        self.environment = self.in_job(os.environ)
 
     def __enter__(self) -> Cluster:
         for name in ("state", "spool", "munge", "log", "run"):
@@ -113,6 +116,10 @@ class Cluster:
                     if words[0] and os.path.basename(words[0]) != b"slurmd":
                         found.append(f"{node}: {b' '.join(words).decode(errors='replace')}")
         return found
+
+    def in_job(self, variables: Mapping[str, str]) -> dict[str, str]:
+        """Return an environment to submit jobs to this cluster from."""
+        return {**variables, "SLURM_CONF": str(self.configuration)}
 
     def run(self, *words: str, check: bool = True, **options: Any) -> str:
         """Run a command of SLURM and return what it prints."""

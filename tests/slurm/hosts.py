@@ -21,10 +21,14 @@ _ENTER = 'mount --bind "$1" /etc/hosts; hostname "$2"; shift 2; exec "$@"'
 
 def missing() -> str | None:
     """Return why there can be no hosts here, None where there can."""
+    if os.geteuid() != 0:
+        return "hosts need root"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
-    if os.geteuid() != 0 or absent:
-        return "hosts need root" if os.geteuid() != 0 else f"not installed: {', '.join(absent)}"
-    return None
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    pair = ["unshare", "--net", "ip", "link", "add", "one", "type", "veth", "peer", "name", "other"]
+    allowed = subprocess.run(pair, capture_output=True, text=True)
+    return f"no network namespaces here: {allowed.stderr.strip()}" if allowed.returncode else None
 
 
 class Hosts:

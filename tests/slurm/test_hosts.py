@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.__main__ import make_bench
 from tests.faults.harness import (
     ROOT,
     Outcome,
@@ -37,11 +36,6 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         pytest.skip(reason)
     with Hosts(tmp_path_factory.mktemp("hosts")) as hosts:
         yield hosts
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return make_bench(tmp_path_factory.mktemp("hosts"))
 
 
 class Pair:

@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.commands import environment
-from tests.faults.__main__ import make_bench
 from tests.faults.harness import (
     CHECKPOINT_EVERY,
     ROOT,
@@ -28,7 +27,7 @@ from tests.slurm.cluster import Cluster, missing
 
 pytestmark = pytest.mark.system
 RANKS_PER_NODE = 2
-PLACES = ("--data", "DATA", "--run-dir", "RUN_DIR")
+RESOURCES = (f"--gpus-per-node={RANKS_PER_NODE}", "--cpus-per-task=2")
 HOLD_SECONDS = 300
 """Seconds that the ranks wait for the one that is held."""
 
@@ -42,27 +41,25 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return make_bench(tmp_path_factory.mktemp("slurm"))
-
-
 class Job:
-    """A run as a user submits it, and what befalls it."""
+    """A run as a user submits it, on nodes of two ranks, and what befalls it."""
 
-    def __init__(self, cluster: Cluster, folder: Path, data: Path, faults: Sequence[Fault], *options: str) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        data: Path,
+        faults: Sequence[Fault] = (),
+        nodes: int = 2,
+        options: Sequence[str] = (),
+        flags: Sequence[object] = (),
+        **variables: str,
+    ) -> None:
         self.cluster, self.folder, self.outcome = cluster, folder, Outcome(folder)
-        self._env = cluster.environment | launcher_environment(folder, faults, RANKS_PER_NODE)
-        self._env |= {"SLURM_CONF": str(cluster.configuration)}
-        self._options = [
-            "--nodes=2",
-            "--gpus-per-node=2",
-            "--cpus-per-task=2",
-            f"--output={folder}/output.txt",
-            *options,
-        ]
-        flags = ["--distributed.timeout-seconds", HOLD_SECONDS]
-        self._words = command(data, folder / "run", *flags)
+        self._env = cluster.in_job(launcher_environment(folder, faults, RANKS_PER_NODE) | variables)
+        self._options = [f"--nodes={nodes}", *RESOURCES, f"--output={folder}/output.txt", *options]
+        waits = ("--distributed.timeout-seconds", HOLD_SECONDS)
+        self._words = command(data, folder / "run", *waits, *flags)
         self.submit()
 
     def submit(self) -> None:
@@ -70,22 +67,24 @@ class Job:
         self.number = self.cluster.submit(*self._options, "launch/train.sbatch", *self._words, env=self._env, cwd=ROOT)
 
     def wait_for_fault(self, index: int) -> None:
-        """Wait until the ranks are held."""
-        fault, output = self.folder / f"fault-{index:03d}", self.folder / "output.txt"
+        """Wait until a fault has begun."""
 
-        def held() -> bool:
-            assert self.cluster.show(self.number)["JobState"] not in ("FAILED", "COMPLETED"), output.read_text()
-            return fault.exists()
+        def begun() -> bool:
+            assert self.cluster.show(self.number)["JobState"] not in ("FAILED", "COMPLETED"), self.output
+            return (self.folder / f"fault-{index:03d}").exists()
 
-        self.cluster.wait_until(held, 180)
+        self.cluster.wait_until(begun, 180)
+
+    @property
+    def output(self) -> str:
+        """What it has printed."""
+        return (self.folder / "output.txt").read_text()
 
     def end(self) -> Outcome:
-        """Wait for the end and return what the run left."""
+        """Wait for its end, after which nothing lives on a node, and return what the run left."""
         state = self.cluster.wait(self.number)
-        output = (self.folder / "output.txt").read_text()
-        leftovers = self.cluster.leftovers()
-        assert leftovers == []
-        self.outcome.starts.append(Start(0 if state == "COMPLETED" else 1, output, time.time(), []))
+        assert self.cluster.leftovers() == []
+        self.outcome.starts.append(Start(0 if state == "COMPLETED" else 1, self.output, time.time(), []))
         return self.outcome
 
 
@@ -139,7 +138,7 @@ def test_it_is_one_run(
         pytest.skip("minutes: run with --long")
     story, options = STORIES[name]
     faults = [Fault("hold", "D step", step, index % 4) for index, (step, _) in enumerate(story)]
-    job = Job(cluster, tmp_path, bench.data, faults, *options)
+    job = Job(cluster, tmp_path, bench.data, faults, options=options)
     for index, (_, befall) in enumerate(story):
         job.wait_for_fault(index)
         befall(job)
@@ -152,30 +151,24 @@ def test_it_is_one_run(
     print(f"{name}: {outcome.repeated_steps()} steps done again")
 
 
-def test_a_job_that_gets_no_further_ends(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
-    """Neither a mistake nor a failure before the first checkpoint is tried for ever."""
-    options = ["--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2", f"--output={tmp_path}/output.txt"]
-    env = launcher_environment(tmp_path, [Fault("exception", "D step", 2, 0)], 2)
-    env |= {"SLURM_CONF": str(cluster.configuration), "RESTARTS": "0"}
-    words = command(bench.data, tmp_path / "run")
-    job = cluster.submit(*options, "launch/train.sbatch", *words, env=env, cwd=ROOT)
-    assert cluster.wait(job) == "FAILED"
-    assert "injected mistake" in (tmp_path / "output.txt").read_text()
-    job = cluster.submit(*options, "launch/train.sbatch", *words, "--widht", "4", env=env, cwd=ROOT)
-    assert cluster.wait(job) == "FAILED"
-    assert "--width" in (tmp_path / "output.txt").read_text().splitlines()[-1]
-
-
 def test_a_failure_after_a_checkpoint_is_tried_again(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
-    env = launcher_environment(tmp_path, [Fault("exception", "D step", 6, 1)], RANKS_PER_NODE)
-    env |= {"SLURM_CONF": str(cluster.configuration), "RESTARTS": "0"}
-    options = ["--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2", f"--output={tmp_path}/output.txt"]
-    job = cluster.submit(*options, "launch/train.sbatch", *command(bench.data, tmp_path / "run"), env=env, cwd=ROOT)
-    state = cluster.wait(job)
-    output = (tmp_path / "output.txt").read_text()
-    assert state == "COMPLETED" and "queues itself again: a failure after step-00000004" in output
-    outcome = Outcome(tmp_path, [Start(0, output, 0, [])])
+    job = Job(cluster, tmp_path, bench.data, [Fault("exception", "D step", 6)], nodes=1, RESTARTS="0")
+    outcome = job.end()
+    assert "queues itself again: a failure after step-00000004" in job.output
     require_golden(outcome, golden(bench.work, bench.data))
+
+
+def test_a_failure_before_one_is_not(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, bench.data, [Fault("exception", "D step", 2)], nodes=1, RESTARTS="0")
+    assert job.end().starts[0].code != 0
+    assert "injected mistake" in job.output and "queues itself again" not in job.output
+
+
+def test_a_mistake_is_said_before_the_nodes_start(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, bench.data, flags=["--widht", 4])
+    assert job.end().starts[0].code != 0
+    lines = job.output.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "--width" in lines[0]
 
 
 ARTEFACTS = {"generator_ema.safetensors", "curves.png", "metrics.jsonl", "samples", "checkpoints", "logs"}
@@ -184,23 +177,21 @@ ARTEFACTS = {"generator_ema.safetensors", "curves.png", "metrics.jsonl", "sample
 def test_the_chain_from_photographs_to_scores(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
     data, run_dir = tmp_path / "with space" / "data", tmp_path / "run"
     source = next((bench.work / "data_source").rglob("data.mdb")).parent
-    env = environment() | {
-        "SLURM_CONF": str(cluster.configuration),
-        "RANKS": "2",
-        "PARTS": "4",
-        "PYTHONPATH": str(ROOT),
-    }
-    env |= {"CONVERT": "--cpus-per-task=1", "TRAIN": "--nodes=2 --gpus-per-node=2 --cpus-per-task=2"}
-    env |= {"EVALUATE": "--gpus-per-node=2 --cpus-per-task=2", "SBATCH_OUTPUT": str(tmp_path / "job-%A-%a.txt")}
-    words = [data, run_dir, source, "--samples-per-shard", 10, "--", *command(data, run_dir)[: -len(PLACES)]]
-    words += ["--", "--fakes", 64, "--reals", 64]
-    submit = ["bash", "launch/submit.sh"]
-    planned = cluster.run(*submit, "--dry-run", *map(str, words), env=env, cwd=ROOT).splitlines()
-    assert [line.split()[0] for line in planned] == ["sbatch"] * 4
+    resources = " ".join(RESOURCES)
+    variables = {"RANKS": "2", "PARTS": "4", "SBATCH_OUTPUT": f"{tmp_path}/job-%A-%a.txt", "PYTHONPATH": str(ROOT)}
+    variables |= {"CONVERT": "--cpus-per-task=1", "TRAIN": f"--nodes=2 {resources}", "EVALUATE": resources}
+    env = cluster.in_job(environment() | variables)
+    training = command(data, run_dir)
+    training = training[: training.index("--data")]
+    words = [data, run_dir, source, "--samples-per-shard", 10, "--", *training, "--", "--fakes", 64, "--reals", 64]
+
+    def submit(*flags: str) -> list[str]:
+        return cluster.run("bash", "launch/submit.sh", *flags, *map(str, words), env=env, cwd=ROOT).splitlines()
+
+    assert [line.split()[0] for line in submit("--dry-run")] == ["sbatch"] * 4
     assert cluster.run("squeue", "--noheader") == "" and not data.exists()
 
-    submitted = cluster.run(*submit, *map(str, words), env=env, cwd=ROOT).splitlines()
-    numbers = {line.split()[2]: line.split()[1].rstrip(":") for line in submitted}
+    numbers = {line.split()[2]: line.split()[1].rstrip(":") for line in submit()}
     assert list(numbers) == ["convert", "merge", "train", "evaluate"]
     assert cluster.wait(numbers["evaluate"]) == "COMPLETED", "".join(p.read_text() for p in tmp_path.glob("job-*"))
     assert cluster.leftovers() == []
@@ -208,5 +199,5 @@ def test_the_chain_from_photographs_to_scores(cluster: Cluster, bench: Bench, tm
     assert {path.name for path in run_dir.iterdir()} >= ARTEFACTS
     assert "kid_efficientnet_lite0" in (run_dir / "evaluation.txt").read_text()
 
-    again = cluster.run(*submit, "--dry-run", *map(str, words), env=env, cwd=ROOT).splitlines()
-    assert [line.split()[3].partition("=")[0] for line in again] == ["--nodes", "--dependency"]  # the data are there
+    left = [line.split()[3].partition("=")[0] for line in submit("--dry-run")]
+    assert left == ["--nodes", "--dependency"]  # the data are there
