@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -11,7 +12,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 from shards.errors import UserError
@@ -86,20 +87,24 @@ def _answering() -> Iterator[Place]:
     word, address = secrets.token_hex(8), own_address()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family, backlog=1024) as server:
-        threading.Thread(target=_answer, args=(server, word.encode()), name="connections", daemon=True).start()
+        thread = threading.Thread(target=_answer, args=(server, word.encode()), name="connections", daemon=True)
+        thread.start()
         try:
             yield Place(socket.gethostname(), address, server.getsockname()[1], word)
         finally:
             server.shutdown(socket.SHUT_RDWR)  # wakes the thread
+            thread.join()
 
 
 def _answer(server: socket.socket, word: bytes) -> None:
     while True:
         try:
             connection, _ = server.accept()
-        except OSError:  # it was shut down
-            return
-        with connection:
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # it was shut down
+                return
+            continue  # whoever came has gone
+        with connection, suppress(OSError):
             connection.sendall(word)
 
 

@@ -161,10 +161,10 @@ def _meeting_point(patience_seconds: float) -> tuple[Any, int, int]:
         return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=patience_seconds)))
+        return meet_in(store, rank, world_size, patience_seconds), rank, world_size
     except (ValueError, RuntimeError) as error:  # torch's errors of stores are RuntimeErrors
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OneRankError(f"cannot meet the other ranks at {place} ({first_sentence(error)})") from error
-    return meet_in(store, rank, world_size, patience_seconds), rank, world_size
 
 
 def under_torchrun(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:

@@ -26,6 +26,7 @@ from shards.errors import OneRankError
 
 _SECONDS_TO_ASK = 2.0
 _SECONDS_BETWEEN_LOOKS = 0.02
+_SECONDS_BETWEEN_LOOKS_A_RANK = 0.001  # all of them ask one store
 
 
 def meet_in(store: Any, rank: int, world_size: int, patience_seconds: float) -> Any:
@@ -58,16 +59,16 @@ def meet_in(store: Any, rank: int, world_size: int, patience_seconds: float) -> 
 
 
 class Peers:
-    """The board of one process group."""
+    """The board of one process group: a list of where each rank is, and one of what the ranks that ended say."""
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         """Enter this rank; `store` is one of torch.distributed."""
         self._store, self._rank, self._world_size = store, rank, world_size
-        store.set(f"place {rank}", json.dumps([socket.gethostname(), os.getpid()]))
+        self._write("places", [socket.gethostname(), os.getpid()])
 
     def report(self, why: str) -> None:
         """Say that this rank fails by itself, and why."""
-        self._ask(lambda: self._store.set(f"failed {self._rank}", json.dumps(why)))
+        self._ask(lambda: self._write("ends", why))
 
     def explain(self) -> str:
         """Return what ended the collective that broke on this rank.
@@ -77,61 +78,70 @@ class Peers:
         has ended, and this one is to say why.
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        found: list[str] = []
-        if not self._ask(lambda: found.extend(self._explain())):
+        reached, found = threading.Event(), []
+
+        def look() -> None:
+            self._write("ends", None)
+            reached.set()
+            found.extend(self._explain())
+
+        self._ask(look)
+        if not reached.is_set():
             return f"{os.environ.get('MASTER_ADDR', 'the machine')}, where the ranks meet, cannot be reached"
         return "; ".join(found) or "a collective took too long, or a connection broke"
 
     def _explain(self) -> list[str]:
-        self._store.set(f"failed {self._rank}", json.dumps(None))
         deadline = time.monotonic() + _SECONDS_TO_ASK
+        places = self._read("places")
         while True:
-            reported = {rank for rank in range(self._world_size) if self._store.check([f"failed {rank}"])}
-            reasons = {rank: why for rank in reported if (why := self._read(f"failed {rank}")) is not None}
+            ends = self._read("ends")
+            reasons = {rank: why for rank, why in ends.items() if why is not None}
             if reasons:
-                return [f"{self._name(rank)} failed: {why}" for rank, why in reasons.items()]
-            silent = [rank for rank in range(self._world_size) if rank not in reported]
-            if time.monotonic() > deadline or all(self._has_ended(rank) for rank in silent):
-                return [self._fate(rank) for rank in silent]
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+                return [f"{_name(rank, *places[rank])} failed: {why}" for rank, why in reasons.items()]
+            silent = [rank for rank in range(self._world_size) if rank not in ends]
+            if time.monotonic() > deadline or all(rank in places and _has_ended(*places[rank]) for rank in silent):
+                return [
+                    _fate(rank, *places[rank]) if rank in places else f"rank {rank} has not come" for rank in silent
+                ]
+            time.sleep(max(_SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS_A_RANK * self._world_size))
 
-    def _fate(self, rank: int) -> str:
-        if not self._store.check([f"place {rank}"]):
-            return f"rank {rank} has not come"
-        host, pid = self._read(f"place {rank}")
-        if self._has_ended(rank):
-            return f"{self._name(rank)} has ended"
-        if host != socket.gethostname():
-            return f"{self._name(rank)} does not answer"
-        with suppress(ProcessLookupError):  # it ended meanwhile
-            os.kill(pid, signal.SIGKILL)
-        return f"{self._name(rank)} does not answer and is killed"
+    def _write(self, board: str, content: Any) -> None:
+        self._store.append(board, json.dumps([self._rank, content]) + "\n")
 
-    def _has_ended(self, rank: int) -> bool:
-        """Return whether the process of a rank is known to have ended."""
-        if not self._store.check([f"place {rank}"]):
-            return False
-        host, pid = self._read(f"place {rank}")
-        return host == socket.gethostname() and not _alive(pid)
+    def _read(self, board: str) -> dict[int, Any]:
+        """Return what each rank has written, of those that have; this one has."""
+        return dict(json.loads(line) for line in self._store.get(board).decode().splitlines())
 
-    def _name(self, rank: int) -> str:
-        host, pid = self._read(f"place {rank}")
-        return f"rank {rank} on {host} (process {pid})"
-
-    def _read(self, key: str) -> Any:
-        return json.loads(self._store.get(key))
-
-    def _ask(self, question: Callable[[], object]) -> bool:
-        """Ask the store, which may be gone, in a thread that need not come back; return whether it answered."""
-        answered = threading.Event()
+    def _ask(self, question: Callable[[], object]) -> None:
+        """Ask the store, which may be gone or cut off, in a thread that need not come back."""
 
         def ask() -> None:
             with suppress(RuntimeError):  # the store went with its host
                 question()
-                answered.set()
 
-        threading.Thread(target=ask, name="peers", daemon=True).start()
-        return answered.wait(2 * _SECONDS_TO_ASK)
+        thread = threading.Thread(target=ask, name="peers", daemon=True)
+        thread.start()
+        thread.join(2 * _SECONDS_TO_ASK)
+
+
+def _name(rank: int, host: str, pid: int) -> str:
+    return f"rank {rank} on {host} (process {pid})"
+
+
+def _has_ended(host: str, pid: int) -> bool:
+    """Return whether a process is known to have ended."""
+    return host == socket.gethostname() and not _alive(pid)
+
+
+def _fate(rank: int, host: str, pid: int) -> str:
+    """Return what became of a rank that says nothing; it is killed where it can be."""
+    if _has_ended(host, pid):
+        return f"{_name(rank, host, pid)} has ended"
+    if host != socket.gethostname():
+        return f"{_name(rank, host, pid)} does not answer"
+    with suppress(ProcessLookupError):  # it ended meanwhile
+        os.kill(pid, signal.SIGKILL)
+    return f"{_name(rank, host, pid)} does not answer and is killed"
 
 
 def broke(error: BaseException) -> bool:

@@ -10,9 +10,10 @@ set -euo pipefail
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds to save after a signal
 
+command -v torchrun >/dev/null || { echo "error: no torchrun: activate the environment of dist_dcgan" >&2; exit 2; }
 meeting=(--standalone)
 if [ "${NODES:-1}" -gt 1 ]; then
-  [ -n "${HEAD:-}" ] || { echo "error: NODES=$NODES, but not where they meet: HEAD=HOST:PORT" >&2; exit 2; }
+  [[ ${HEAD:-} =~ ^.+:[0-9]+$ ]] || { echo "error: NODES=$NODES, HEAD=${HEAD:-}: they meet at HEAD=HOST:PORT" >&2; exit 2; }
   meeting=(--nnodes="$NODES" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${JOB:-dist_dcgan}")
 fi
 if [ -n "${LOGS:-}" ]; then
@@ -22,21 +23,26 @@ if [ -n "${LOGS:-}" ]; then
 fi
 
 # The watch looks after torchrun, which takes the place of this script below, so that it has its number. It says so where
-# the machines have not met; and it kills a torchrun that hangs after its ranks have ended, as when a network is cut.
+# the machines have not met; and it kills a torchrun whose ranks have ended and that hangs, as when a network is cut, or
+# waits for machines that do not come back.
 watch() {
-  local without=0 started=
+  local without=0 cut=0 started=
   trap '' TERM INT HUP QUIT USR1
   while is_child; do
     if has_ranks; then started=yes without=0; else without=$((without + 1)); fi
     if [ -n "$started" ] && [ "$without" -gt "${ORPHANED_SECONDS:-150}" ]; then
-      kill_torchrun "its ranks ended $without seconds ago"
-    elif [ -n "$started" ] && [ "$without" -ge 2 ] && ! reaches_head; then
-      kill_torchrun "$HEAD, where the machines meet, cannot be reached"
+      kill_torchrun "its ranks ended $without seconds ago, and it has not started others"
+    elif [ -n "$started" ] && [ "$without" -ge 1 ] && is_cut_off; then
+      cut=$((cut + 1))
+      [ "$cut" -lt 2 ] || kill_torchrun "$HEAD, where the machines meet, cannot be reached"
+    else
+      cut=0
     fi
     sleep 1
   done
   if [ -z "$started" ] && [ "${NODES:-1}" -gt 1 ]; then
-    echo "error: $(hostname) has not met the $NODES machines at $HEAD: does each run this command, and is the port open?" >&2
+    echo "error: torchrun on $(hostname) ended before it started ranks: if nothing above says why, the $NODES machines have" \
+      "not met at $HEAD: does each run this command, and is the port open?" >&2
   fi
 }
 is_child() { # until torchrun has ended, even where nobody has asked how
@@ -47,14 +53,17 @@ has_ranks() {
   local child
   # shellcheck disable=SC2013  # numbers
   for child in $(cat /proc/$$/task/$$/children 2>/dev/null); do
+    [ "$child" != "$BASHPID" ] || continue
     ! grep -qz '^RANK=' "/proc/$child/environ" 2>/dev/null || return 0
   done
   return 1
 }
-reaches_head() { # refused is an answer: then torchrun notices by itself
-  local error
-  [ "${NODES:-1}" -gt 1 ] || return 0
-  error=$(LC_ALL=C timeout 2 bash -c ": < /dev/tcp/${HEAD%:*}/${HEAD##*:}" 2>&1) || [[ $error == *refused* ]]
+is_cut_off() { # any answer will do: a torchrun that is refused notices by itself
+  local error host=${HEAD%:*}
+  [ "${NODES:-1}" -gt 1 ] || return 1
+  host=${host#[} host=${host%]}
+  error=$(LC_ALL=C timeout 2 bash -c ": < /dev/tcp/$host/${HEAD##*:}" 2>&1)
+  [ $? = 124 ] || [[ $error == *"No route"* || $error == *unreachable* || $error == *"timed out"* ]]
 }
 kill_torchrun() {
   kill -KILL $$ 2>/dev/null || return 0

@@ -1,11 +1,14 @@
-"""The folder of a run: what lies where, who may write to it, and whether a run may go on in it."""
+"""The folder of a run: what lies where, who may write to it, and whether a run may go on in it.
+
+python -m dist_dcgan.training.run_directory FLAGS OF TRAINING: print where these flags put it; launchers ask.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -14,8 +17,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dist_dcgan.config import Config, differences, read_yaml, to_yaml
+from dist_dcgan.config import Config, differences, from_command_line, read_yaml, to_yaml
 from shards.command_line import build
+from shards.command_line import run as run_command
 from shards.errors import UserError
 from shards.files import publish
 
@@ -167,3 +171,12 @@ def _require_equal(what: str, stored: Config, config: Config) -> None:
         raise UserError(
             f"{what} of another configuration ({'; '.join(changed)}): use the same, or name another with --run-dir"
         )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the run directory that the flags of training name."""
+    print(from_command_line(argv)[0].run_dir)
+
+
+if __name__ == "__main__":
+    run_command(main)

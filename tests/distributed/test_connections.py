@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,10 +21,14 @@ MACHINES = 3
 class Store:
     """A store in which one machine's place is what a test makes of it."""
 
-    def __init__(self, store: Any, altered: dict[str, Any]) -> None:
-        self._store, self._altered = store, altered
+    def __init__(self, store: Any, altered: dict[str, Any], visited: bool) -> None:
+        self._store, self._altered, self._visited = store, altered, visited
 
     def set(self, key: str, value: str) -> None:
+        if key.startswith("place") and self._visited:
+            place = Place(*json.loads(value))
+            with socket.create_connection((place.address, place.port)) as visit:  # and is reset when it is closed
+                visit.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if key == "place 1":
             value = json.dumps(Place(*json.loads(value))._replace(**self._altered))
         self._store.set(key, value)
@@ -32,9 +37,9 @@ class Store:
         return getattr(self._store, name)
 
 
-def what_ranks_hear(**altered: Any) -> list[str]:
+def what_ranks_hear(visited: bool = False, **altered: Any) -> list[str]:
     """Let two ranks of each machine meet, in threads; return what they hear, leading ranks first."""
-    store = Store(dist.HashStore(), altered)  # type: ignore[attr-defined]
+    store = Store(dist.HashStore(), altered, visited)  # type: ignore[attr-defined]
 
     def hear(rank: int) -> str:
         try:
@@ -49,6 +54,10 @@ def what_ranks_hear(**altered: Any) -> list[str]:
 
 def test_machines_that_reach_each_other_hear_nothing() -> None:
     assert what_ranks_hear() == ["nothing"] * 2 * MACHINES
+
+
+def test_a_visitor_who_resets_its_connection_harms_nobody() -> None:
+    assert what_ranks_hear(visited=True) == ["nothing"] * 2 * MACHINES
 
 
 def test_all_ranks_hear_of_a_machine_that_cannot_be_reached() -> None:

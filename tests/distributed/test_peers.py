@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import signal
+import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dist_dcgan.distributed import process_group
-from dist_dcgan.peers import meet_in
+from dist_dcgan.peers import Peers, meet_in
 from shards.errors import OneRankError
 from tests.commands import environment, run
 from tests.ranks import run_ranks
@@ -55,6 +59,51 @@ def test_a_rank_that_is_late_is_not_killed() -> None:
 
 def test_healthy_ranks_hear_nothing() -> None:
     assert run_ranks(3, what_a_rank_hears, "") == ["nothing"] * 3
+
+
+class SlowStore:
+    """A store that many ask at once."""
+
+    def __init__(self) -> None:
+        self._store = dist.HashStore()  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        time.sleep(0.01)
+        return getattr(self._store, name)
+
+
+class LostStore:
+    """A store that does not answer."""
+
+    def append(self, key: str, value: str) -> None:
+        if key == "ends":
+            time.sleep(60)
+
+
+@pytest.fixture
+def _sigterm_is_kept() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("_sigterm_is_kept")
+def test_many_ranks_and_a_slow_store_are_no_broken_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SlowStore()
+    with monkeypatch.context() as far:
+        far.setattr(socket, "gethostname", lambda: "far")
+        ranks = [Peers(store, rank, 512) for rank in range(512)]
+    for peers in ranks[1:500]:
+        peers._write("ends", None)
+    assert ranks[0].explain().count("on far (process") == 12
+    ranks[7].report("ValueError: it cannot go on")
+    assert ranks[1].explain().endswith("failed: ValueError: it cannot go on")
+
+
+@pytest.mark.usefixtures("_sigterm_is_kept")
+def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    assert Peers(LostStore(), 0, 2).explain() == "n1, where the ranks meet, cannot be reached"
 
 
 def rooms(word: str) -> list[str]:

@@ -18,10 +18,11 @@ LAUNCH = ROOT / "launch"
 STAND_INS = {
     "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "$@" >> "$HERE/requeued"; fi',
     # runs until it is signalled or told to end, and leaves what training would
-    "srun": """trap 'touch "$HERE/signalled"' USR1
+    "srun": """trap 'echo >> "$HERE/signalled"' USR1
 printf '%s\\n' "$@" "HEAD=$HEAD" "LOGS=$LOGS" > "$HERE/called"
 touch "$HERE/started"
 while [ ! -e "$HERE/signalled" ] && [ ! -e "$HERE/ends" ]; do sleep 0.05; done
+sleep "$SAVING"
 for leaves in $LEAVES; do mkdir -p "$HERE/run/$leaves"; done
 exit $STATUS""",
 }
@@ -40,6 +41,9 @@ def stand_ins(tmp_path: Path) -> dict[str, str]:
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n1",
         "SLURM_JOB_NUM_NODES": "1",
+        "LEAVES": "",
+        "STATUS": "0",
+        "SAVING": "0",
     }
 
 
@@ -57,12 +61,18 @@ class Job:
     """The status of the job, and whether it queues itself again."""
     earlier: str = ""
     """What an earlier job has left."""
+    restarts: int = 0
+    """How often it has been queued again."""
 
 
 JOBS = {
     "it saved itself before the limit": Job(signal.SIGUSR1, "STOPPED", 1, (0, True)),
     "it saved itself, and torchrun ended well": Job(signal.SIGUSR1, "STOPPED", 0, (0, True)),
     "the limit came before it had anything to save": Job(signal.SIGUSR1, "", 1, (0, True)),
+    "the limit came again and again before that": Job(signal.SIGUSR1, "", 1, (1, False), restarts=10),
+    "it got further before the limit, as often before": Job(
+        signal.SIGUSR1, "STOPPED checkpoints/step-00000008", 1, (0, True), restarts=10
+    ),
     "it ended as the limit came": Job(signal.SIGUSR1, "", 0, (0, False)),
     "it was cancelled": Job(signal.SIGTERM, "STOPPED", 1, (1, False)),
     "it was cancelled, after a checkpoint": Job(signal.SIGTERM, "checkpoints/step-00000008", 1, (1, False)),
@@ -73,37 +83,70 @@ JOBS = {
     ),
     "it failed after an earlier stop": Job(None, "", 1, (1, False), earlier="STOPPED"),
     "it stopped by a signal that only the ranks got": Job(None, "STOPPED checkpoints/step-00000008", 1, (1, False)),
+    "so it did, and torchrun ended well": Job(None, "STOPPED checkpoints/step-00000008", 0, (1, False)),
+    "it ended well, beside an old marker": Job(None, "", 0, (0, False), earlier="STOPPED"),
     "it ended well": Job(None, "checkpoints/step-00000008", 0, (0, False)),
 }
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_which_jobs_queue_themselves_again(job: Job, stand_ins: dict[str, str], tmp_path: Path) -> None:
     for name in job.earlier.split():
         (tmp_path / "run" / name).mkdir(parents=True)
-    env = stand_ins | {"LEAVES": job.leaves, "STATUS": str(job.status)}
+    env = stand_ins | {"LEAVES": job.leaves, "STATUS": str(job.status), "SLURM_RESTART_COUNT": str(job.restarts)}
     words = ["bash", LAUNCH / "train.sbatch", "--run-dir", tmp_path / "run"]
     process = subprocess.Popen(words, cwd=ROOT, env=env)
-    while not (tmp_path / "started").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    if job.number is None:
-        (tmp_path / "ends").touch()
-    else:
+    wait_for(tmp_path / "started", process)
+    if job.number is not None:
         process.send_signal(job.number)
+    if job.number != signal.SIGUSR1:  # where a job is cancelled, SLURM signals its tasks
+        time.sleep(0.2)
+        (tmp_path / "ends").touch()
     assert (process.wait(timeout=30), (tmp_path / "requeued").exists()) == job.expected
-    assert not job.expected[1] or (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert not job.expected[1] or (tmp_path / "requeued").read_text() == "requeue Incomplete 7\n"
+
+
+def test_a_signal_is_passed_on_once(stand_ins: dict[str, str], tmp_path: Path) -> None:
+    """Torchrun gives up saving at the third; a job that is cancelled is signalled by SLURM itself."""
+    env = stand_ins | {"LEAVES": "STOPPED", "STATUS": "1", "SAVING": "1"}
+    process = subprocess.Popen(["bash", LAUNCH / "train.sbatch", "--run-dir", tmp_path / "run"], cwd=ROOT, env=env)
+    wait_for(tmp_path / "started", process)
+    for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.3)
+    assert process.wait(timeout=30) == 1  # it was cancelled
+    assert (tmp_path / "signalled").read_text() == "\n" and not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_a_signal_before_anything_has_started(
+    number: signal.Signals, requeued: bool, stand_ins: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "bin" / "python").write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\nsleep 1\necho {tmp_path}/run\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    process = subprocess.Popen(["bash", LAUNCH / "train.sbatch"], cwd=ROOT, env=stand_ins)
+    wait_for(tmp_path / "asked", process)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == (0 if requeued else 1)
+    assert (tmp_path / "requeued").exists() == requeued and not (tmp_path / "started").exists()
 
 
 def test_a_run_directory_from_a_file_of_options(stand_ins: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"run_dir: {tmp_path}/with space\n")
     (tmp_path / "ends").touch()
-    env = stand_ins | {"LEAVES": "", "STATUS": "0", "CONTAINER": "env INSIDE=yes", "SLURM_RESTART_COUNT": "2"}
+    env = stand_ins | {"CONTAINER": "env INSIDE=yes", "SLURM_RESTART_COUNT": "2"}
     words = ["bash", LAUNCH / "train.sbatch", "--config", tmp_path / "run.yaml"]
     subprocess.run(words, cwd=ROOT, env=env, check=True)
     called = (tmp_path / "called").read_text().splitlines()
     assert called[3:] == [
-        *("env", "INSIDE=yes", "bash", "launch/torchrun.sh", "--config", str(tmp_path / "run.yaml")),
+        *("env", "env", "INSIDE=yes", "bash", "launch/torchrun.sh", "--config", str(tmp_path / "run.yaml")),
         *("HEAD=n1:20007", f"LOGS={tmp_path}/with space/logs/7-2"),
     ]
 
@@ -122,9 +165,9 @@ def test_machines_that_do_not_meet_are_told_so(tmp_path: Path) -> None:
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "2"}
     words = ["bash", LAUNCH / "torchrun.sh"]
     done = subprocess.run(words, env=env | {"HEAD": "n1:20007"}, capture_output=True, text=True)
-    assert done.returncode == 1 and "has not met the 2 machines at n1:20007" in done.stderr
+    assert done.returncode == 1 and "the 2 machines have not met at n1:20007" in done.stderr
     done = subprocess.run(words, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: NODES=2, but not where they meet")
+    assert done.returncode == 2 and done.stderr.startswith("error: NODES=2, HEAD=: they meet at HEAD=HOST:PORT")
 
 
 def test_what_torchrun_is_told(tmp_path: Path) -> None:

@@ -81,8 +81,11 @@ class Pair:
         for process in left.values():
             process.kill()
         assert not left, self.outputs()
-        time.sleep(1)
-        assert processes_of(self.folder) == []
+        while (
+            survivors := processes_of(self.folder)
+        ) and time.monotonic() < deadline:  # the launcher's watch, for seconds
+            time.sleep(0.1)
+        assert survivors == []
         return [process.wait() for process in self._processes.values()]
 
     def outputs(self) -> list[str]:
@@ -103,7 +106,9 @@ def test_where_the_cable_is_cut_both_end_and_afterwards_the_same_command_goes_on
     hosts.cut("hostb")
     cut = time.monotonic()
     assert all(status != 0 for status in pair.wait())
-    print("ended after the cut, s:", {name: round(ended - cut, 1) for name, ended in pair.ended.items()})
+    seconds = [ended - cut for ended in pair.ended.values()]
+    print(f"ended {min(seconds):.1f} and {max(seconds):.1f} s after the cut")
+    assert max(seconds) < 100  # by themselves, and not by what ends a launcher that waits
     first, second = pair.outputs()
     assert "on hostb (process" in first and "does not answer" in first
     assert "hosta, where the ranks meet, cannot be reached" in second
@@ -120,7 +125,7 @@ def test_a_cut_shorter_than_the_timeout_changes_nothing(hosts: Hosts, bench: Ben
     pair.start()
     pair.wait_for_fault()
     hosts.cut("hostb")
-    time.sleep(TIMEOUT / 2)
+    time.sleep(0.3 * TIMEOUT)  # TCP sends again after 6 s at the latest then
     hosts.mend("hostb")
     assert pair.wait() == [0, 0], pair.outputs()
     outcome = pair.outcome()
