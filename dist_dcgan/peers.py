@@ -82,17 +82,17 @@ class Peers:
 
         def look() -> None:
             self._write("ends", None)
+            places = self._read("places")  # writing waits for no answer
             reached.set()
-            found.extend(self._explain())
+            found.extend(self._explain(places))
 
         self._ask(look)
         if not reached.is_set():
             return f"{os.environ.get('MASTER_ADDR', 'the machine')}, where the ranks meet, cannot be reached"
         return "; ".join(found) or "a collective took too long, or a connection broke"
 
-    def _explain(self) -> list[str]:
+    def _explain(self, places: dict[int, Any]) -> list[str]:
         deadline = time.monotonic() + _SECONDS_TO_ASK
-        places = self._read("places")
         while True:
             ends = self._read("ends")
             reasons = {rank: why for rank, why in ends.items() if why is not None}

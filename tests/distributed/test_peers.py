@@ -62,22 +62,25 @@ def test_healthy_ranks_hear_nothing() -> None:
 
 
 class SlowStore:
-    """A store that many ask at once."""
+    """A store that answers late once many ask."""
 
     def __init__(self) -> None:
-        self._store = dist.HashStore()  # type: ignore[attr-defined]
+        self._store, self.delay = dist.HashStore(), 0.0  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
-        time.sleep(0.01)
+        time.sleep(self.delay)
         return getattr(self._store, name)
 
 
 class LostStore:
-    """A store that does not answer."""
+    """A store that does not answer; what is written to it is lost."""
 
     def append(self, key: str, value: str) -> None:
-        if key == "ends":
-            time.sleep(60)
+        pass
+
+    def get(self, key: str) -> bytes:
+        time.sleep(60)
+        raise AssertionError
 
 
 @pytest.fixture
@@ -95,6 +98,7 @@ def test_many_ranks_and_a_slow_store_are_no_broken_network(monkeypatch: pytest.M
         ranks = [Peers(store, rank, 512) for rank in range(512)]
     for peers in ranks[1:500]:
         peers._write("ends", None)
+    store.delay = 0.01
     assert ranks[0].explain().count("on far (process") == 12
     ranks[7].report("ValueError: it cannot go on")
     assert ranks[1].explain().endswith("failed: ValueError: it cannot go on")
