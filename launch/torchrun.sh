@@ -59,8 +59,8 @@ has_ranks() {
   return 1
 }
 is_cut_off() { # any answer will do: a torchrun that is refused notices by itself
-  local error host=${HEAD%:*}
   [ "${NODES:-1}" -gt 1 ] || return 1
+  local error host=${HEAD%:*}
   host=${host#[} host=${host%]}
   error=$(LC_ALL=C timeout 2 bash -c ": < /dev/tcp/$host/${HEAD##*:}" 2>&1)
   [ $? = 124 ] || [[ $error == *"No route"* || $error == *unreachable* || $error == *"timed out"* ]]

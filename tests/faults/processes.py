@@ -198,7 +198,7 @@ def restarts_after_a_hang(bench: Bench, folder: Path) -> str:
 def torchrun_hangs(bench: Bench, folder: Path) -> str:
     """The launcher's watch kills it."""
     outcome = run(folder, bench.data, [Fault("SIGSTOP of torchrun, kill -9 of ranks", "D step", 6, 0)])
-    assert "torchrun hangs" in outcome.starts[0].output
+    assert "hangs and is killed: its ranks ended" in outcome.starts[0].output
     assert len(outcome.starts) == 2 and outcome.starts[0].survivors == []
     require_golden(outcome, golden(bench.work, bench.data))
     return f"killed {outcome.starts[0].ended - outcome.fault_time():.1f} s after its ranks ended"

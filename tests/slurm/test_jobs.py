@@ -152,10 +152,10 @@ def test_it_is_one_run(
 
 
 def test_a_failure_after_a_checkpoint_is_tried_again(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, bench.data, [Fault("exception", "D step", 6)], nodes=1, RESTARTS="0")
+    job = Job(cluster, tmp_path, bench.data, [Fault("exception", "D step", 6)], RESTARTS="0")
     outcome = job.end()
     assert "queues itself again: a failure after step-00000004" in job.output
-    require_golden(outcome, golden(bench.work, bench.data))
+    require_golden(outcome, golden(bench.work, bench.data, ranks=2 * RANKS_PER_NODE))
 
 
 def test_a_failure_before_one_is_not(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
