@@ -82,19 +82,20 @@ class Peers:
 
         def look() -> None:
             self._write("ends", None)
-            places = self._read("places")  # writing waits for no answer
+            self._read("ends")  # writing waits for no answer
             reached.set()
-            found.extend(self._explain(places))
+            found.extend(self._explain())
 
         self._ask(look)
         if not reached.is_set():
             return f"{os.environ.get('MASTER_ADDR', 'the machine')}, where the ranks meet, cannot be reached"
         return "; ".join(found) or "a collective took too long, or a connection broke"
 
-    def _explain(self, places: dict[int, Any]) -> list[str]:
+    def _explain(self) -> list[str]:
         deadline = time.monotonic() + _SECONDS_TO_ASK
         while True:
             ends = self._read("ends")
+            places = self._read("places")  # after the ends: who has ended had a place before
             reasons = {rank: why for rank, why in ends.items() if why is not None}
             if reasons:
                 return [f"{_name(rank, *places[rank])} failed: {why}" for rank, why in reasons.items()]

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,14 @@ def test_many_ranks_and_a_slow_store_are_no_broken_network(monkeypatch: pytest.M
     assert ranks[0].explain().count("on far (process") == 12
     ranks[7].report("ValueError: it cannot go on")
     assert ranks[1].explain().endswith("failed: ValueError: it cannot go on")
+
+
+@pytest.mark.usefixtures("_sigterm_is_kept")
+def test_a_rank_that_comes_and_fails_while_another_asks_is_named() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    late = threading.Timer(0.5, lambda: Peers(store, 1, 2).report("ValueError: it cannot go on"))
+    late.start()
+    assert Peers(store, 0, 2).explain().endswith("failed: ValueError: it cannot go on")
 
 
 @pytest.mark.usefixtures("_sigterm_is_kept")

@@ -81,11 +81,9 @@ class Pair:
         for process in left.values():
             process.kill()
         assert not left, self.outputs()
-        while (
-            survivors := processes_of(self.folder)
-        ) and time.monotonic() < deadline:  # the launcher's watch, for seconds
+        while processes_of(self.folder):  # the launcher's watch, for seconds
+            assert time.monotonic() < deadline, processes_of(self.folder)
             time.sleep(0.1)
-        assert survivors == []
         return [process.wait() for process in self._processes.values()]
 
     def outputs(self) -> list[str]:
