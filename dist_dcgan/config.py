@@ -152,8 +152,9 @@ class DistributedOptions(Options):
 
     timeout_seconds: float = _changeable(60.0, gt=0)
     """A collective that takes longer ends the run; the ranks wait as long for rank 0's checkpoints and grids."""
-    batchnorm: Literal["auto", "native", "portable"] = _changeable("auto")
-    """Cross-rank batch norm: torch's SyncBatchNorm (CUDA only) or this project's; auto takes native on CUDA."""
+    batchnorm: Literal["auto", "native", "direct", "portable"] = _changeable("auto")
+    """Cross-rank batch norm. native: torch's SyncBatchNorm (CUDA only); direct: its CUDA kernels without its host
+    synchronisations; portable: plain torch, any device; auto: native on CUDA, else portable."""
 
 
 class Config(Options):

@@ -1,12 +1,18 @@
-"""Batch norm whose statistics are those of the global batch, on any device.
+"""Batch norm whose statistics are those of the global batch.
 
-torch's `SyncBatchNorm` runs on CUDA only; it raises on CPU tensors, and DDP refuses CPU networks that hold even a
-subclass of it. `CrossRankBatchNorm` runs anywhere, with one packed all-reduce each way. The ranks hold equally many
-samples by construction, so their moments are averaged without counts.
+| kind | layer | computed by | on |
+|---|---|---|---|
+| native | `nn.SyncBatchNorm` | torch; every forward on several ranks synchronises host and GPU three times | CUDA |
+| direct | `DirectBatchNorm` | torch's CUDA kernels for it, called without that synchronisation | CUDA |
+| portable | `CrossRankBatchNorm` | plain torch | any device |
 
-Moments are taken per sample in float32 and combined in float64. A sample's moments do not depend on which rank holds
-it, so 1 and N ranks normalise by the same bits but for the rounding of float64. With float32 throughout they differ by
-about 1e-6, enough to turn some ReLU over at its kink within five steps (measured at width 8: parameters 4e-3 apart).
+torch's `SyncBatchNorm` raises on CPU tensors, and DDP refuses CPU networks that hold even a subclass of it. The other
+two take one collective each way. The ranks hold equally many samples by construction, so no counts are exchanged.
+
+The portable layer takes moments per sample in float32 and combines them in float64. A sample's moments do not depend on
+which rank holds it, so 1 and N ranks normalise by the same bits but for the rounding of float64. With float32
+throughout, as in the other two, they differ by about 1e-6, enough to turn some ReLU over at its kink within five steps
+(measured at width 8: parameters 4e-3 apart).
 """
 
 from __future__ import annotations
@@ -21,108 +27,199 @@ from torch.nn import functional as F
 from dist_dcgan.models.networks import Norm
 from shards.errors import UserError
 
+# torch renamed it and warns about the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def make_norm(kind: str, device: torch.device) -> Norm:
-    """Return the batch norm layer for `kind` (auto, native, portable); raises UserError for native on a CPU."""
-    if kind == "native" and device.type == "cpu":
-        raise UserError("--distributed.batchnorm native needs a GPU: use auto or portable")
-    native = kind == "native" or (kind == "auto" and device.type == "cuda")
-    return nn.SyncBatchNorm if native else CrossRankBatchNorm
+    """Return the batch norm layer for `kind`: auto, native, direct or portable.
+
+    auto is native on CUDA, else portable. Raises UserError for native and direct on a CPU.
+    """
+    if kind == "auto":
+        kind = "native" if device.type == "cuda" else "portable"
+    if kind != "portable" and device.type == "cpu":
+        raise UserError(f"--distributed.batchnorm {kind} needs a GPU: use auto or portable")
+    return {"native": nn.SyncBatchNorm, "direct": DirectBatchNorm, "portable": CrossRankBatchNorm}[kind]
 
 
 class CrossRankBatchNorm(nn.BatchNorm2d):
     """Batch norm over the samples of all ranks; input (N, C, H, W), any memory format, on any device.
 
-    Equals `nn.BatchNorm2d` over the concatenated batch, running statistics and gradients included.
+    Equals `nn.BatchNorm2d` over the concatenated batch, running statistics and gradients included. Outputs in training
+    depend on this batch alone: after a forward that was not finite, the next one is right again (the running
+    statistics are not, as torch's own).
     """
 
-    # Traced by the compiler, its float64 gradients came out wrong (torch 2.14.1).
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each channel by the mean and variance of the global batch, in eval mode by the running ones."""
+        return self._across_ranks(input) if self.training else super().forward(input)
+
+    # The compiler cannot trace it: torch's kernels for statistics have no implementation for fake tensors, and the
+    # portable layer's float64 gradients came out wrong (torch 2.14.1).
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _across_ranks(self, input: Tensor) -> Tensor:
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        output: Tensor = _CrossRankNorm.apply(input, self.weight, self.bias, self)
+        return output
+
+    def _statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of the global batch, float64 (C), and update the running ones."""
         assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
-        if not self.training:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        output, mean, variance = _CrossRankNorm.apply(input, self.weight, self.bias, self.running_mean, self.eps)
-        with torch.no_grad():
-            count = _global_count(input)
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
-        normalised: Tensor = output
-        return normalised
+        mean, variance = _moments(input)
+        if (world_size := _world_size()) > 1:
+            # No shift towards the mean: the ranks share none but the running mean, and one value that is not finite
+            # would stay in that. In float64, the difference errs by about 1e-15 * (mean / deviation)^2.
+            moments = torch.stack([mean, torch.addcmul(variance, mean, mean)])
+            mean, square = _sum_across_ranks(moments) / world_size
+            variance = torch.addcmul(square, mean, mean, value=-1).clamp_(min=0)
+        count = _global_count(input)
+        self.running_mean.mul_(1 - self.momentum).add_(mean, alpha=self.momentum)
+        self.running_var.mul_(1 - self.momentum).add_(variance, alpha=self.momentum * count / (count - 1))
+        return mean, variance
+
+    def _normalise(self, input: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """Return the output in the type and memory format of input, in one pass over memory."""
+        mean, variance = mean.to(self.weight.dtype), variance.to(self.weight.dtype)
+        output: Tensor = F.batch_norm(input, mean, variance, self.weight, self.bias, eps=self.eps)
+        return output
+
+    def _gradients(
+        self, grad: Tensor, input: Tensor, weight: Tensor, mean: Tensor, variance: Tensor, affine: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the gradients of input and, if `affine`, those of weight and bias over this rank's samples.
+
+        It costs a reduction and two affine passes, less than torch's own CPU kernel (measured on 32x128x32x32
+        channels_last: 4 against 17 ms), so one rank takes this way too.
+        """
+        inverse_std = torch.rsqrt(variance + self.eps)
+        wide = _wide(grad)
+        # Samples in their own type, their sums in float64.
+        sums = torch.stack([wide.sum([2, 3]), (wide * input).sum([2, 3])]).sum(1, dtype=torch.float64)
+        sums[1].addcmul_(mean, sums[0], value=-1).mul_(inverse_std)
+        grad_bias, grad_weight = (row.to(weight.dtype, copy=True) for row in sums) if affine else (None, None)
+        mean_bias, mean_weight = _sum_across_ranks(sums) / _global_count(input)
+        # d(input) = scale * (grad - mean_bias - normalised * mean_weight), as one affine form of input and grad
+        scale = weight * inverse_std
+        slope = scale * inverse_std * mean_weight
+        offset = torch.addcmul(mean * slope, scale, mean_bias, value=-1)
+        scale, slope, offset = _per_channel(torch.stack([scale, slope, offset]), input)
+        grad_input = torch.addcmul(offset, input, slope, value=-1).to(input.dtype)
+        grad_input.addcmul_(grad, scale)
+        return grad_input, grad_weight, grad_bias
+
+
+class DirectBatchNorm(CrossRankBatchNorm):
+    """The same by torch's CUDA kernels, without synchronisation of host and GPU; one rank alone is `nn.BatchNorm2d`.
+
+    Parameters are float32 if the input is of half precision, as under autocast.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise each channel by the mean and variance of the global batch, in eval mode by the running ones."""
+        if not self.training or _world_size() == 1:
+            return super(CrossRankBatchNorm, self).forward(input)
+        output: Tensor = self._across_ranks(input.contiguous(memory_format=_memory_format(input)))
+        return output
+
+    def _statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and inverse standard deviation of the global batch (C), and update the running statistics."""
+        assert self.momentum is not None and self.running_mean is not None
+        local = torch.stack(torch.batch_norm_stats(input, self.eps))
+        gathered = local.new_empty(_world_size() * 2, input.shape[1])
+        _all_gather(gathered, local)
+        means, inverse_stds = gathered.view(-1, 2, input.shape[1]).unbind(1)
+        mean, inverse_std = torch.batch_norm_gather_stats_with_counts(
+            input,
+            means,
+            inverse_stds,
+            self.running_mean,
+            self.running_var,
+            self.momentum,
+            self.eps,
+            _counts(input, self.running_mean.dtype),
+        )
+        return mean, inverse_std
+
+    def _normalise(self, input: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
+        return torch.batch_norm_elemt(input, self.weight, self.bias, mean, inverse_std, self.eps)
+
+    def _gradients(
+        self, grad: Tensor, input: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor, affine: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        # The kernels look at the memory format of one of the two and read both by it.
+        grad = grad.contiguous(memory_format=_memory_format(input))
+        sum_grad, sum_product, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+            grad, input, mean, inverse_std, weight, True, affine, affine
+        )
+        sum_grad, sum_product = _sum_across_ranks(torch.stack([sum_grad, sum_product]))
+        counts = _counts(input, torch.int32)
+        grad_input = torch.batch_norm_backward_elemt(
+            grad, input, mean, inverse_std, weight, sum_grad, sum_product, counts
+        )
+        return grad_input, grad_weight if affine else None, grad_bias if affine else None
 
 
 class _CrossRankNorm(torch.autograd.Function):
-    """Normalisation by the moments of the global batch, and its gradient (Ioffe and Szegedy 2015, section 3).
-
-    Both directions cost one reduction and one or two affine passes: less than torch's own CPU kernels take (measured on
-    32x128x32x32 channels_last: backward 4 against 17 ms), so one rank takes this way too.
-    """
+    """Normalisation by the moments of the global batch, and its gradient (Ioffe and Szegedy 2015, section 3)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        means, variances = _moments_per_sample(input)
-        # Second moments are taken around a shift that all ranks share and that lies near the mean, the running mean:
-        # around zero, E[x^2] - E[x]^2 would cancel where the mean is large.
-        offsets = means - shift.double()
-        sums = torch.stack([offsets.sum(0), (variances + offsets * offsets).sum(0)])
-        offset, square = _sum_across_ranks(sums) / (len(input) * _world_size())
-        mean, variance = shift.double() + offset, square - offset * offset
-        inverse_std = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(input, weight, mean, inverse_std)
-        ctx.mark_non_differentiable(mean, variance)
-        scale = weight * inverse_std
-        return _affine(input, scale, bias - mean * scale), mean, variance
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, layer: CrossRankBatchNorm) -> Tensor:
+        mean, spread = layer._statistics(input)
+        ctx.save_for_backward(input, weight, mean, spread)
+        ctx.layer = layer
+        return layer._normalise(input, mean, spread)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, inverse_std = ctx.saved_tensors
-        grad_bias = _sum_per_channel(_wide(grad))
-        grad_weight = (_sum_per_channel(_wide(grad) * _wide(input)) - mean * grad_bias) * inverse_std
-        mean_bias, mean_weight = _sum_across_ranks(torch.stack([grad_bias, grad_weight])) / _global_count(input)
-        # d(input) = scale * (grad - mean_bias - normalised * mean_weight), as one affine form of input and grad
-        scale = weight * inverse_std
-        slope = -scale * inverse_std * mean_weight
-        grad_input = _affine(input, slope, -scale * mean_bias - mean * slope)
-        grad_input.addcmul_(grad, _per_channel(scale, grad))
-        return grad_input, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        affine = ctx.needs_input_grad[1]  # not where D is frozen
+        return *ctx.layer._gradients(grad, *ctx.saved_tensors, affine), None
 
 
-def _moments_per_sample(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of each sample and channel, float64 (N, C)."""
-    if input.device.type != "cpu":
-        variances, means = torch.var_mean(_wide(input), dim=[2, 3], correction=0)
-    else:  # var_mean is slow there (measured on 32x128x32x32: 24 ms against 0.9)
-        moments = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in _wide(input).split(1)]
-        means, variances = torch.stack([m for m, _ in moments]), torch.stack([v for _, v in moments])
-    return means.double(), variances.double()
+def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of each channel over this rank's samples, float64 (C)."""
+    per_sample = _moments_per_sample_on_cpu if input.device.type == "cpu" else _moments_per_sample
+    means, variances = per_sample(_wide(input))
+    between, mean = torch.var_mean(means.double(), 0, correction=0)
+    return mean, variances.mean(0, dtype=torch.float64) + between
 
 
-def _sum_per_channel(values: Tensor) -> Tensor:
-    """Return the sum over samples and pixels, float64 (C): samples in their own type, their sums in float64."""
-    return values.sum([2, 3]).double().sum(0)
+def _moments_per_sample(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of each sample and channel (N, C)."""
+    variances, means = torch.var_mean(values, [2, 3], correction=0)
+    return means, variances
+
+
+def _moments_per_sample_on_cpu(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same; `var_mean` is slow there (measured on 32x128x32x32: 24 ms against 0.9)."""
+    moments = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in values.split(1)]
+    return torch.stack([mean for mean, _ in moments]), torch.stack([variance for _, variance in moments])
 
 
 def _wide(values: Tensor) -> Tensor:
     """Return half-precision values as float32: moments of activations do not fit 8 or 11 bits."""
-    return values if values.dtype == torch.float64 else values.float()
+    return values.to(_wide_type(values))
 
 
-def _affine(input: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """Return input * scale + offset per channel, in the type and memory format of input, in one pass over memory."""
-    return torch.addcmul(_per_channel(offset, input), input, _per_channel(scale, input)).to(input.dtype)
+def _wide_type(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """Return float32 (C) as (1, C, 1, 1) against an input of half or single precision, float64 against float64."""
-    return values.to(torch.promote_types(like.dtype, torch.float32)).view(1, -1, 1, 1)
+    """Return (K, C) as (K, 1, C, 1, 1), in float32 against an input of half or single precision, else float64."""
+    return values.to(_wide_type(like))[:, None, :, None, None]
+
+
+def _memory_format(values: Tensor) -> torch.memory_format:
+    """Return the format that torch's kernels read and write these values in."""
+    channels_last = values.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _sum_across_ranks(values: Tensor) -> Tensor:
+    """Return the sum, made in place."""
     if _world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -132,6 +229,15 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _count(input: Tensor) -> int:
+    """Return how many values a channel has on this rank, which is as many as on every other."""
+    return input.numel() // input.shape[1]
+
+
 def _global_count(input: Tensor) -> int:
-    """Return over how many values a channel's moments are taken; the ranks hold equally many."""
-    return input.numel() // input.shape[1] * _world_size()
+    return _count(input) * _world_size()
+
+
+def _counts(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return each rank's count as torch's kernels want them, filled in on the device."""
+    return input.new_full((_world_size(),), _count(input), dtype=dtype)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_dcgan.models.batchnorm import CrossRankBatchNorm, make_norm
+from dist_dcgan.models import batchnorm
+from dist_dcgan.models.batchnorm import CrossRankBatchNorm, DirectBatchNorm, make_norm
 from shards.errors import UserError
+
+FORWARD_OPERATIONS = 15
+"""Of one forward on a GPU with half-precision input, one rank; one of them is an unused buffer of torch's own."""
+BACKWARD_OPERATIONS = 23
 
 
 def both(dtype: torch.dtype) -> tuple[CrossRankBatchNorm, nn.BatchNorm2d]:
@@ -47,11 +57,50 @@ def test_outputs_gradients_and_statistics_equal_torchs() -> None:
     assert (ours.eval()(values) - reference.eval()(values)).abs().max() <= 1e-11
 
 
+@pytest.mark.parametrize("mean", [0.0, 3.0, 100.0])
+def test_outputs_depend_on_the_mean_no_more_than_torchs(mean: float) -> None:
+    ours, reference = both(torch.float64)
+    values = images(torch.float64, mean)
+    assert (ours(values) - reference(values)).abs().max() <= 1e-12
+
+
+def test_a_constant_channel_of_large_mean_stays_finite() -> None:
+    """Its variance between ranks is a difference of two equal large numbers, which may round below zero."""
+    values = torch.logspace(3, 9, 60, dtype=torch.float64)[:, None, None].expand(2, 60, 5, 7)
+    three_ranks = {"_world_size": lambda: 3, "_sum_across_ranks": lambda sums: sums + sums + sums}
+    with mock.patch.multiple(batchnorm, **three_ranks):
+        assert CrossRankBatchNorm(60, dtype=torch.float64)(values).isfinite().all()
+
+
+def test_the_direct_norm_of_one_rank_is_torchs() -> None:
+    _, reference = both(torch.float64)
+    layer = DirectBatchNorm(6, dtype=torch.float64)
+    layer.load_state_dict(reference.state_dict())
+    for a, b in zip(*(gradients(norm, images(torch.float64)) for norm in (layer, reference)), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(layer.buffers(), reference.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan, 1e300])
+def test_a_forward_that_is_not_finite_leaves_nothing_in_the_next(poison: float) -> None:
+    ours, reference = both(torch.float64)
+    fresh, _ = both(torch.float64)
+    poisoned = images(torch.float64)
+    poisoned[0, 0, 0, 0] = poison
+    assert ours(poisoned).isnan().equal(reference(poisoned).isnan())
+    for a, b, c in zip(*(gradients(layer, images(torch.float64)) for layer in (ours, reference, fresh)), strict=True):
+        assert (a - b).abs().max() <= 1e-11
+        assert torch.equal(a, c)
+    for own, torchs in zip(ours.buffers(), reference.buffers(), strict=True):  # torch leaves inf, this layer nan
+        assert own.isfinite().equal(torchs.isfinite())
+        assert torch.allclose(own[own.isfinite()], torchs[torchs.isfinite()], rtol=1e-12, atol=0)
+
+
 def test_a_large_mean_does_not_cancel() -> None:
     """Channels around 10,000 with deviation 2: E[x^2] - E[x]^2 in float32 would be off by whole units."""
     ours, _ = both(torch.float32)
     values = images(torch.float32, mean=10_000)
-    ours.running_mean.fill_(10_000.0)
     exact = nn.functional.batch_norm(values.double(), None, None, ours.weight.double(), ours.bias.double(), True)
     assert (ours(values) - exact).abs().max() <= 2e-3
 
@@ -73,10 +122,68 @@ def test_the_memory_format_is_kept() -> None:
     assert grad.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_native_batch_norm_is_taken_on_cuda_only() -> None:
+def test_moments_of_gpus_are_those_of_cpus() -> None:
+    values = images(torch.float64)
+    pairs = zip(batchnorm._moments_per_sample(values), batchnorm._moments_per_sample_on_cpu(values), strict=True)
+    for gpu, cpu in pairs:
+        assert gpu.shape == cpu.shape == (8, 6) and (gpu - cpu).abs().max() <= 1e-13
+
+
+def test_frozen_parameters_get_no_gradients_and_their_input_gets_the_same() -> None:
+    ours, _ = both(torch.float64)
+    values = images(torch.float64).requires_grad_()
+    (trained,) = torch.autograd.grad(ours(values).square().sum(), values)
+    ours.requires_grad_(False)
+    (frozen,) = torch.autograd.grad(ours(values).square().sum(), values)
+    assert torch.equal(trained, frozen)
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations but views while it is entered: on a GPU each launches a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def operations(function: Callable[[], Any]) -> tuple[int, Any]:
+    with Operations() as counter:
+        result = function()
+    return counter.count, result
+
+
+def operations_both_ways() -> tuple[int, int]:
+    """Operations of one forward and one backward of a layer as a GPU would run it under autocast."""
+    layer = CrossRankBatchNorm(6, device="meta")
+    values = images(torch.bfloat16).to("meta").requires_grad_()
+    forward, output = operations(lambda: layer(values))
+    leaves, gradient = [values, layer.weight, layer.bias], torch.empty_like(output)
+    backward, _ = operations(lambda: torch.autograd.grad(output, leaves, gradient))
+    return forward, backward
+
+
+def test_a_layer_launches_few_kernels() -> None:
+    forward, backward = operations_both_ways()
+    assert forward <= FORWARD_OPERATIONS
+    assert backward <= BACKWARD_OPERATIONS
+
+
+def test_one_more_operation_would_be_seen() -> None:
+    with mock.patch.object(batchnorm, "_wide", lambda values: values.double().float()):
+        assert operations_both_ways() == (FORWARD_OPERATIONS + 1, BACKWARD_OPERATIONS + 1)
+
+
+def test_each_kind_is_taken_where_it_runs() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert make_norm("auto", cpu) is CrossRankBatchNorm
-    assert make_norm("auto", cuda) is nn.SyncBatchNorm
-    assert make_norm("portable", cuda) is CrossRankBatchNorm
-    with pytest.raises(UserError, match="native needs a GPU"):
-        make_norm("native", cpu)
+    assert make_norm("auto", cpu) is make_norm("portable", cuda) is CrossRankBatchNorm
+    assert make_norm("auto", cuda) is make_norm("native", cuda) is nn.SyncBatchNorm
+    assert make_norm("direct", cuda) is DirectBatchNorm
+    for kind in ("native", "direct"):
+        with pytest.raises(UserError, match=f"--distributed.batchnorm {kind} needs a GPU: use auto or portable"):
+            make_norm(kind, cpu)
