@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from dist_dcgan.models.batchnorm import DirectBatchNorm
+from dist_dcgan.training import train_state
 from tests.distributed.training import MISTAKES, Outcome, train_steps
 from tests.ranks import run_ranks
+from tests.support_primitives import primitives_stood_in
 
 STEPS = 5
 
@@ -38,6 +42,16 @@ def test_ranks_equal_one_process_in_float64(alone: dict[str, Outcome], demo_shar
     assert joined_keys(ranks) == alone["fp64"].keys
     for outcome in ranks:
         assert largest_difference(outcome, alone["fp64"]) <= 1e-9
+
+
+def test_ranks_with_direct_batch_norm_equal_one_process(alone: dict[str, Outcome], demo_shards: Path) -> None:
+    for outcome in run_ranks(2, train_with_direct_batch_norm, demo_shards, options("fp64"), STEPS):
+        assert largest_difference(outcome, alone["fp64"]) <= 1e-9
+
+
+def train_with_direct_batch_norm(data: Path, options: dict[str, Any], count: int) -> Outcome:
+    with primitives_stood_in(), mock.patch.object(train_state, "make_norm", return_value=DirectBatchNorm):
+        return train_steps(data, options, count)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
