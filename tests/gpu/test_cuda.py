@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_dcgan.config import Config, NoiseOptions, make_plan
 from dist_dcgan.data.loader import Batch, BatchLoader, to_images
@@ -18,10 +20,11 @@ from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.metrics.extractors import load_extractor
-from dist_dcgan.models.batchnorm import CrossRankBatchNorm
+from dist_dcgan.models.batchnorm import CrossRankBatchNorm, DirectBatchNorm
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.ranks import run_ranks
+from tests.support_primitives import primitives_stood_in
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs CUDA")]
@@ -52,33 +55,83 @@ def largest_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> fl
     return max(float(np.abs(a[name] - b[name]).max()) for name in networks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_own_batch_norm_equals_torchs(dtype: torch.dtype) -> None:
+def trained_once(
+    layer: nn.BatchNorm2d, values: Tensor, gradient: Tensor, across_ranks: bool = False
+) -> dict[str, Tensor]:
+    """What one forward and backward leave; with `across_ranks`, the way that several ranks take, even alone."""
+    leaf = values.clone().requires_grad_()
+    output = layer._across_ranks(leaf) if across_ranks else layer(leaf)
+    output.backward(gradient)
+    gradients = {"input": leaf.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
+    return {"output": output.detach(), **gradients, **dict(layer.named_buffers())}
+
+
+def layers_and_values(
+    own: type[nn.BatchNorm2d], dtype: torch.dtype, memory_format: torch.memory_format
+) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d, Tensor, Tensor]:
+    """Own and torch's layer with equal weights, an input and the gradient of its output."""
     torch.manual_seed(0)
-    native = nn.BatchNorm2d(64, device="cuda")
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    native = nn.BatchNorm2d(64, device="cuda", dtype=parameters)
     nn.init.normal_(native.weight)
-    own = CrossRankBatchNorm(64, device="cuda")
-    own.load_state_dict(native.state_dict())
-    values = torch.randn(32, 64, 16, 16, device="cuda").mul(2).add(3).to(dtype)
-    values = values.contiguous(memory_format=torch.channels_last)
+    layer = own(64, device="cuda", dtype=parameters)
+    layer.load_state_dict(native.state_dict())
+    values = torch.randn(32, 64, 16, 16, device="cuda", dtype=torch.float64).mul(2).add(3).to(dtype)
+    values = values.contiguous(memory_format=memory_format)
+    return layer, native, values, torch.randn_like(values)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("own", [CrossRankBatchNorm, DirectBatchNorm])
+def test_own_batch_norms_equal_torchs(
+    own: type[CrossRankBatchNorm], dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    layer, native, values, gradient = layers_and_values(own, dtype, memory_format)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2e-2)
+    with process_group(60) if own is DirectBatchNorm else contextlib.nullcontext():
+        ours = trained_once(layer, values, gradient, across_ranks=True)
+    assert ours["output"].stride() == ours["input"].stride() == values.stride()
+    for name, theirs in trained_once(native, values, gradient).items():
+        assert ours[name].dtype == theirs.dtype, name
+        assert (ours[name] - theirs).double().norm() <= tolerance * theirs.double().norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_torchs_kernels_compute_what_their_stand_ins_do(dtype: torch.dtype) -> None:
+    """So that what CPU tests prove with the stand-ins holds for the kernels."""
+    layer, _, values, gradient = layers_and_values(DirectBatchNorm, dtype, torch.channels_last)
+    with process_group(60):
+        kernels = trained_once(copy.deepcopy(layer), values, gradient, across_ranks=True)
+        with primitives_stood_in():
+            stand_ins = trained_once(layer, values, gradient, across_ranks=True)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2e-2)
+    for name, expected in stand_ins.items():
+        assert kernels[name].dtype == expected.dtype, name
+        assert (kernels[name] - expected).double().norm() <= tolerance * expected.double().norm(), name
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("own", [CrossRankBatchNorm, DirectBatchNorm])
+def test_own_batch_norms_wait_for_the_gpu_nowhere(own: type[CrossRankBatchNorm], frozen: bool) -> None:
+    layer = own(64, device="cuda").requires_grad_(not frozen)
+    values = torch.randn(8, 64, 16, 16, device="cuda", requires_grad=True)
     gradient = torch.randn_like(values)
-    results = []
-    for layer in (own, native):
-        leaf = values.clone().requires_grad_()
-        output = layer(leaf)
-        output.backward(gradient)
-        results.append([output, leaf.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    for ours, theirs in zip(*results, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    with process_group(60):
+        layer._across_ranks(values).backward(gradient)  # the communicator is made at its first use
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer._across_ranks(values).backward(gradient)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @several
-def test_own_and_native_batch_norm_train_alike_on_two_ranks() -> None:
+@pytest.mark.parametrize("kind", ["portable", "direct"])
+def test_own_and_native_batch_norm_train_alike_on_two_ranks(kind: str) -> None:
     own, native = (
-        run_ranks(2, steps, {"precision": "fp64", "distributed": {"batchnorm": kind}}, 3)[0]
-        for kind in ("portable", "native")
+        run_ranks(2, steps, {"precision": "fp64", "distributed": {"batchnorm": name}}, 3)[0]
+        for name in (kind, "native")
     )
     assert largest_difference(own, native) <= 1e-6  # native moments are float32 at the last
 
@@ -92,7 +145,7 @@ def test_two_ranks_over_nccl_equal_one() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("batchnorm", ["native", "portable"])
+@pytest.mark.parametrize("batchnorm", ["native", "direct", "portable"])
 def test_every_precision_trains(precision: str, batchnorm: str) -> None:
     run_ranks(1, steps, {"precision": precision, "distributed": {"batchnorm": batchnorm}}, 3)
 
