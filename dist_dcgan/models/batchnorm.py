@@ -174,7 +174,7 @@ class _CrossRankNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        affine = ctx.needs_input_grad[1]  # not where D is frozen
+        affine = ctx.needs_input_grad[1]  # False if D is frozen
         return *ctx.layer._gradients(grad, *ctx.saved_tensors, affine), None
 
 
