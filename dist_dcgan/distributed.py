@@ -258,7 +258,7 @@ def average_across_ranks(rows: Sequence[dict[str, torch.Tensor]]) -> list[dict[s
 
     Training waits for the device here. The numbers are the same on all ranks, so what follows from them is agreed.
     """
-    packed = torch.stack([value.detach().double() for row in rows for value in row.values()])
+    packed = torch.stack([value.detach() for row in rows for value in row.values()]).double()
     if dist.get_world_size() > 1:
         dist.all_reduce(packed)
         packed /= dist.get_world_size()

@@ -19,7 +19,7 @@ from dist_dcgan.data.places import Place
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.supply import ClosedError, Supply
 from dist_dcgan.distributed import Node, World
-from dist_dcgan.random_streams import stream_seed, uniform
+from dist_dcgan.random_streams import Key, uniform
 from shards.errors import OneRankError, UserError
 
 _PATIENCE = 0.8
@@ -167,7 +167,7 @@ def to_images(batch: Batch, dtype: torch.dtype) -> Tensor:
     return batch.pixels.permute(0, 3, 1, 2).to(dtype).mul_(2 / 255).sub_(1)
 
 
-def flip(images: Tensor, seed: int, step: int, slots: range) -> Tensor:
+def flip(images: Tensor, key: Key, slots: range) -> Tensor:
     """Mirror each image with probability 1/2, by the coin of its slot."""
-    coins = uniform(stream_seed(seed, "flip", step), slots, 1, images.device) < 0.5
+    coins = uniform(key, slots, 1, images.device) < 0.5
     return torch.where(coins[:, :, None, None], images.flip(3), images)

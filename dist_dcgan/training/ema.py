@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from dist_dcgan.config import Config
-from dist_dcgan.random_streams import normal, stream_seed, uniform
+from dist_dcgan.random_streams import Key, normal, stream_seed, uniform
 
 _BATCH = 64  # images at a time outside training
 
 
-def draw_latents(config: Config, stream: str, step: int, slots: range, device: torch.device) -> Tensor:
+def draw_latents(config: Config, key: Key, slots: range, device: torch.device) -> Tensor:
     """Return z for `slots` of the global batch, float32 (len(slots), latent_dim); uniform ones lie in [-1, 1]."""
-    key = stream_seed(config.seed, stream, step)
     if config.model.latent == "normal":
         return normal(key, slots, config.model.latent_dim, device)
     return uniform(key, slots, config.model.latent_dim, device).mul_(2).sub_(1)
@@ -31,14 +30,16 @@ def ema_decay(config: Config, images_seen: int, global_batch: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(averaged: nn.Module, current: nn.Module, decay: float, finite: Tensor) -> None:
-    """Move the averaged parameters towards the current ones; not at all where loss scaling skipped the step.
+def update_ema(averaged: nn.Module, current: nn.Module, weight: Tensor, finite: Tensor) -> None:
+    """Move the averaged parameters towards the current ones by `weight`, 1 - decay, as a float32 scalar.
 
-    `finite`, a scalar, says whether the gradients were finite; it is read on the device, so that nothing waits for it.
+    `finite`, a bool scalar, says whether the gradients were finite: if not, loss scaling skipped the step, and nothing
+    is averaged. Both are read on the device, so that nothing waits for them.
     Buffers are left: statistics of other weights would be wrong for the averaged ones (`recompute_statistics`).
     """
+    weight = (finite * weight).to(next(averaged.parameters()).dtype)  # networks are of one type
     for average, parameter in zip(averaged.parameters(), current.parameters(), strict=True):
-        average.lerp_(parameter, (finite * (1 - decay)).to(average.dtype))
+        average.lerp_(parameter, weight)
 
 
 @torch.no_grad()
@@ -54,9 +55,10 @@ def recompute_statistics(generator: nn.Module, config: Config, device: torch.dev
         norm.reset_running_stats()
         norm.momentum = None  # None accumulates the plain mean over batches
     generator.train()
+    key = stream_seed(config.seed, "ema statistics", 0)
     for first in range(0, config.ema.statistics_images, _BATCH):
         slots = range(first, min(first + _BATCH, config.ema.statistics_images))
-        generator(draw_latents(config, "ema statistics", 0, slots, device).to(dtype))
+        generator(draw_latents(config, key, slots, device).to(dtype))
     generator.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -68,5 +70,5 @@ def sample_images(
 ) -> Tensor:
     """Return an image per slot, (len(slots), 3, size, size) in [-1, 1], from fixed z; `generator` is in eval mode."""
     dtype = next(generator.parameters()).dtype
-    z = draw_latents(config, stream, 0, slots, device).to(dtype)
+    z = draw_latents(config, stream_seed(config.seed, stream, 0), slots, device).to(dtype)
     return torch.cat([generator(part) for part in z.split(_BATCH)])

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from dist_dcgan.config import Config, Plan, to_values
-from dist_dcgan.data.loader import BatchLoader, flip, to_images
+from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.places import Place
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import World, from_rank_zero, meet, meet_on_node, process_group, require_same
@@ -61,10 +61,7 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         meter, quality = Meter(state, batches), QualityMeter(state, ShardReader(place), run)
         for batch in batches:
             assert batch.step == state.step
-            images = to_images(batch, state.dtype)
-            if config.data.random_flip:
-                images = flip(images, config.seed, state.step, state.slots)
-            meter.add(train_step(state, images))
+            meter.add(train_step(state, to_images(batch, state.dtype)))
             last = state.step == plan.total_steps
             scores = quality.read()
             if saver.failed:

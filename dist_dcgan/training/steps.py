@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_dcgan.data.loader import flip
 from dist_dcgan.models.losses import discriminator_loss_fake, discriminator_loss_real, generator_loss
-from dist_dcgan.random_streams import normal, stream_seed
-from dist_dcgan.training.ema import draw_latents, ema_decay, update_ema
+from dist_dcgan.random_streams import normal
+from dist_dcgan.training.ema import draw_latents, update_ema
 from dist_dcgan.training.train_state import TrainState
 
 Metrics = dict[str, Tensor]
@@ -23,18 +24,28 @@ Metrics = dict[str, Tensor]
 
 
 def train_step(state: TrainState, real: Tensor) -> Metrics:
-    """Take one step on `real`, this rank's images (batch_per_rank, 3, size, size) in [-1, 1]; counts it in `state`.
+    """Take one step on `real`, this rank's images (batch_per_rank, 3, size, size) in [-1, 1]; counts it in `state`."""
+    state.inputs.fill(state.step)
+    metrics = step_on_device(state, real)
+    state.step += 1
+    return metrics
 
+
+def step_on_device(state: TrainState, real: Tensor) -> Metrics:
+    """Do the work of a step: a function of the tensors of `state`, of its `inputs` and of `real`, and of nothing else.
+
+    It uses no number that changes from step to step and never waits for the device, so a CUDA graph can capture it.
     G runs forward once: its images serve D's turn, cut from the graph, and then its own.
     """
-    z = draw_latents(state.config, "z", state.step, state.slots, state.world.device).to(state.dtype)
+    if state.config.data.random_flip:
+        real = flip(real, state.inputs.keys["flip"], state.slots)
+    z = draw_latents(state.config, state.inputs.keys["z"], state.slots, state.world.device).to(state.dtype)
     with state.autocast():
         fake = state.ddp_generator(z)
     metrics = {"diversity/real": diversity(real), "diversity/fake": diversity(fake)}
     metrics |= discriminator_step(state, real, fake.detach()) | generator_step(state, fake)
-    state.step += 1
-    decay = ema_decay(state.config, state.images_seen, state.plan.global_batch)
-    update_ema(state.generator_ema, state.generator, decay, torch.isfinite(metrics["grad_norm/g"]))
+    finite = torch.isfinite(metrics["grad_norm/g"])
+    update_ema(state.generator_ema, state.generator, state.inputs.ema_weight, finite)
     return metrics
 
 
@@ -109,8 +120,7 @@ def _with_noise(state: TrainState, images: Tensor, stream: str) -> Tensor:
     if sigma == 0:
         return images
     count, channels, height, width = images.shape
-    key = stream_seed(state.config.seed, stream, state.step)
-    noise = normal(key, state.slots, channels * height * width, images.device)
+    noise = normal(state.inputs.keys[stream], state.slots, channels * height * width, images.device)
     return images + noise.view(count, height, width, channels).permute(0, 3, 1, 2).to(state.dtype) * sigma
 
 

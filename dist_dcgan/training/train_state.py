@@ -18,6 +18,7 @@ from dist_dcgan.distributed import World, broadcast_from_rank_zero
 from dist_dcgan.models.batchnorm import make_norm
 from dist_dcgan.models.networks import Discriminator, Generator, init_weights
 from dist_dcgan.random_streams import stream_seed
+from dist_dcgan.training.step_inputs import StepInputs
 from dist_dcgan.training.watchdog import Watchdog
 
 # torch renamed the argument and warns about the old name.
@@ -36,6 +37,7 @@ class TrainState:
         self.precision = resolve_precision(config.precision, world.device)
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         self.step = 0
+        self.inputs = StepInputs(config, plan.global_batch, world.device)
         self.skipped_steps = 0
         self.wandb_run_id: str | None = None
         self.best_kid: float | None = None

@@ -155,9 +155,10 @@ def loop_seconds(config: Config, plan: Plan, world: World) -> dict[str, float]:
     state = TrainState(config, plan, world, 64)
     real = images(plan.global_batch, world.device).contiguous(memory_format=torch.channels_last)
     finite = torch.isfinite(train_step(state, real)["grad_norm/g"])
+    weight = torch.full((), 0.01, device=world.device)
     with tempfile.TemporaryDirectory() as folder:
         parts = {
-            "ema": (lambda: update_ema(state.generator_ema, state.generator, 0.99, finite), 1),
+            "ema": (lambda: update_ema(state.generator_ema, state.generator, weight, finite), 1),
             "checkpoint": (
                 lambda: save_checkpoint(Path(folder), state.tensors(), state.values(), Retention(1)),
                 CHECKPOINT_EVERY,

@@ -71,8 +71,8 @@ def _plain_batchnorm() -> contextlib.AbstractContextManager[Any]:
 
 
 def _z_per_rank() -> contextlib.AbstractContextManager[Any]:
-    def draw(config: Config, stream: str, step: int, slots: range, device: torch.device) -> Tensor:
-        return draw_latents(config, f"{stream} of rank {slots.start}", step, range(len(slots)), device)
+    def draw(config: Config, key: Tensor, slots: range, device: torch.device) -> Tensor:
+        return draw_latents(config, key + slots.start, range(len(slots)), device)
 
     return mock.patch.object(steps, "draw_latents", draw)
 

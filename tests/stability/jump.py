@@ -19,6 +19,7 @@ from dist_dcgan.config import make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.places import Folder
 from dist_dcgan.distributed import World, process_group
+from dist_dcgan.random_streams import stream_seed
 from dist_dcgan.training.ema import draw_latents
 from dist_dcgan.training.train_state import TrainState
 from tests.stability.experiment import configuration
@@ -63,7 +64,7 @@ def row(recipe: Recipe, seed: int, data: Path, world: World, batch: int = BATCH)
     with BatchLoader(place, config, plan, world, 0) as batches:
         real = to_images(next(iter(batches)), state.dtype)
     with torch.no_grad():
-        fake = state.generator(draw_latents(config, "z", 0, state.slots, world.device))
+        fake = state.generator(draw_latents(config, stream_seed(config.seed, "z", 0), state.slots, world.device))
     before = verdicts(state, real, fake)
     discriminator_turn(state, recipe, real, fake, per_layer=False)
     jump = (verdicts(state, real, fake) - before).square().mean().sqrt()

@@ -25,7 +25,8 @@ Row = dict[str, float]
 
 def study_step(state: TrainState, recipe: Recipe, real: Tensor, per_layer: bool) -> Row:
     """Take one step on `real` and return what happened in it; `per_layer` adds norms and ratios of each layer."""
-    z = draw_latents(state.config, "z", state.step, state.slots, state.world.device).to(state.dtype)
+    key = stream_seed(state.config.seed, "z", state.step)
+    z = draw_latents(state.config, key, state.slots, state.world.device).to(state.dtype)
     with state.autocast():
         fake = state.generator(z)
     row: Row = {"diversity/real": float(diversity(real)), "diversity/fake": float(diversity(fake))}
@@ -35,7 +36,7 @@ def study_step(state: TrainState, recipe: Recipe, real: Tensor, per_layer: bool)
         row |= generator_turn(state, recipe, fake, per_layer)
     state.step += 1
     decay = ema_decay(state.config, state.images_seen, state.plan.global_batch)
-    update_ema(state.generator_ema, state.generator, decay, torch.tensor(True))
+    update_ema(state.generator_ema, state.generator, torch.tensor(1 - decay), torch.tensor(True))
     return row
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_dcgan.random_streams import bits, normal, permutation, stream_seed, uniform
+from dist_dcgan.random_streams import bits, normal, permutation, set_key, stream_seed, uniform
 
 MASK = 2**64 - 1
 
@@ -24,6 +24,14 @@ def test_bits_are_splitmix64_of_the_counter(seed: int) -> None:
     drawn = bits(key, range(5, 9), 3)
     expected = [[splitmix64((slot << 32) + i, key) for i in range(3)] for slot in range(5, 9)]
     assert [[value & MASK for value in row] for row in drawn.tolist()] == expected
+
+
+@pytest.mark.parametrize("draw", [bits, uniform, normal])
+def test_a_key_on_the_device_gives_the_numbers_of_the_key(draw) -> None:  # type: ignore[no-untyped-def]
+    on_device = torch.zeros((), dtype=torch.int64)
+    for key in (0, 1, 2**63 - 1, 2**63, 2**64 - 1, stream_seed(0, "z", 0)):
+        set_key(on_device, key)
+        assert torch.equal(draw(on_device, range(3, 7), 101), draw(key, range(3, 7), 101))
 
 
 @pytest.mark.parametrize("draw", [uniform, normal])

@@ -100,7 +100,7 @@ def test_a_skipped_step_leaves_the_average(state: TrainState) -> None:
         for parameter in state.generator.parameters():
             parameter.add_(1)
     for finite in (False, True):
-        update_ema(state.generator_ema, state.generator, 0.5, torch.tensor(finite))
+        update_ema(state.generator_ema, state.generator, torch.tensor(0.5), torch.tensor(finite))
         moved = [not torch.equal(a, b) for a, b in zip(before, state.generator_ema.parameters(), strict=True)]
         assert moved == [finite] * len(before)
 
