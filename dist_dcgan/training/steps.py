@@ -74,15 +74,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def discriminator_step(state: TrainState, real: Tensor, fake: Tensor) -> Metrics:
     """Update D on real and generated images, as two batches with statistics of their own.
 
-    The real half adds its gradients up locally; the fake half's backward then reduces the sum, once.
+    The real half adds its gradients up locally; the fake half's backward then reduces the sum, once. One autocast
+    context spans both forwards: it casts each weight once and drops the copies when it is left. It opens and closes
+    within the step, so a CUDA graph that captures the step captures the casts.
     """
     state.optimizer_d.zero_grad(set_to_none=True)
-    with state.ddp_discriminator.no_sync():  # forward and backward: DDP decides at the forward
-        with state.autocast():
-            logits_real = state.ddp_discriminator(_with_noise(state, real, "noise on real"))
-        loss_real = discriminator_loss_real(logits_real, state.config.loss)
-        state.scaler_d.scale(loss_real).backward()
     with state.autocast():
+        with state.ddp_discriminator.no_sync():  # forward and backward: DDP decides at the forward
+            logits_real = state.ddp_discriminator(_with_noise(state, real, "noise on real"))
+            with state.autocast(enabled=False):
+                loss_real = discriminator_loss_real(logits_real, state.config.loss)
+                state.scaler_d.scale(loss_real).backward()
         logits_fake = state.ddp_discriminator(_with_noise(state, fake, "noise on fake"))
     loss_fake = discriminator_loss_fake(logits_fake, state.config.loss)
     state.scaler_d.scale(loss_fake).backward()

@@ -77,10 +77,13 @@ class TrainState:
         before = self.images_seen - self.plan.global_batch
         return self.images_seen // every_images > before // every_images
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Return the context in which the networks run: half precision for bf16 and fp16, else nothing."""
+    def autocast(self, enabled: bool = True) -> AbstractContextManager[None]:
+        """Return the context in which the networks run: half precision for bf16 and fp16, else nothing.
+
+        Losses and backward passes run outside, or within one that is not `enabled`.
+        """
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        return torch.autocast(self.world.device.type, dtype=half, enabled=half is not None)
+        return torch.autocast(self.world.device.type, dtype=half, enabled=enabled and half is not None)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the live tensors of a checkpoint by name; they are written in place by `load_tensors`."""
@@ -177,9 +180,12 @@ def _weight_stream(config: Config, stream: str) -> torch.Generator:
 
 
 def _adam(network: nn.Module, config: Config, lr: float) -> Adam:
-    """Return a fused Adam whose moments exist from the start, so that a checkpoint is always copied into place."""
+    """Return a fused Adam whose moments exist from the start, so that a checkpoint is always copied into place.
+
+    A CUDA graph may capture it: with `fused`, this changes nothing else.
+    """
     betas = (config.optimizer.beta1, config.optimizer.beta2)
-    optimizer = Adam(network.parameters(), lr=lr, betas=betas, fused=True)
+    optimizer = Adam(network.parameters(), lr=lr, betas=betas, fused=True, capturable=True)
     state = {
         index: {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
