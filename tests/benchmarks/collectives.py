@@ -23,7 +23,9 @@ from dist_dcgan.distributed import World
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.benchmarks.step import images
+from tests.operations import NORM_BACKWARD, NORM_FORWARD, Parts
 
+GRADIENTS = "gradients"
 STEPS_TO_SETTLE = 2
 """DDP groups its gradients anew after its first backward, and tells the other ranks in the second step."""
 
@@ -37,29 +39,34 @@ class Collective(NamedTuple):
     """Type of its elements, such as float32."""
     bytes: int
     """Of the tensors that the rank hands over."""
+    purpose: str = ""
+    """Part of the step: batch norm forward or backward, or the gradients."""
 
 
 class Recorder(TorchDispatchMode):
     """Lists the collectives that this thread issues, and those of its backward passes, while it is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
+        self._parts = parts
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func.namespace == "c10d":
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
             kind = func._schema.name.removeprefix("c10d::")
-            self.collectives.append(Collective(kind, dtype, sum(tensor.nbytes for tensor in tensors)))
+            handed_over = args[1] if "allgather" in kind else args[0]  # what is gathered comes before what is given
+            tensors = [leaf for leaf in tree_leaves(handed_over) if isinstance(leaf, Tensor)]
+            dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+            size = sum(tensor.nbytes for tensor in tensors)
+            self.collectives.append(Collective(kind, dtype, size, self._parts.current))
         return func(*args, **(kwargs or {}))
 
 
 def recorded(function: Callable[[], object]) -> list[Collective]:
     """Return the collectives of one call, in order."""
-    recorder = Recorder()
+    recorder = Recorder(Parts(""))
     with recorder:
         function()
     return recorder.collectives
@@ -71,7 +78,11 @@ def recorded_step(state: TrainState) -> list[Collective]:
     real = real.contiguous(memory_format=torch.channels_last)
     for _ in range(STEPS_TO_SETTLE):
         train_step(state, real)
-    return recorded(lambda: train_step(state, real))
+    parts = Parts(GRADIENTS)
+    recorder = Recorder(parts)
+    with parts.of_norms(state), recorder:
+        train_step(state, real)
+    return recorder.collectives
 
 
 @contextmanager
@@ -103,12 +114,8 @@ def _reduce(_, bucket):  # without annotations: DDP takes no names of types
 
 
 def moments_and_gradients(collectives: Iterable[Collective]) -> tuple[list[int], list[int]]:
-    """Return the bytes of each reduction of batch norm's moments, and of each of gradients.
-
-    Moments travel in float64, gradients in the networks' float32, whatever autocast computes in.
-    """
-    sizes: dict[str, list[int]] = {"float64": [], "float32": []}
+    """Return the bytes of each collective of batch norm's moments, and of each of gradients."""
+    sizes: dict[str, list[int]] = {NORM_FORWARD: [], NORM_BACKWARD: [], GRADIENTS: []}
     for collective in collectives:
-        assert collective.kind == "allreduce_", collective
-        sizes[collective.dtype].append(collective.bytes)
-    return sizes["float64"], sizes["float32"]
+        sizes[collective.purpose].append(collective.bytes)
+    return sizes[NORM_FORWARD] + sizes[NORM_BACKWARD], sizes[GRADIENTS]

@@ -6,21 +6,25 @@ import math
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.profiler import profile
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.order import rank_slots
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.models.networks import Discriminator, Generator, count_parameters
+from dist_dcgan.training import train_state
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.benchmarks import ddp, scale
 from tests.benchmarks.collectives import (
+    GRADIENTS,
     Collective,
     moments_and_gradients,
     one_of,
@@ -36,6 +40,7 @@ from tests.benchmarks.scaling_model import (
     table,
 )
 from tests.benchmarks.step import images, step_flops
+from tests.operations import NORM_BACKWARD, NORM_FORWARD
 from tests.ranks import run_ranks
 
 WIDTH = 8
@@ -43,36 +48,117 @@ ELEMENT_BYTES = {"float32": 4, "float64": 8}
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def state_in(world: World) -> TrainState:
-    config = Config(width=WIDTH, batch_per_rank=2)
+class NormCollective(NamedTuple):
+    """What a batch norm says to the other ranks in one direction."""
+
+    kind: str
+    dtype: str
+    bytes_per_channel: int
+
+    def of_layer(self, channels: int, purpose: str) -> Collective:
+        return Collective(self.kind, self.dtype, self.bytes_per_channel * channels, purpose)
+
+
+class Traffic(NamedTuple):
+    """One collective of a batch norm each way."""
+
+    forward: NormCollective
+    backward: NormCollective
+
+
+TRAFFIC = {
+    "portable": Traffic(NormCollective("allreduce_", "float64", 16), NormCollective("allreduce_", "float64", 16)),
+}
+"""By the name of the batch norm in the configuration."""
+
+
+def expected_step(traffic: Traffic) -> list[Collective]:
+    """Return the collectives of a step in their order, for batch norms that say `traffic`."""
+
+    def forward(channels: list[int]) -> list[Collective]:
+        return [traffic.forward.of_layer(count, NORM_FORWARD) for count in channels]
+
+    def backward(channels: list[int]) -> list[Collective]:
+        return [traffic.backward.of_layer(count, NORM_BACKWARD) for count in reversed(channels)]
+
+    def gradients(network: nn.Module) -> list[Collective]:
+        return [Collective("allreduce_", "float32", 4 * count_parameters(network), GRADIENTS)]
+
+    g, d = [8 * WIDTH, 4 * WIDTH, 2 * WIDTH, WIDTH], [2 * WIDTH, 4 * WIDTH, 8 * WIDTH]
+    return [
+        *forward(g),  # the images of the step
+        *forward(d), *backward(d),  # real
+        *forward(d), *backward(d), *gradients(Discriminator(WIDTH)),  # fake
+        *forward(d), *backward(d), *backward(g), *gradients(Generator(WIDTH)),  # G's turn
+    ]  # fmt: skip
+
+
+def state_in(world: World, norm: str = "portable") -> TrainState:
+    config = Config(width=WIDTH, batch_per_rank=2, distributed={"batchnorm": norm})
     return TrainState(config, make_plan(config, world.world_size, 10_000), world, 64)
 
 
-def counted(world_size: int) -> list[Collective]:
+def counted(world_size: int, norm: str = "portable") -> list[Collective]:
     with one_of(world_size) as world:
-        state = state_in(world)
+        state = state_in(world, norm)
         reduce_at_once(state)
         return recorded_step(state)
 
 
-def real_step() -> tuple[list[Collective], list[int]]:
-    """Return the collectives of a step as recorded, and the elements of each as torch's profiler saw them in gloo."""
-    with process_group(60, "cpu") as world:
+class GatheringNorm(nn.BatchNorm2d):
+    """Says what a batch norm would say that gathers its moments; it normalises nothing."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = _Gathering.apply(input * self.weight[:, None, None] + self.bias[:, None, None])
+        return output
+
+
+class _Gathering(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        moments = input.new_zeros(2 * input.shape[1])
+        dist.all_gather([torch.empty_like(moments) for _ in range(dist.get_world_size())], moments)
+        return input.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        dist.all_reduce(grad.new_zeros(2 * grad.shape[1]))
+        return grad
+
+
+def test_a_batch_norm_that_says_something_else_is_told_from_it() -> None:
+    with one_of(2) as world, mock.patch.object(train_state, "make_norm", return_value=GatheringNorm):
         state = state_in(world)
+        reduce_at_once(state)
+        found = recorded_step(state)
+    moments = [each for each in found if each.purpose != GRADIENTS]
+    gathering = Traffic(NormCollective("allgather_", "float32", 8), NormCollective("allreduce_", "float32", 8))
+    expected = expected_step(gathering)
+    assert moments == [each for each in expected if each.purpose != GRADIENTS]
+    assert moments != [each for each in expected_step(TRAFFIC["portable"]) if each.purpose != GRADIENTS]
+
+
+def real_step(norm: str) -> tuple[list[Collective], list[int]]:
+    """Return the collectives of a step as recorded, and the elements of reductions as torch's profiler saw them."""
+    with process_group(60, "cpu") as world:
+        state = state_in(world, norm)
         collectives = recorded_step(state)
         real = images(2, world.device).contiguous(memory_format=torch.channels_last)
         with profile(record_shapes=True) as profiler:
             train_step(state, real)
-        shapes = [event.input_shapes[0] for event in profiler.events() if event.name.startswith("gloo:")]
+        shapes = [event.input_shapes[0] for event in profiler.events() if event.name == "gloo:all_reduce"]
         return collectives, [math.prod(shape) for shape in shapes]
 
 
-def test_two_real_ranks_issue_what_is_counted_on_one_of_two() -> None:
-    found = run_ranks(2, real_step)
+@pytest.mark.parametrize("norm", TRAFFIC)
+def test_two_real_ranks_issue_the_collectives_of_a_step_in_order(norm: str) -> None:
+    """As one process that stands for one of two does."""
+    found = run_ranks(2, real_step, norm)
     assert found[0] == found[1]
     collectives, elements = found[0]
-    assert collectives == counted(2)
-    assert [collective.bytes // ELEMENT_BYTES[collective.dtype] for collective in collectives] == elements
+    assert collectives == expected_step(TRAFFIC[norm]) == counted(2, norm)
+    reductions = [each for each in collectives if each.kind == "allreduce_"]
+    assert [each.bytes // ELEMENT_BYTES[each.dtype] for each in reductions] == elements
 
 
 def test_the_count_is_the_same_for_every_number_of_ranks() -> None:
@@ -83,9 +169,7 @@ def test_bytes_are_those_of_the_parameters_and_of_the_normalised_channels() -> N
     moments, gradients = moments_and_gradients(counted(64))
     parameters = count_parameters(Generator(WIDTH)) + count_parameters(Discriminator(WIDTH))
     assert sum(gradients) == 4 * parameters
-    generator, discriminator = [8 * WIDTH, 4 * WIDTH, 2 * WIDTH, WIDTH], [2 * WIDTH, 4 * WIDTH, 8 * WIDTH]
-    channels = generator + 3 * discriminator  # forward: D on real, on fake, and under G
-    assert sorted(moments) == sorted(2 * [2 * 8 * count for count in channels])
+    assert sorted(moments) == sorted(moments_and_gradients(expected_step(TRAFFIC["portable"]))[0])
 
 
 def test_gradients_that_are_not_reduced_are_missed() -> None:
@@ -140,7 +224,8 @@ def test_start_up_reads_the_manifest_that_was_written(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def collectives() -> list[Collective]:
-    return [Collective("allreduce_", "float64", 16 * 512)] * 26 + [Collective("allreduce_", "float32", 19_000_000)] * 5
+    moments = Collective("allreduce_", "float64", 16 * 512, NORM_FORWARD)
+    return [moments] * 26 + [Collective("allreduce_", "float32", 19_000_000, GRADIENTS)] * 5
 
 
 def increases(values: Iterable[float]) -> bool:

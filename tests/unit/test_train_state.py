@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from dist_dcgan.config import Config, make_plan
+from dist_dcgan.data.loader import flip
 from dist_dcgan.distributed import process_group
+from dist_dcgan.random_streams import stream_seed
+from dist_dcgan.training import steps
 from dist_dcgan.training.ema import ema_decay, recompute_statistics, sample_images, update_ema
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
@@ -42,6 +47,37 @@ def test_strides_agree_at_first_after_steps_and_after_a_load(state: TrainState) 
     weight = state.discriminator.layers[2].weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
+
+
+def test_flips_are_part_of_the_step_and_differ_from_step_to_step() -> None:
+    config = Config(width=4, global_batch=4, data={"random_flip": True})
+    seen: list[torch.Tensor] = []
+    real_step = steps.discriminator_step
+
+    def note(state: TrainState, real: torch.Tensor, fake: torch.Tensor) -> steps.Metrics:
+        seen.append(real)
+        return real_step(state, real, fake)
+
+    with process_group(60, "cpu") as world, mock.patch.object(steps, "discriminator_step", note):
+        state = TrainState(config, make_plan(config, 1, 100), world, 64)
+        for _ in range(2):
+            train_step(state, images())
+    expected = [flip(images(), stream_seed(config.seed, "flip", step), range(4)) for step in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(seen, expected, strict=True))
+    assert not torch.equal(*expected)
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_adam_can_be_captured_by_a_cuda_graph(state: TrainState, capturable: bool) -> None:
+    """As torch decides it; without the option it refuses, the negative control."""
+    for optimizer in (state.optimizer_g, state.optimizer_d):
+        optimizer.param_groups[0]["capturable"] &= capturable
+    with (
+        mock.patch.object(torch.accelerator, "current_accelerator", return_value=torch.device("cuda")),
+        mock.patch.object(torch.accelerator, "current_stream", return_value=mock.Mock(is_capturing=lambda: True)),
+        nullcontext() if capturable else pytest.raises(RuntimeError, match="capturable is False"),
+    ):
+        train_step(state, images())
 
 
 def test_moments_that_lie_otherwise_are_caught(state: TrainState) -> None:
