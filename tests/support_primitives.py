@@ -13,6 +13,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from dist_dcgan.models.batchnorm import DirectBatchNorm
+from dist_dcgan.training import train_state
+
+
+@contextmanager
+def direct_batch_norm() -> Iterator[None]:
+    """Train with `DirectBatchNorm` on any device."""
+    with primitives_stood_in(), mock.patch.object(train_state, "make_norm", return_value=DirectBatchNorm):
+        yield
+
 
 @contextmanager
 def primitives_stood_in() -> Iterator[None]:

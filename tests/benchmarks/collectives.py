@@ -46,10 +46,11 @@ class Collective(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Lists the collectives that this thread issues, and those of its backward passes, while it is entered."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts | None = None) -> None:
+        """`parts` tells the purpose of each."""
         super().__init__()
         self.collectives: list[Collective] = []
-        self._parts = parts
+        self._parts = parts or Parts("")
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -66,7 +67,7 @@ class Recorder(TorchDispatchMode):
 
 def recorded(function: Callable[[], object]) -> list[Collective]:
     """Return the collectives of one call, in order."""
-    recorder = Recorder(Parts(""))
+    recorder = Recorder()
     with recorder:
         function()
     return recorder.collectives

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 
-from dist_dcgan.models.batchnorm import DirectBatchNorm
-from dist_dcgan.training import train_state
 from tests.distributed.training import MISTAKES, Outcome, train_steps
 from tests.ranks import run_ranks
-from tests.support_primitives import primitives_stood_in
+from tests.support_primitives import direct_batch_norm
 
 STEPS = 5
 
@@ -50,7 +47,7 @@ def test_ranks_with_direct_batch_norm_equal_one_process(alone: dict[str, Outcome
 
 
 def train_with_direct_batch_norm(data: Path, options: dict[str, Any], count: int) -> Outcome:
-    with primitives_stood_in(), mock.patch.object(train_state, "make_norm", return_value=DirectBatchNorm):
+    with direct_batch_norm():
         return train_steps(data, options, count)
 
 

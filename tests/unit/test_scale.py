@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +12,13 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import profile
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.order import rank_slots
 from dist_dcgan.distributed import World, process_group
 from dist_dcgan.models.networks import Discriminator, Generator, count_parameters
-from dist_dcgan.training import train_state
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.benchmarks import ddp, scale
@@ -42,6 +41,7 @@ from tests.benchmarks.scaling_model import (
 from tests.benchmarks.step import images, step_flops
 from tests.operations import NORM_BACKWARD, NORM_FORWARD
 from tests.ranks import run_ranks
+from tests.support_primitives import direct_batch_norm
 
 WIDTH = 8
 ELEMENT_BYTES = {"float32": 4, "float64": 8}
@@ -68,6 +68,7 @@ class Traffic(NamedTuple):
 
 TRAFFIC = {
     "portable": Traffic(NormCollective("allreduce_", "float64", 16), NormCollective("allreduce_", "float64", 16)),
+    "direct": Traffic(NormCollective("_allgather_base_", "float32", 8), NormCollective("allreduce_", "float32", 8)),
 }
 """By the name of the batch norm in the configuration."""
 
@@ -98,49 +99,30 @@ def state_in(world: World, norm: str = "portable") -> TrainState:
     return TrainState(config, make_plan(config, world.world_size, 10_000), world, 64)
 
 
+def norm_on_cpu(norm: str) -> AbstractContextManager[None]:
+    """Return a context in which this batch norm runs here."""
+    return direct_batch_norm() if norm == "direct" else nullcontext()
+
+
 def counted(world_size: int, norm: str = "portable") -> list[Collective]:
-    with one_of(world_size) as world:
+    with one_of(world_size) as world, norm_on_cpu(norm):
         state = state_in(world, norm)
         reduce_at_once(state)
         return recorded_step(state)
 
 
-class GatheringNorm(nn.BatchNorm2d):
-    """Says what a batch norm would say that gathers its moments; it normalises nothing."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = _Gathering.apply(input * self.weight[:, None, None] + self.bias[:, None, None])
-        return output
+def moments(collectives: Iterable[Collective]) -> list[Collective]:
+    return [each for each in collectives if each.purpose != GRADIENTS]
 
 
-class _Gathering(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor) -> Tensor:
-        moments = input.new_zeros(2 * input.shape[1])
-        dist.all_gather([torch.empty_like(moments) for _ in range(dist.get_world_size())], moments)
-        return input.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        dist.all_reduce(grad.new_zeros(2 * grad.shape[1]))
-        return grad
-
-
-def test_a_batch_norm_that_says_something_else_is_told_from_it() -> None:
-    with one_of(2) as world, mock.patch.object(train_state, "make_norm", return_value=GatheringNorm):
-        state = state_in(world)
-        reduce_at_once(state)
-        found = recorded_step(state)
-    moments = [each for each in found if each.purpose != GRADIENTS]
-    gathering = Traffic(NormCollective("allgather_", "float32", 8), NormCollective("allreduce_", "float32", 8))
-    expected = expected_step(gathering)
-    assert moments == [each for each in expected if each.purpose != GRADIENTS]
-    assert moments != [each for each in expected_step(TRAFFIC["portable"]) if each.purpose != GRADIENTS]
+def test_one_batch_norm_is_told_from_another() -> None:
+    """The negative control of the traces."""
+    assert moments(counted(2, "portable")) != moments(expected_step(TRAFFIC["direct"]))
 
 
 def real_step(norm: str) -> tuple[list[Collective], list[int]]:
     """Return the collectives of a step as recorded, and the elements of reductions as torch's profiler saw them."""
-    with process_group(60, "cpu") as world:
+    with process_group(60, "cpu") as world, norm_on_cpu(norm):
         state = state_in(world, norm)
         collectives = recorded_step(state)
         real = images(2, world.device).contiguous(memory_format=torch.channels_last)

@@ -175,7 +175,6 @@ def test_a_step_keeps_to_its_budget_of_operations() -> None:
     assert over_budget(operations) == {}
 
 
-@pytest.mark.xfail(reason="the portable batch norm has too many", strict=True)
 def test_a_step_with_portable_batch_norm_keeps_to_its_budget() -> None:
     with state_on_meta(**bf16("portable")) as state:
         (operations,) = operations_of_steps(state)
