@@ -85,7 +85,8 @@ def main(argv: Sequence[str]) -> None:
         def report() -> None:
             name = f"{options.run_dir}, {'best' if options.best else 'latest'}"
             context = circumstances(name, description, str(options.data.path), reader.manifest, extractor)
-            show(quality(real, fake, extractor) | coverage(real, fake), context, options.as_json)
+            scores = quality(real, fake, extractor, world.device) | coverage(real, fake)
+            show(scores, context, options.as_json)
             if options.nearest is not None and options.out is not None:
                 rows = range(min(_SHEET_ROWS, len(fake)))
                 count = min(options.nearest, len(real))

@@ -1,19 +1,28 @@
-"""Distances between two sets of features, float (N, D) each, by the library that the field compares with.
+"""Distances between two sets of features, float (N, D) each, in float64: the numbers that torch-fidelity gives.
 
-torch-fidelity computes them in the precision that it is given: float64 here. It belongs to the `eval` extra, whose
-presence `load_extractor` has checked; so it is imported where it is used.
+That library computes the Frechet and the kernel distance with numpy, on the CPU, with as many threads as there were at
+the start of the process (one under torchrun). So these two are written in torch here: they run on a GPU, or on all CPUs
+(`all_cpus`). Precision and recall are the library's; it belongs to the `eval` extra, whose presence `load_extractor`
+has checked.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
+_KID_SEED = 2020  # torch-fidelity's, so that the subsets are the same
 _NEIGHBOURHOOD = 3
-_ROWS = 2000  # of the matrix of distances at a time: 0.8 GB against 50,000 images
+_ROWS = 2000  # of features at a time: a matrix of distances takes 0.8 GB against 50,000 images
 
 
 class KernelDistance(NamedTuple):
@@ -24,28 +33,78 @@ class KernelDistance(NamedTuple):
     subset_size: int
 
 
-def frechet_distance(real: Tensor, fake: Tensor) -> float:
-    """Return the Frechet distance of the Gaussians with the moments of both sets (Heusel et al. 2017)."""
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+@contextmanager
+def all_cpus() -> Iterator[None]:
+    """Compute with a thread for each CPU that this process may use, then with as many as before.
 
-    statistics = [fid_features_to_statistics(features.double().cpu()) for features in (fake, real)]
-    distance: float = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    return distance
+    Under torchrun a rank has one thread, but ranks that wait for this one leave their CPUs idle.
+    """
+    before = torch.get_num_threads()
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if available <= before:
+        yield
+        return
+    torch.set_num_threads(available)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)  # another number would change the order of training's sums
 
 
-def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
+def frechet_distance(real: Tensor, fake: Tensor, device: torch.device = CPU) -> float:
+    """Return the Frechet distance of the Gaussians with the moments of both sets (Heusel et al. 2017).
+
+    The trace of (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2). The eigenvalues of
+    C1^(1/2) C2 C1^(1/2) are their squares, and the root of one that should be 0 is not: with fewer samples than
+    dimensions that costs seven digits.
+    """
+    (mean_1, covariance_1), (mean_2, covariance_2) = (_moments(features, device) for features in (fake, real))
+    overlap = torch.linalg.svdvals(_half(covariance_1).T @ _half(covariance_2)).sum()
+    traces = covariance_1.trace() + covariance_2.trace()
+    return float((mean_1 - mean_2).square().sum() + traces - 2 * overlap)
+
+
+def _moments(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean (D,) and covariance (D, D) in float64, from some rows at a time: millions may not fit the device."""
+    mean = torch.stack([rows.to(device).double().sum(0) for rows in features.split(_ROWS)]).sum(0) / len(features)
+    covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=device)
+    for rows in features.split(_ROWS):
+        centred = rows.to(device).double() - mean
+        covariance.addmm_(centred.T, centred)
+    return mean, covariance / (len(features) - 1)
+
+
+def _half(covariance: Tensor) -> Tensor:
+    """Return H, (D, D), with H H^T the covariance, whose negative eigenvalues are rounding errors."""
+    values, vectors = torch.linalg.eigh(covariance)
+    half: Tensor = vectors * values.clamp(min=0).sqrt()
+    return half
+
+
+def kernel_distance(real: Tensor, fake: Tensor, device: torch.device = CPU) -> KernelDistance:
     """Return the unbiased estimate with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
     Over 100 subsets of 1,000, or of half the smaller set where that is less, so that subsets differ.
     """
-    from torch_fidelity.metric_kid import kid_features_to_metric
-
     size = min(KID_SUBSET_SIZE, len(real) // 2, len(fake) // 2)
-    found = kid_features_to_metric(
-        fake.double().cpu(), real.double().cpu(), kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
-    )
-    mean, std = found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
-    return KernelDistance(mean, std, size)
+    random = np.random.RandomState(_KID_SEED)
+
+    def subset(features: Tensor) -> Tensor:
+        return features[torch.from_numpy(random.choice(len(features), size, replace=False))].to(device).double()
+
+    estimates = torch.stack([_squared_discrepancy(subset(fake), subset(real)) for _ in range(KID_SUBSETS)])
+    return KernelDistance(float(estimates.mean()), float(estimates.std(correction=0)), size)
+
+
+def _squared_discrepancy(x: Tensor, y: Tensor) -> Tensor:
+    """Return the unbiased estimate of the squared maximum mean discrepancy of two sets (N, D), a scalar."""
+    kernels = [_kernel(points, points) for points in (x, y)]
+    within = torch.stack([kernel.sum() - kernel.trace() for kernel in kernels]).sum() / (len(x) * (len(x) - 1))
+    return within - 2 * _kernel(x, y).mean()
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1).pow(3)
 
 
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_dcgan.metrics.distances import frechet_distance, kernel_distance, precision_recall
+from dist_dcgan.metrics.distances import CPU, all_cpus, frechet_distance, kernel_distance, precision_recall
 from dist_dcgan.metrics.extractors import Extractor
 
 Quality = dict[str, float]
 
 
-def quality(real: Tensor, fake: Tensor, extractor: Extractor) -> Quality:
-    """Return Frechet distance and kernel distance of two sets of features; NaN where a feature is not finite."""
-    finite = _finite(real, fake)
-    frechet = frechet_distance(real, fake) if finite else float("nan")
-    mean, std, subset_size = kernel_distance(real, fake) if finite else (float("nan"), float("nan"), 0)
+def quality(real: Tensor, fake: Tensor, extractor: Extractor, device: torch.device = CPU) -> Quality:
+    """Return Frechet distance and kernel distance of two sets of features; NaN if a feature is not finite.
+
+    They are computed on `device`; on the CPU with all threads that this process may use.
+    """
+    frechet, mean, std, subset_size = float("nan"), float("nan"), float("nan"), 0
+    if _finite(real, fake):
+        with all_cpus():
+            frechet = frechet_distance(real, fake, device)
+            mean, std, subset_size = kernel_distance(real, fake, device)
     return {
         frechet_name(extractor, len(fake)): frechet,
         kid_name(extractor): mean,

@@ -88,6 +88,69 @@ def test_frechet_distance_is_that_of_gaussians_with_the_same_moments() -> None:
     assert frechet_distance(REAL, FAKE) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("dimensions", [24, 400], ids=["more samples than dimensions", "fewer"])
+@pytest.mark.parametrize("rows", [64, 2000])
+def test_distances_are_those_of_torch_fidelity(dimensions: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    monkeypatch.setattr(distances, "_ROWS", rows)
+    random = np.random.default_rng(0)
+    mixing = random.normal(size=(dimensions, dimensions)) * np.logspace(0, -3, dimensions) / dimensions**0.5
+    sets = [random.normal(size=(count, dimensions)) @ mixing for count in (290, 250)]
+    real, fake = (
+        torch.from_numpy(np.maximum(part + shift, 0)).float() for part, shift in zip(sets, (0, 0.1), strict=True)
+    )
+
+    statistics = [fid_features_to_statistics(features.double()) for features in (fake, real)]
+    expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-7)
+    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-10)
+
+    found = kernel_distance(real, fake)
+    kernel = kid_features_to_metric(
+        fake.double(), real.double(), kid_subsets=100, kid_subset_size=found.subset_size, verbose=False
+    )
+    assert found.mean == pytest.approx(kernel["kernel_inception_distance_mean"], rel=1e-9)
+    assert found.std == pytest.approx(kernel["kernel_inception_distance_std"], rel=1e-9)
+
+
+def test_scores_take_all_cpus_and_leave_training_the_threads_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sums() -> list[Tensor]:
+        """What a network computes forward and backward, whose bits depend on the number of threads."""
+        layer = nn.Conv2d(16, 32, 4, 2, 1, bias=False)
+        nn.init.constant_(layer.weight, 0.3)
+        images = torch.randn(8, 16, 32, 32, generator=torch.Generator().manual_seed(0))
+        loss = layer(images).square().mean()
+        loss.backward()
+        assert layer.weight.grad is not None
+        return [loss.detach(), layer.weight.grad, images.view(-1) @ images.view(-1)]
+
+    seen: list[int] = []
+
+    def noting(real: Tensor, fake: Tensor, device: torch.device) -> float:
+        seen.append(torch.get_num_threads())
+        frechet_distance(real, fake, device)
+        raise ArithmeticError("no convergence")
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3))
+    monkeypatch.setattr("dist_dcgan.metrics.quality.frechet_distance", noting)
+    torch.set_num_threads(1)
+    try:
+        expected = sums()
+        with pytest.raises(ArithmeticError):
+            quality(REAL, FAKE, mosaic_extractor())
+        assert (seen, torch.get_num_threads()) == ([3], 1)
+        assert all(torch.equal(a, b) for a, b in zip(sums(), expected, strict=True))
+        torch.set_num_threads(4)  # asked for by the user: more than there are
+        with pytest.raises(ArithmeticError):
+            quality(REAL, FAKE, mosaic_extractor())
+        assert (seen, torch.get_num_threads()) == ([3, 4], 4)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("rows", [64, 2000])
 def test_precision_and_recall_count_those_within_reach_of_the_other_set(
     rows: int, monkeypatch: pytest.MonkeyPatch
