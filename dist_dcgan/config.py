@@ -119,6 +119,8 @@ class QualityOptions(Options):
     """File of Inception's weights (see `dist_dcgan.evaluate`)."""
     every_images: int = _changeable(1_000_000, ge=1)
     """Training images between scores."""
+    time_share: float | None = _changeable(None, gt=0, le=1)
+    """Most of the time that scores may take: one that would take more is left out. none: 0.03 on GPUs, 1 on CPUs."""
     fakes: int = _changeable(10_000, ge=4)
     """Generated images of a score."""
     reals: int = _changeable(10_000, ge=4)

@@ -215,9 +215,10 @@ def meet(world: World) -> None:
         dist.barrier(group=world.patient)
 
 
-def from_rank_zero(function: Callable[[], Result]) -> Result:
+def from_rank_zero(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Call `function` on rank 0 and return its result on all ranks; its UserError is raised on all ranks.
 
+    The others wait in `group`: the default one, or `World.patient` if `function` may take minutes.
     Whatever rank 0 decides or finds wrong, no peer is left waiting for it. Any other exception of rank 0 is not
     passed on: the peers then fail with the broken connection and the process group reports the rank.
     """
@@ -227,7 +228,7 @@ def from_rank_zero(function: Callable[[], Result]) -> Result:
             outcome[0] = function()
         except UserError as error:
             outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
     if outcome[1] is not None:
         raise UserError(outcome[1])
     result: Result = outcome[0]

@@ -63,7 +63,7 @@ def real_features(reader: ShardReader, extractor: Extractor, count: int, world: 
         cached.extend(_read_cache(path, (len(chosen), extractor.dimensions)))
         return bool(cached)
 
-    if from_rank_zero(look):
+    if from_rank_zero(look, world.patient):
         return cached[0] if cached else torch.empty(0, extractor.dimensions)
 
     def read(places: range) -> Tensor:

@@ -50,15 +50,18 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         resume(state, run, digest)
         state.wandb_run_id = state.wandb_run_id or from_rank_zero(lambda: secrets.token_hex(4))
 
-        # Train.
+        # Open what training writes and reads, and wait, maybe for minutes, until all ranks have data and can score.
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
         saver = stack.enter_context(Saver(run.checkpoints, retention))
         logger = stack.enter_context(closing(make_logger(config, plan, world, run, state.step, state.wandb_run_id)))
         node = meet_on_node(world, config.distributed.timeout_seconds)
         batches = stack.enter_context(BatchLoader(place, config, plan, world, state.step, node))
         batches.wait_for_first()
+        quality = QualityMeter(state, ShardReader(place), run)
         meet(world)
-        meter, quality = Meter(state, batches), QualityMeter(state, ShardReader(place), run)
+
+        # Train.
+        meter = Meter(state, batches)
         for batch in batches:
             assert batch.step == state.step
             meter.add(train_step(state, to_images(batch, state.dtype)))
@@ -79,7 +82,7 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
                 break
 
         # Leave the generator and the curves.
-        from_rank_zero(lambda: finish(state, run, saver, manifest))
+        from_rank_zero(lambda: finish(state, run, saver, manifest), world.patient)
 
 
 def resume(state: TrainState, run: RunDirectory, digest: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from dist_dcgan.config import QualityOptions
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import from_rank_zero
+from dist_dcgan.distributed import World, from_rank_zero
 from dist_dcgan.metrics.extractors import INSTALL, Extractor, load_extractor, missing_packages
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
 from dist_dcgan.metrics.quality import kid_name, quality
@@ -17,39 +20,80 @@ from dist_dcgan.training.notices import warn
 from dist_dcgan.training.run_directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
 
+SHARE_ON_GPU = 0.03
+
+
+class TimeShare:
+    """Tells whether something may be done again, as long as it takes no more than a share of the time.
+
+    The first time is always allowed: its cost is not known. Each later one is expected to cost what the last did.
+    """
+
+    def __init__(self, share: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`share` is in (0, 1]; 1 allows it always."""
+        self.share, self._clock = share, clock
+        self._cost, self._ended = 0.0, clock()
+
+    def allows(self) -> bool:
+        """Return whether the next one would keep to the share of the time since the last one ended, itself included."""
+        return self._cost <= self.share * (self._clock() - self._ended + self._cost)
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Measure what the block costs."""
+        began = self._clock()
+        yield
+        self._ended = self._clock()
+        self._cost = self._ended - began
+
 
 class QualityMeter:
     """Scores the averaged generator against the training data: all ranks extract features, rank 0 compares."""
 
-    def __init__(self, state: TrainState, reader: ShardReader, run: RunDirectory) -> None:
+    def __init__(
+        self, state: TrainState, reader: ShardReader, run: RunDirectory, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Load the extractor; raises UserError where its package or weights are missing."""
         self._state, self._reader, self._run = state, reader, run
-        reached = state.plan.total_steps * state.plan.global_batch >= state.config.quality.every_images
-        self._extractor = _load(state.config.quality, state.world.device) if reached else None
+        options = state.config.quality
+        reached = state.plan.total_steps * state.plan.global_batch >= options.every_images
+        self._extractor = _load(options, state.world) if reached else None
+        share = options.time_share or (SHARE_ON_GPU if state.world.device.type == "cuda" else 1.0)
+        self._time = TimeShare(share, clock)
 
     def read(self) -> dict[str, float]:
-        """Return the scores, equal on all ranks, where the last step passed a multiple of `every_images`; else none."""
-        state, options = self._state, self._state.config.quality
-        if self._extractor is None or not state.passed(options.every_images):
+        """Return the scores, equal on all ranks, if the last step passed a multiple of `every_images`; else none.
+
+        None either if the generator is not finite, or if scores would take more than their share of the time.
+        """
+        state = self._state
+        if self._extractor is None or not state.passed(state.config.quality.every_images):
             return {}
-        extractor = self._extractor
         if not is_finite(state.generator_ema):  # on all ranks alike; the watchdog says so
             return {}
-        recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
+        if self._time.share < 1 and not from_rank_zero(self._time.allows, state.world.patient):
+            return {}
+        return self._score(self._extractor)
+
+    def _score(self, extractor: Extractor) -> dict[str, float]:
+        """Return the scores; whatever ranks wait for here, they wait for in the patient group."""
+        state, options = self._state, self._state.config.quality
 
         def draw(slots: range) -> Tensor:
             return to_pixels(sample_images(state.generator_ema, state.config, slots, state.world.device, "quality"))
 
         real = real_features(self._reader, extractor, options.reals, state.world)
-        fake = extract(draw, options.fakes, extractor, state.world)
-        scores, state.best_kid = from_rank_zero(lambda: self._judge(real, fake, extractor))
+        with self._time.spending():  # without the real images: only the first score extracts their features
+            recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
+            fake = extract(draw, options.fakes, extractor, state.world)
+            scores, state.best_kid = from_rank_zero(lambda: self._judge(real, fake, extractor), state.world.patient)
         return scores
 
     def _judge(self, real: Tensor, fake: Tensor, extractor: Extractor) -> tuple[dict[str, float], float | None]:
         """Return the scores and the lowest kernel distance so far; its generator is exported beside the latest."""
         state = self._state
         try:
-            found = quality(real, fake, extractor)
+            found = quality(real, fake, extractor, state.world.device)
         except Exception as error:  # no convergence, no memory, ...: a score is no reason to stop
             warn(f"images of step {state.step} are not scored: {error!r}")
             return {}, state.best_kid
@@ -66,16 +110,16 @@ class QualityMeter:
         return scores, kid
 
 
-def _load(options: QualityOptions, device: torch.device) -> Extractor | None:
-    """Return the extractor that the configuration asks for, None where none is to be had or wanted."""
+def _load(options: QualityOptions, world: World) -> Extractor | None:
+    """Return the extractor that the configuration asks for, None if it is disabled or not installed."""
     if options.extractor == "none":
         return None
     name = options.extractor
     if name == "auto":
-        if not from_rank_zero(_installed):  # rank 0 decides, so that all ranks take part or none does
+        if not from_rank_zero(_installed, world.patient):  # rank 0 decides, so that all ranks take part or none does
             return None
         name = "efficientnet-lite0"
-    return load_extractor(name, options.weights, device)
+    return load_extractor(name, options.weights, world.device)
 
 
 def _installed() -> bool:

@@ -1,4 +1,4 @@
-"""Scores inside training never stop it."""
+"""Scores inside training never stop it, and keep to their share of the time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed import process_group
 from dist_dcgan.training import quality as module
-from dist_dcgan.training.quality import QualityMeter
+from dist_dcgan.training.quality import QualityMeter, TimeShare
 from dist_dcgan.training.run_directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
 from shards.manifest import read_manifest
@@ -48,6 +48,32 @@ def test_a_score_that_fails_is_reported_and_training_goes_on(
     assert ("warning: " in warned) == (fault in ("comparison fails", "disk is full"))
     assert run.best.is_file() == (state.best_kid is not None) == (fault == "none")
     assert (scores == {}) == (fault in ("comparison fails", "generator is not finite"))
+
+
+def test_scores_that_take_longer_leave_more_time_between_them() -> None:
+    now = [0.0]
+    share = TimeShare(0.25, lambda: now[0])
+
+    def spend(seconds: float) -> None:
+        with share.spending():
+            now[0] += seconds
+
+    allowed = []
+    for step in range(1, 41):
+        now[0] += 1.0
+        if share.allows():
+            allowed.append(step)
+            spend(2.0 if step < 8 else 4.0)
+    assert allowed == [1, 7, 13, 25, 37]  # 2 s of 8, then 4 s of 16
+
+
+def test_a_share_of_the_whole_time_allows_every_score() -> None:
+    now = [0.0]
+    share = TimeShare(1.0, lambda: now[0])
+    for _ in range(3):
+        assert share.allows()
+        with share.spending():
+            now[0] += 100.0
 
 
 def fails(error: Exception):  # type: ignore[no-untyped-def]
