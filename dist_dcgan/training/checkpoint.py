@@ -20,12 +20,13 @@ from filelock import FileLock, Timeout
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
+from dist_dcgan.training.tensor_file import serialised
 from shards.command_line import Options, build, nearest, parse_flags, run
 from shards.errors import UserError
-from shards.files import file_sha256, publish, sync_directory
+from shards.files import atomic_file, file_sha256, publish, sync_directory
 
 FORMAT_VERSION = 3
 _TENSORS = "tensors.safetensors"
@@ -81,11 +82,14 @@ def save_checkpoint(
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    serialised = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    publish(folder / _TENSORS, serialised)
+    digest = hashlib.sha256()
+    with atomic_file(folder / _TENSORS) as file:
+        for part in serialised(tensors):
+            file.write(part)
+            digest.update(part)
     content = {
         "format_version": FORMAT_VERSION,
-        "tensors_sha256": hashlib.sha256(serialised).hexdigest(),
+        "tensors_sha256": digest.hexdigest(),
         "values": dict(values),
     }
     content["sha256"] = _json_sha256(content)

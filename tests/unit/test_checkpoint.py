@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import pickle
 import threading
 import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from filelock import FileLock
 
@@ -22,8 +27,12 @@ from dist_dcgan.training.checkpoint import (
     save_checkpoint,
 )
 from dist_dcgan.training.saving import Saver
+from dist_dcgan.training.tensor_file import serialised
 from shards.errors import UserError
+from shards.files import atomic_file
 from tests.commands import module, one_line_error, succeed
+
+MIB = 1 << 20
 
 
 def tensors_of(step: int) -> dict[str, torch.Tensor]:
@@ -70,30 +79,87 @@ def test_those_at_multiples_stay_for_good(tmp_path: Path) -> None:
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "8"]
 
 
+class Disk(io.BufferedWriter):
+    """A file to which something happens on the way to the disk."""
+
+    def __init__(self, path: Path, room: int, lies: bool) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self._room, self._lies = room, lies
+
+    def write(self, content: Any) -> int:
+        self._room -= len(content)
+        if self._room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(bytes(content).replace(b"\0\0", b"\0\1", 1) if self._lies else content)
+
+
+def put_disk_under_checkpoints(monkeypatch: pytest.MonkeyPatch, room: int = MIB, lies: bool = False) -> None:
+    @contextmanager
+    def on_disk(path: Path) -> Iterator[Disk]:
+        with atomic_file(path), Disk(path.with_name(path.name + ".tmp"), room, lies) as file:
+            yield file
+
+    monkeypatch.setattr("dist_dcgan.training.checkpoint.atomic_file", on_disk)
+
+
+@pytest.mark.parametrize("room", [10, 300])  # the header is longer than the one, and shorter than the other
 def test_one_that_cannot_be_written_leaves_the_others_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    save(tmp_path, 1)
+    put_disk_under_checkpoints(monkeypatch, room)
+    with pytest.raises(UserError, match=r"step-00000002 cannot be written: No space left on device: mend that"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_one_whose_values_cannot_be_written_leaves_nothing_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, content: bytes) -> None:
         path.write_bytes(content[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    save(tmp_path, 1)
     monkeypatch.setattr("dist_dcgan.training.checkpoint.publish", full)
-    with pytest.raises(UserError, match=r"step-00000002 cannot be written: No space left on device: mend that"):
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
         save(tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_that_reads_otherwise_than_it_was_written_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lying(path: Path, content: bytes) -> None:
-        path.write_bytes(content.replace(b"\0\0", b"\0\1", 1))
-
-    monkeypatch.setattr("dist_dcgan.training.checkpoint.publish", lying)
+    put_disk_under_checkpoints(monkeypatch, lies=True)
     with pytest.raises(UserError, match="what was written is not what is read"):
         save(tmp_path, 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_streamed_file_is_that_of_the_library_to_the_byte(tmp_path: Path) -> None:
+    dtypes = (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.int32)
+    dtypes = (*dtypes, torch.float32, torch.float64, torch.int64)
+    tensors = {f"{name}.{dtype}": torch.arange(7).to(dtype) for dtype in dtypes for name in ("z", "a", 'é"')}
+    tensors |= {"scalar": torch.tensor(3), "empty": torch.empty(0, 4), "large": torch.randn(3, MIB // 8 + 5)}
+    images = torch.randn(2, 3, 4, 4)
+    expected = safetensors.torch.save(tensors | {"images": images})
+    tensors["images"] = images.contiguous(memory_format=torch.channels_last)
+    content = b"".join(serialised(tensors))
+    assert content == expected
+    (tmp_path / "file").write_bytes(content)
+    loaded = safetensors.torch.load_file(tmp_path / "file")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_no_large_copy_is_made_of_what_is_written(tmp_path: Path) -> None:
+    """One object of the whole file holds the interpreter lock while it is filled, and training stands still."""
+    tensors = {f"{index}": torch.ones(16 * MIB // 4) for index in range(3)}
+    tracemalloc.start()
+    try:
+        save_checkpoint(tmp_path, tensors, {"step": 1}, Retention(1))
+        assert tracemalloc.get_traced_memory()[1] < 4 * MIB
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_is_written_beside_training_is_what_would_have_been_written_at_once(

@@ -1,0 +1,55 @@
+"""A safetensors file as a stream of bytes, the same that `safetensors.torch.save` returns in one piece.
+
+The library builds the whole file in memory, and before its version 0.8 holds the interpreter lock until it is written:
+training would stand still beside it. Here each part is small, and writing or hashing it releases the lock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of the types, in the order in which the format has their tensors: those of large elements first."""
+_ALIGNMENT = 8  # of the first tensor's bytes
+_PART = 1 << 20
+
+
+def serialised(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of the file, at most 1 MiB at a time after the header.
+
+    Tensors may be on any device and of any memory format: one that is not contiguous on the CPU is copied when its turn
+    comes.
+    """
+    rank = {dtype: index for index, dtype in enumerate(_DTYPES)}
+    ordered = dict(sorted(tensors.items(), key=lambda item: (rank[item[1].dtype], item[0])))
+    yield _header(ordered)
+    for tensor in ordered.values():
+        # As bytes, for numpy has no bfloat16; `reshape`, for a scalar has no bytes.
+        content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for first in range(0, len(content), _PART):
+            yield content[first : first + _PART]
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the length of the description, and the description padded with spaces."""
+    description, first = {}, 0
+    for name, tensor in tensors.items():
+        offsets = [first, first + tensor.nbytes]
+        description[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        first += tensor.nbytes
+    text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
