@@ -141,12 +141,14 @@ class WandbOptions(Options):
 class CheckpointOptions(Options):
     """What is kept so that a run can go on."""
 
-    every_steps: int = _changeable(1000, ge=1)
-    """Steps between checkpoints; one is always written at the end and on a stop signal."""
+    every_minutes: float | None = _changeable(None, gt=0, allow_inf_nan=False)
+    """Minutes between checkpoints. Without this and every_steps: 10 on GPUs, and every 1,000 steps on CPUs."""
+    every_steps: int | None = _changeable(None, ge=1)
+    """Steps between checkpoints, instead of minutes or beside them; one is always written at the end and on a stop."""
     keep: int = _changeable(3, ge=1)
     """Newest checkpoints that are kept."""
     keep_every_steps: int | None = _changeable(None, ge=1)
-    """Checkpoints at multiples of so many steps are kept for good."""
+    """At multiples of so many steps a checkpoint is written, too, and kept for good."""
 
 
 class DistributedOptions(Options):

@@ -20,9 +20,9 @@ from dist_dcgan.training.meter import Meter
 from dist_dcgan.training.quality import QualityMeter
 from dist_dcgan.training.reporting import log_samples, report
 from dist_dcgan.training.run_directory import RunDirectory, claimed, record, require_same_run
-from dist_dcgan.training.saving import Saver
+from dist_dcgan.training.saving import Saver, make_schedule
 from dist_dcgan.training.steps import dry_step, train_step
-from dist_dcgan.training.stopping import StopRequest
+from dist_dcgan.training.stopping import StepAgreement
 from dist_dcgan.training.train_state import TrainState
 from shards.manifest import Manifest
 
@@ -38,7 +38,8 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
     manifest = place.manifest
     with ExitStack() as stack:
         # Agree on the data set and claim the run directory.
-        stop = stack.enter_context(StopRequest())
+        schedule = make_schedule(config.checkpoint, world.device)
+        agreement = stack.enter_context(StepAgreement(schedule.seconds))
         digest = manifest.digest()
         require_same(digest, f"the data set at {config.data.path}")
         run = RunDirectory(config.run_dir)
@@ -52,7 +53,7 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
 
         # Open what training writes and reads, and wait, maybe for minutes, until all ranks have data and can score.
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
-        saver = stack.enter_context(Saver(run.checkpoints, retention))
+        saver = stack.enter_context(Saver(run.checkpoints, retention, world.device))
         logger = stack.enter_context(closing(make_logger(config, plan, world, run, state.step, state.wandb_run_id)))
         node = meet_on_node(world, config.distributed.timeout_seconds)
         batches = stack.enter_context(BatchLoader(place, config, plan, world, state.step, node))
@@ -68,9 +69,9 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
             last = state.step == plan.total_steps
             scores = quality.read()
             if saver.failed:
-                stop.request()
-            stopping = stop.agreed()
-            saving = last or stopping or state.step % config.checkpoint.every_steps == 0
+                agreement.request_stop()
+            stopping, save_is_due = agreement.agreed()
+            saving = last or stopping or save_is_due or schedule.due_at(state.step)
             logging = last or scores or state.step % config.log.every_steps == 0 or state.step == 1
             if saving or logging:
                 report(logger, state, run, meter.read(), scores if logging else None)

@@ -1,9 +1,12 @@
-"""Ending at a step boundary, on all ranks at the same one, when a signal asks for it."""
+"""What all ranks do at the same step although not all know of it: end on a signal, and save by the clock."""
 
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,27 +15,38 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def steps_between_agreements(world_size: int) -> int:
-    """Return how often ranks agree on stopping: at each step, up to 63 of them."""
+    """Return how often ranks agree: at each step, up to 63 of them."""
     return 1 + world_size // 64
 
 
-class StopRequest:
-    """Turns signals into a flag that all ranks see at the same step.
+class Agreed(NamedTuple):
+    """What the ranks have agreed to do after this step."""
 
-    The handler only sets the flag. `agreed` reduces the flags of all ranks over the CPU backend and reads the result
-    one step later, so that it waits neither for the peers nor for the GPU. Gloo passes it from rank to rank in a ring,
-    which of many ranks takes longer than a step: they agree every few steps. Before the ranks have met there is nothing
-    to save, and a signal just ends the process.
+    stop: bool
+    """End: a rank was asked to."""
+    save: bool
+    """Save: a checkpoint was due by the clock of rank 0."""
+
+
+class StepAgreement:
+    """Turns signals and the clock into flags that all ranks see at the same step.
+
+    The handler only sets a flag. `agreed` reduces the flags of all ranks over the CPU backend and reads the result
+    one step later, so that it waits neither for the peers nor for the GPU. Gloo passes them from rank to rank in a
+    ring, which of many ranks takes longer than a step: they agree every few steps. Before the ranks have met there is
+    nothing to save, and a signal just ends the process.
     """
 
-    def __init__(self) -> None:
-        self._requested = False
+    def __init__(self, save_seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """A save is due `save_seconds` from now, and from the time at which the last one was; None for never."""
+        self._stop_requested = False
+        self._save_seconds, self._clock, self._since = save_seconds, clock, clock()
         self._calls = 0
-        self._flag = torch.zeros(1)
+        self._flags = torch.zeros(len(Agreed._fields))
         self._reduction: dist.Work | None = None
         self._previous: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> StepAgreement:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
@@ -43,24 +57,35 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def agreed(self) -> bool:
-        """Return whether a rank had been asked to stop when they last agreed; call it once a step on all ranks."""
+    def agreed(self) -> Agreed:
+        """Return the flags of all ranks when they last agreed; call it once a step on all ranks."""
         self._calls += 1
         if self._calls % steps_between_agreements(dist.get_world_size()):
-            return False
-        stopping = False
+            return Agreed(stop=False, save=False)
+        found = Agreed(stop=False, save=False)
         if self._reduction is not None:
             self._reduction.wait()
-            stopping = bool(self._flag.item())
-        self._flag = torch.tensor([float(self._requested)])
-        self._reduction = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
-        return stopping
+            found = Agreed(*map(bool, self._flags.tolist()))
+        mine = Agreed(self._stop_requested, self._save_is_due())
+        self._flags = torch.tensor(mine, dtype=torch.float32)
+        self._reduction = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
+        return found
 
-    def request(self) -> None:
+    def request_stop(self) -> None:
         """Ask for a stop, as a signal does."""
-        self._requested = True
+        self._stop_requested = True
+
+    def _save_is_due(self) -> bool:
+        """Return whether it is by this rank's clock, which then begins anew; never on ranks but 0."""
+        if self._save_seconds is None or dist.get_rank() != 0:
+            return False
+        now = self._clock()
+        if now - self._since < self._save_seconds:
+            return False
+        self._since = now
+        return True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.request()
+        self.request_stop()
         if number == signal.SIGINT:  # a second Ctrl-C ends at once
             signal.signal(number, signal.default_int_handler)

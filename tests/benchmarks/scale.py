@@ -29,7 +29,7 @@ from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.data.order import Indices, SampleOrder
 from dist_dcgan.data.places import Place, ShardFile
 from dist_dcgan.distributed import World, average_across_ranks
-from dist_dcgan.training.stopping import StopRequest
+from dist_dcgan.training.stopping import StepAgreement
 from dist_dcgan.training.train_state import TrainState
 from shards.command_line import Options, build, parse_flags, run
 from shards.convert import Settings
@@ -136,7 +136,7 @@ def as_one_rank(options: Benchmark, world_size: int) -> Row:
 
 def beside_the_step() -> None:
     """Do what the loop does beside a step that is logged: agree on whether to stop, average what was measured."""
-    StopRequest().agreed()
+    StepAgreement().agreed()
     average_across_ranks([{"loss": torch.zeros(())}])
 
 

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock
 
+from dist_dcgan.config import CheckpointOptions
 from dist_dcgan.training.checkpoint import (
     Retention,
     list_checkpoints,
@@ -26,12 +27,13 @@ from dist_dcgan.training.checkpoint import (
     load_newest,
     save_checkpoint,
 )
-from dist_dcgan.training.saving import Saver
+from dist_dcgan.training.saving import Saver, Schedule, make_schedule
 from dist_dcgan.training.tensor_file import serialised
 from shards.errors import UserError
 from shards.files import atomic_file
 from tests.commands import module, one_line_error, succeed
 
+CPU = torch.device("cpu")
 MIB = 1 << 20
 
 
@@ -171,7 +173,7 @@ def test_what_is_written_beside_training_is_what_would_have_been_written_at_once
 
     expected, live, stepped = save(tmp_path / "at once", 7), tensors_of(7), threading.Event()
     monkeypatch.setattr("dist_dcgan.training.saving.save_checkpoint", late)
-    with Saver(tmp_path / "beside", Retention(3)) as saver:
+    with Saver(tmp_path / "beside", Retention(3), CPU) as saver:
         saver.save(live, values_of(7))
         for tensor in live.values():  # the next step
             tensor.zero_()
@@ -196,7 +198,7 @@ def test_never_two_are_written_at_once_and_an_error_is_raised_by_the_next(
         return directory
 
     monkeypatch.setattr("dist_dcgan.training.saving.save_checkpoint", slow)
-    with Saver(tmp_path, Retention(3)) as saver:
+    with Saver(tmp_path, Retention(3), CPU) as saver:
         for step in (1, 2, 3):
             saver.save({}, {"step": step})
         while not saver.failed:
@@ -205,6 +207,95 @@ def test_never_two_are_written_at_once_and_an_error_is_raised_by_the_next(
             saver.save({}, {"step": 4})
         assert not saver.failed
     assert most == [1]
+
+
+def test_the_copies_of_all_checkpoints_lie_in_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[list[int]] = []
+
+    def note(directory: Path, tensors: dict[str, torch.Tensor], *_: object) -> Path:
+        places.append([tensor.data_ptr() for tensor in tensors.values()])
+        return directory
+
+    monkeypatch.setattr("dist_dcgan.training.saving.save_checkpoint", note)
+    with Saver(tmp_path, Retention(3), CPU) as saver:
+        for step in (1, 2):
+            live = tensors_of(step)
+            saver.save(live, values_of(step))
+            saver.wait()
+    assert places[0] == places[1]
+    assert not set(places[0]) & {tensor.data_ptr() for tensor in live.values()}
+
+
+def test_on_a_gpu_the_writing_thread_waits_for_the_copies_and_training_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls of CUDA are noted, with the thread that makes them; the tensors are on the CPU."""
+    calls: list[tuple[str, bool]] = []
+
+    def note(name: str) -> None:
+        calls.append((name, threading.current_thread() is threading.main_thread()))
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking
+
+        def record(self) -> None:
+            note("record")
+
+        def synchronize(self) -> None:
+            note("synchronize")
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: note(f"use {device}"))
+    with Saver(tmp_path, Retention(3), torch.device("cuda", 3)) as saver:
+        for step in (1, 2):
+            saver.save(tensors_of(step), values_of(step))
+            saver.wait()
+    for calls_of_thread, expected in (
+        ([name for name, main in calls if main], ["record", "record"]),
+        ([name for name, main in calls if not main], ["use cuda:3", "synchronize", "synchronize"]),
+    ):
+        assert calls_of_thread == expected
+    assert load_newest(tmp_path) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_checkpoint_from_a_gpu_holds_what_was_there_although_the_next_step_goes_on(tmp_path: Path) -> None:
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    live = {"a": torch.ones(4, 3, 512, 512, device=device).contiguous(memory_format=torch.channels_last)}
+    live |= {"b": torch.tensor(1, device=device)}
+    with torch.cuda.device(device), Saver(tmp_path, Retention(3), device) as saver:
+        for step in (1, 2, 3):
+            saver.save(live, {"step": step})
+            for tensor in live.values():  # the next step, queued on the same stream
+                tensor.add_(1)
+        assert all(buffer.is_pinned() for buffer in saver._buffers.values())
+    for path in list_checkpoints(tmp_path):
+        tensors, values = load_checkpoint(path)
+        assert all(bool((tensor == values["step"]).all()) for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cpu", {}, Schedule(None, (1000,))),
+        ("cuda", {}, Schedule(600.0, ())),
+        ("cuda", {"every_steps": 5}, Schedule(None, (5,))),
+        ("cpu", {"every_minutes": 0.5}, Schedule(30.0, ())),
+        ("cpu", {"every_minutes": 2, "every_steps": 7}, Schedule(120.0, (7,))),
+        ("cuda", {"keep_every_steps": 50}, Schedule(600.0, (50,))),
+    ],
+)
+def test_checkpoints_are_due_as_asked_and_else_as_suits_the_device(
+    device: str, options: dict[str, Any], expected: Schedule
+) -> None:
+    assert make_schedule(CheckpointOptions(**options), torch.device(device)) == expected
+
+
+def test_one_is_due_at_each_multiple_and_those_to_be_kept_are_written_too() -> None:
+    schedule = make_schedule(CheckpointOptions(every_steps=4, keep_every_steps=6), CPU)
+    assert [step for step in range(1, 13) if schedule.due_at(step)] == [4, 6, 8, 12]
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "values.json"])
