@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from dist_dcgan.distributed import World
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from tests.benchmarks.step import images
+from tests.benchmarks.measuring import images
 from tests.operations import NORM_BACKWARD, NORM_FORWARD, Parts
 
 GRADIENTS = "gradients"

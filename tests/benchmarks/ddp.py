@@ -39,7 +39,7 @@ from dist_dcgan.distributed import process_group
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from shards.command_line import Options, build, parse_flags, run
-from tests.benchmarks.step import images
+from tests.benchmarks.measuring import images
 from tests.benchmarks.tables import Row, markdown
 
 WARM_UP = 3

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.step [--width 128] [--batch 32] [--rounds 5] [--json FILE]
 
-All in one run, taking turns, so that the ratios hold on a noisy machine. "Plain" is the loop that most ports have:
-sigmoid and BCELoss, weight gradients of D in G's turn, contiguous layout, unfused Adam, torch's own batch norm, no
-noise, no EMA. The floor is the time of the step's floating-point operations at the rate of a large matrix product.
+All in one run, taking turns, so that the ratios hold on a noisy machine. Within a turn steps follow one another without
+waiting for the device, as in training. "Plain" is the loop that most ports have; "tuned" is the same loop with what
+people give it who look after speed (`plain.py`). The floor is the time of the step's floating-point operations at
+the best rate that any large product has reached in any round (`measuring.Products`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,25 +24,34 @@ from unittest import mock
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from dist_dcgan.config import Config, Plan, WandbOptions, make_plan
 from dist_dcgan.data.places import Folder
 from dist_dcgan.distributed import World, process_group
-from dist_dcgan.models.networks import Discriminator, Generator, init_weights
 from dist_dcgan.training import loop
-from dist_dcgan.training.checkpoint import Retention, save_checkpoint
+from dist_dcgan.training.checkpoint import Retention
 from dist_dcgan.training.ema import update_ema
+from dist_dcgan.training.saving import Saver
 from dist_dcgan.training.steps import Metrics, train_step
 from dist_dcgan.training.train_state import TrainState
 from shards.command_line import Options, build, parse_flags, run
 from shards.convert import convert
 from shards.demo import write_demo
 from shards.sources.lmdb_source import LmdbSource
+from tests.benchmarks.measuring import (
+    WARM_UP,
+    Call,
+    Products,
+    calls_within,
+    compute_dtype,
+    images,
+    step_flops,
+    synchronize,
+    timed,
+)
+from tests.benchmarks.plain import PlainLoop
 
-MATRIX = 2048
-WARM_UP = 2
 CHECKPOINT_EVERY = 1000
 LOOP_STEPS = 12
 
@@ -55,6 +65,12 @@ class Benchmark(Options):
     """Images per step."""
     rounds: int = Field(5, ge=1)
     """Rounds in which all variants take a turn."""
+    turn_seconds: float = Field(0.5, gt=0)
+    """Seconds of a turn, about; one step at least."""
+    writing_seconds: float = Field(4.0, gt=0)
+    """Seconds of training in which a checkpoint is written beside it."""
+    square: int | None = Field(None, ge=1)
+    """Size of the square products; by default those that suit the device."""
     json_: Path | None = Field(None, alias="json")
     """File for the figures, by name."""
 
@@ -65,43 +81,59 @@ def main(argv: Sequence[str]) -> None:
     config = Config(width=options.width, global_batch=options.batch, wandb=WandbOptions(mode="disabled"))
     with process_group(600) as world:
         plan = make_plan(config, 1, 10 * options.batch)
-        variants = {
-            "ours": our_step(config, plan, world),
-            "plain": partial(PlainLoop(options.width, world.device).step, images(options.batch, world.device)),
-            "product": matrix_product(world.device),
+        products = Products(options.width, options.batch, world.device, compute_dtype(world.device), options.square)
+        median = median_seconds(options, config, plan, world, products)
+        overhead = {
+            "ema": seconds_of_ema(config, plan, world),
+            "checkpoint": checkpoint_stall(config, plan, world, options.writing_seconds) / CHECKPOINT_EVERY,
+            "between_steps": seconds_between_steps(config, world),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
-        for round_ in range(WARM_UP + options.rounds):
-            for name, function in variants.items():
-                elapsed = timed(function, world.device)
-                if round_ >= WARM_UP:
-                    seconds[name].append(elapsed)
-        median = {name: statistics.median(values) for name, values in seconds.items()}
-        overhead = loop_seconds(config, plan, world) | {"between_steps": seconds_between_steps(config, world)}
-        figures = summarise(options, median, overhead, step_flops(options.width, options.batch))
-        gpu = world.device.type == "cuda"
-        figures["device"] = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+        figures = summarise(options, median, overhead, products) | {"device": device_name(world)}
     for name, value in figures.items():
         print(f"{name:28} {value if isinstance(value, str) else f'{value:.4g}'}")
     if options.json_ is not None:
         options.json_.write_text(json.dumps(figures, indent=1) + "\n")
 
 
+def median_seconds(
+    options: Benchmark, config: Config, plan: Plan, world: World, products: Products
+) -> dict[str, float]:
+    """Return the median seconds of a step of each variant, which take turns; the products are tried in each round."""
+    real = images(options.batch, world.device)
+    variants: dict[str, Call] = {
+        "ours": our_step(TrainState(config, plan, world, 64)),
+        "plain": partial(PlainLoop(options.width, world.device).step, real),
+        "tuned": partial(
+            PlainLoop(options.width, world.device, tuned=True).step,
+            real.contiguous(memory_format=torch.channels_last),
+        ),
+    }
+    for function in variants.values():
+        timed(function, world.device, WARM_UP)
+    steps = {name: calls_within(function, world.device, options.turn_seconds) for name, function in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(options.rounds):
+        products.measure()
+        for name, function in variants.items():
+            seconds[name].append(timed(function, world.device, steps[name]) / steps[name])
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def summarise(
-    options: Benchmark, median: dict[str, float], overhead: dict[str, float], flops: float
+    options: Benchmark, median: dict[str, float], overhead: dict[str, float], products: Products
 ) -> dict[str, float | str]:
     """Return the figures, ratios first."""
-    rate = 2 * MATRIX**3 / median["product"]
-    floor = flops / rate
+    flops = step_flops(options.width, options.batch)
+    floor = flops / products.best
     return {
         "ours_over_plain": median["plain"] / median["ours"],
-        "ours_of_floor": floor / median["ours"],
-        "plain_of_floor": floor / median["plain"],
+        "ours_over_tuned": median["tuned"] / median["ours"],
+        **{f"{name}_of_floor": floor / seconds for name, seconds in median.items()},
         "loop_overhead": sum(overhead.values()) / median["ours"],
         **{f"overhead_{name}": value / median["ours"] for name, value in overhead.items()},
-        "ours_images_per_second": options.batch / median["ours"],
-        "plain_images_per_second": options.batch / median["plain"],
-        "product_gflops": rate / 1e9,
+        **{f"{name}_images_per_second": options.batch / seconds for name, seconds in median.items()},
+        "product_gflops": products.best / 1e9,
+        "product_shape": products.shape,
         "step_gflop_per_image": flops / options.batch / 1e9,
         "width": options.width,
         "batch": options.batch,
@@ -109,65 +141,47 @@ def summarise(
     }
 
 
-def our_step(config: Config, plan: Plan, world: World) -> Callable[[], object]:
+def device_name(world: World) -> str:
+    """Return the GPU's name, or how many threads the CPU's figures are for."""
+    gpu = world.device.type == "cuda"
+    return torch.cuda.get_device_name(world.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+
+
+def constant_batch(state: TrainState) -> Tensor:
+    """Return images of this rank as the loader gives them: on the device, channels_last."""
+    real = images(state.plan.batch_per_rank, state.world.device).to(state.dtype)
+    return real.contiguous(memory_format=torch.channels_last)
+
+
+def our_step(state: TrainState) -> Call:
     """Return this project's step on constant images."""
+    return partial(train_step, state, constant_batch(state))
+
+
+def seconds_of_ema(config: Config, plan: Plan, world: World) -> float:
+    """Return the seconds in which the generator is averaged."""
     state = TrainState(config, plan, world, 64)
-    real = images(plan.global_batch, world.device).contiguous(memory_format=torch.channels_last)
-    return lambda: train_step(state, real)
-
-
-class PlainLoop:
-    """The step that most ports have: contiguous layout, sigmoid and BCELoss, unfused Adam."""
-
-    def __init__(self, width: int, device: torch.device, seed: int = 0) -> None:
-        self.generator = Generator(width).to(device)
-        self.discriminator = nn.Sequential(Discriminator(width), nn.Sigmoid()).to(device)
-        for network in (self.generator, self.discriminator):
-            init_weights(network, torch.Generator().manual_seed(seed))
-        self._optimizer_g = torch.optim.Adam(self.generator.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=False)
-        self._optimizer_d = torch.optim.Adam(
-            self.discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=False
-        )
-        self._criterion = nn.BCELoss()
-
-    def step(self, real: Tensor) -> None:
-        """Update both networks on `real`."""
-        ones, zeros = torch.ones(len(real), device=real.device), torch.zeros(len(real), device=real.device)
-        self.discriminator.zero_grad()
-        self._criterion(self.discriminator(real), ones).backward()
-        fake = self.generator(torch.randn(len(real), 100, device=real.device))
-        self._criterion(self.discriminator(fake.detach()), zeros).backward()
-        self._optimizer_d.step()
-        self.generator.zero_grad()
-        self._criterion(self.discriminator(fake), ones).backward()
-        self._optimizer_g.step()
-
-
-def matrix_product(device: torch.device) -> Callable[[], object]:
-    """Return a large matrix product, in bf16 on a GPU as training is."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a, b = torch.randn(2, MATRIX, MATRIX, device=device, dtype=dtype)
-    return lambda: a @ b
-
-
-def loop_seconds(config: Config, plan: Plan, world: World) -> dict[str, float]:
-    """Return seconds a step that EMA and checkpoints cost, each by itself."""
-    state = TrainState(config, plan, world, 64)
-    real = images(plan.global_batch, world.device).contiguous(memory_format=torch.channels_last)
-    finite = torch.isfinite(train_step(state, real)["grad_norm/g"])
+    finite = torch.isfinite(train_step(state, constant_batch(state))["grad_norm/g"])
     weight = torch.full((), 0.01, device=world.device)
-    with tempfile.TemporaryDirectory() as folder:
-        parts = {
-            "ema": (lambda: update_ema(state.generator_ema, state.generator, weight, finite), 1),
-            "checkpoint": (
-                lambda: save_checkpoint(Path(folder), state.tensors(), state.values(), Retention(1)),
-                CHECKPOINT_EVERY,
-            ),
-        }
-        return {
-            name: statistics.median(timed(function, world.device) for _ in range(3)) / every
-            for name, (function, every) in parts.items()
-        }
+    average = partial(update_ema, state.generator_ema, state.generator, weight, finite)
+    return statistics.median(timed(average, world.device) for _ in range(WARM_UP))
+
+
+def checkpoint_stall(config: Config, plan: Plan, world: World, seconds: float) -> float:
+    """Return the seconds by which a checkpoint, copied and written beside training, holds up about `seconds` of it."""
+    state = TrainState(config, plan, world, 64)
+    step = our_step(state)
+    timed(step, world.device, WARM_UP)
+    steps = calls_within(step, world.device, seconds)
+    alone = timed(step, world.device, steps)
+    with tempfile.TemporaryDirectory() as folder, Saver(Path(folder), Retention(1), world.device) as saver:
+        synchronize(world.device)
+        started = time.perf_counter()
+        saver.save(state.tensors(), state.values())
+        timed(step, world.device, steps)
+        beside = time.perf_counter() - started
+        saver.wait()
+    return max(0.0, beside - alone)
 
 
 def seconds_between_steps(config: Config, world: World) -> float:
@@ -194,34 +208,6 @@ def seconds_between_steps(config: Config, world: World) -> float:
             loop.train_in(world, config, plan, Folder(config.data.path), "never")
     real_steps = stamps[1:]  # the first is the dry step
     return statistics.mean(after[0] - before[1] for before, after in pairwise(real_steps))
-
-
-def step_flops(width: int, batch: int) -> float:
-    """Return the floating-point operations of a step with D frozen in G's turn, counted on the meta device."""
-    with torch.device("meta"):
-        generator, discriminator = Generator(width), Discriminator(width)
-        real, z = torch.empty(batch, 3, 64, 64), torch.empty(batch, 100)
-    with FlopCounterMode(display=False) as counter:
-        fake = generator(z)
-        discriminator(real).sum().backward()
-        discriminator(fake.detach()).sum().backward()
-        discriminator.requires_grad_(False)
-        discriminator(fake).sum().backward()
-    return float(counter.get_total_flops())
-
-
-def images(batch: int, device: torch.device) -> Tensor:
-    """Return images of noise in [-1, 1]."""
-    return torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)
-
-
-def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one call, the device's work included."""
-    started = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.loggers import save_grid
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from tests.benchmarks.step import PlainLoop
+from tests.benchmarks.plain import PlainLoop
 from tests.stability.experiment import DEAD_GRADIENT
 
 BATCH, SEED = 32, 0

@@ -30,6 +30,7 @@ from tests.benchmarks.collectives import (
     recorded_step,
     reduce_at_once,
 )
+from tests.benchmarks.measuring import images, step_flops
 from tests.benchmarks.scaling_model import (
     FLOP_PER_IMAGE,
     Model,
@@ -38,7 +39,6 @@ from tests.benchmarks.scaling_model import (
     reduction_seconds,
     table,
 )
-from tests.benchmarks.step import images, step_flops
 from tests.operations import NORM_BACKWARD, NORM_FORWARD
 from tests.ranks import run_ranks
 from tests.support_primitives import direct_batch_norm

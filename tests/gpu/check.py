@@ -1,0 +1,198 @@
+"""Is what the CPU shows also true on this GPU?"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_dcgan.config import Config, make_plan
+from dist_dcgan.data.loader import BatchLoader, to_images
+from dist_dcgan.data.places import Folder
+from dist_dcgan.distributed import World, average_across_ranks, from_rank_zero
+from dist_dcgan.training.checkpoint import Retention, load_newest, save_checkpoint
+from dist_dcgan.training.steps import train_step
+from dist_dcgan.training.train_state import TrainState
+from tests.gpu import commands
+from tests.gpu.graph import check_equality
+from tests.gpu.items import Context, Figures, Item, Skipped, kinds_on, need_norm, norm_kinds
+from tests.gpu.ranks import check_nccl_ranks, check_two_ranks, norm_bound, options_of
+from tests.gpu.training import arrays, largest_difference, make_state, networks, networks_after, own_images
+from tests.gpu.waiting import sync_mode, synchronisations
+
+STEPS = 5
+WARM_UP_STEPS = 12
+"""DDP synchronises in its first 10 iterations."""
+MAY_WAIT = ("native",)
+"""Kinds of batch norm that are known to wait for the device; how often is counted."""
+
+
+def check_against_cpu(context: Context) -> Figures:
+    """Compare five steps in float64 with the CPU's, for every batch norm that runs here."""
+    cpu_world = World(0, 0, 1, torch.device("cpu"))
+    context.world  # noqa: B018  # the process group, which serves both devices
+    expected = networks_after(cpu_world, options_of("portable"), STEPS)
+    figures: Figures = {}
+    for kind in kinds_on(context.device):
+        figures[kind] = largest_difference(networks_after(context.world, options_of(kind), STEPS), expected)
+        assert figures[kind] <= norm_bound(kind), f"{kind}: parameters are {figures[kind]:.3g} off"
+    return figures
+
+
+def check_precisions(context: Context) -> Figures:
+    """Take steps in every precision with every batch norm: all metrics are finite, strides stay equal."""
+    options = {"width": context.sized(32, 8), "global_batch": context.sized(32, 8)}
+    tried = 0
+    for precision in ("fp32", "bf16", "fp16"):
+        for kind in kinds_on(context.device):
+            networks_after(context.world, options | {"precision": precision, "distributed": {"batchnorm": kind}}, 3)
+            tried += 1
+    return {"combinations": tried}
+
+
+def check_nccl(context: Context) -> Figures:
+    """Start the process group as training does, and use it with tensors of both devices."""
+    world = context.world
+    values = torch.ones(4, device=world.device)
+    dist.all_reduce(values)
+    assert from_rank_zero(lambda: "rank 0") == "rank 0"
+    assert average_across_ranks([{"value": values.sum()}]) == [{"value": 4.0}]
+    return {"backend": str(dist.get_backend_config())}
+
+
+def check_skipped_step(context: Context, kind: str) -> Figures:
+    """Skip the update if a gradient is NaN, without a look at it by the host; the next step is taken."""
+    need_norm(kind, context.device)
+    state = make_state(context.world, _small(context, kind))
+    real = own_images(state)
+    for _ in range(WARM_UP_STEPS):
+        train_step(state, real)
+    before = networks(state)
+    hooks = [next(net.parameters()).register_hook(_not_a_number) for net in (state.generator, state.discriminator)]
+    with synchronisations(context.device) as waits:
+        metrics = train_step(state, real)
+    assert kind in MAY_WAIT or not waits, f"the host waits: {dict(waits)}"
+    for hook in hooks:
+        hook.remove()
+    assert not torch.isfinite(metrics["grad_norm/g"]) and not torch.isfinite(metrics["grad_norm/d"])
+    names = [f"generator.{name}" for name, _ in state.generator.named_parameters()]
+    names += [f"discriminator.{name}" for name, _ in state.discriminator.named_parameters()]
+    after = networks(state)
+    assert all((before[name] == after[name]).all() for name in names), "a parameter has changed"
+    assert torch.isfinite(train_step(state, real)["grad_norm/g"]), "the step after it is not finite"
+    assert largest_difference(networks(state), after) > 0, "nothing is trained"
+    return {"synchronisations": sum(waits.values())}
+
+
+def check_save_and_load(context: Context) -> Figures:
+    """Write a checkpoint, load it into a fresh state, and go on alike, with equal strides."""
+    options = options_of("portable")
+    state, fresh = make_state(context.world, options), make_state(context.world, options | {"seed": 1})
+    real = own_images(state)
+    for _ in range(STEPS):
+        train_step(state, real)
+    train_step(fresh, real)
+    folder = context.folder / "saved"
+    save_checkpoint(folder, state.tensors(), state.values(), Retention(1))
+    found = load_newest(folder)
+    assert found is not None
+    fresh.load_tensors(found.tensors)
+    fresh.load_values(found.values)
+    loaded = largest_difference(arrays(fresh.tensors()), arrays(state.tensors()))
+    assert loaded == 0, f"what is loaded differs by {loaded:.3g}"
+    fresh.config = state.config  # the seed is not part of a checkpoint
+    for _ in range(STEPS):
+        train_step(state, real)
+        train_step(fresh, real)
+    fresh.assert_equal_strides()
+    difference = largest_difference(networks(fresh), networks(state))
+    assert difference <= 1e-9, f"going on after loading differs by {difference:.3g}"
+    return {"largest_difference": difference, "tensors": len(found.tensors)}
+
+
+def check_synchronisations(context: Context, kind: str) -> Figures:
+    """Count where the host waits for the GPU while steps follow each other on batches of the loader.
+
+    Left out is what the loop does beside: the metrics, read every `log.every_steps`; checkpoints, grids and scores.
+    Kinds that must not wait take a few more steps in the mode in which waiting is an error.
+    """
+    need_norm(kind, context.device)
+    config = Config(data={"path": context.data}, max_steps=100, **_small(context, kind))
+    place = Folder(context.data)
+    plan = make_plan(config, 1, place.manifest.samples)
+    state = TrainState(config, plan, context.world, place.manifest.image_size)
+    with BatchLoader(place, config, plan, context.world, 0) as loader:
+        batches = iter(loader)
+
+        def steps(count: int) -> None:
+            for _ in range(count):
+                train_step(state, to_images(next(batches), state.dtype))
+
+        steps(WARM_UP_STEPS)
+        with synchronisations(context.device) as waits:
+            steps(STEPS)
+        if kind not in MAY_WAIT:
+            assert not waits, f"the host waits: {dict(waits)}"
+            with sync_mode(context.device, "error"):
+                steps(STEPS)
+    return {"synchronisations_per_step": sum(waits.values()) / STEPS, "places": dict(waits)}
+
+
+def check_compile(context: Context) -> Figures:
+    """Compare compiled networks with plain ones in float64."""
+    if context.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise Skipped("Triton is not installed")
+    if not any(map(shutil.which, ("g++", "gcc", "clang"))):
+        raise Skipped("there is no C++ compiler")
+    plain, compiled = (
+        networks_after(context.world, options_of("portable") | {"compile": flag}, 2) for flag in (False, True)
+    )
+    difference = largest_difference(compiled, plain)
+    assert difference <= 1e-9, f"compiled networks differ by {difference:.3g}"
+    return {"largest_difference": difference}
+
+
+def _small(context: Context, kind: str) -> dict[str, Any]:
+    return {
+        "width": context.sized(32, 8),
+        "global_batch": context.sized(32, 8),
+        "distributed": {"batchnorm": kind},
+    }
+
+
+def _not_a_number(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient * float("nan")
+
+
+def _items() -> list[Item]:
+    kinds = norm_kinds()
+    graphs = [(precision, kind) for kind in kinds for precision in ("fp64", "auto")]
+    return [
+        Item("check/train_kill_resume", commands.check_training, 75, "commands"),
+        Item("check/sample", commands.check_sample, 30, "commands"),
+        Item("check/evaluate", commands.check_evaluate, 45, "commands"),
+        Item("check/nccl", check_nccl, 30, "step"),
+        Item("check/against_cpu", check_against_cpu, 40, "step"),
+        Item("check/precisions", check_precisions, 40, "step"),
+        *(Item(f"check/synchronisations/{k}", partial(check_synchronisations, kind=k), 30, "step") for k in kinds),
+        *(Item(f"check/skipped_step/{kind}", partial(check_skipped_step, kind=kind), 30, "step") for kind in kinds),
+        Item("check/save_and_load", check_save_and_load, 30, "step"),
+        Item("check/two_ranks", check_two_ranks, 60, "ranks"),
+        Item("check/nccl_ranks", check_nccl_ranks, 60, "ranks"),
+        *(
+            Item(
+                f"check/graph/{kind}/{precision}", partial(check_equality, precision=precision, kind=kind), 40, "graph"
+            )
+            for precision, kind in graphs
+        ),
+        Item("check/doctor", commands.check_doctor, 60, "doctor"),
+        Item("check/compile", check_compile, 90, "compile"),
+        Item("check/pytest", commands.check_pytest, 110, "pytest"),
+    ]
+
+
+ITEMS = _items()

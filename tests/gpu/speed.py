@@ -1,0 +1,234 @@
+"""How fast is it here, against the loop that people have, and where does the time go?"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from dist_dcgan.config import Config, make_plan
+from dist_dcgan.data.loader import BatchLoader, to_images
+from dist_dcgan.data.places import Folder
+from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.training.quality import QualityMeter
+from dist_dcgan.training.run_directory import RunDirectory
+from dist_dcgan.training.steps import train_step
+from dist_dcgan.training.train_state import TrainState
+from tests.benchmarks.measuring import Call, Products, compute_dtype, images, pace, step_flops, timed
+from tests.benchmarks.plain import PlainLoop
+from tests.benchmarks.step import checkpoint_stall, constant_batch, our_step
+from tests.gpu.commands import need_scores
+from tests.gpu.graph import WARM_UP_STEPS, capture
+from tests.gpu.items import Context, Figures, Item, need_norm, norm_kinds
+from tests.gpu.training import make_state
+
+PROFILED_STEPS = 3
+LONGEST = 10
+
+
+class Shape(NamedTuple):
+    """Width of the networks and images per step."""
+
+    width: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.batch}"
+
+
+PAPER = Shape(128, 128)
+SHAPES = (PAPER, Shape(128, 16), Shape(128, 512), Shape(64, 128))
+TOY = Shape(8, 4)
+
+
+class Undistributed(nn.Sequential):
+    """Stands in for DDP and does nothing beside calling the network."""
+
+    def no_sync(self) -> nullcontext[None]:
+        """Return a context that changes nothing."""
+        return nullcontext()
+
+
+def measure_ours(
+    context: Context, shape: Shape, kind: str, *, graph: bool = False, ddp: bool = True, tune: bool = False
+) -> Figures:
+    """Time this project's step: a batch norm, one by one or as a CUDA graph, without DDP, with `cudnn.benchmark`."""
+    if kind != "auto":
+        need_norm(kind, context.device)
+    shape = context.sized(shape, TOY)
+    state = state_of(context, shape, kind)
+    if not ddp:
+        state.ddp_generator = Undistributed(state.generator)  # type: ignore[assignment]
+        state.ddp_discriminator = Undistributed(state.discriminator)  # type: ignore[assignment]
+    with cudnn_benchmark(tune):
+        step = capture(state, constant_batch(state)) if graph else our_step(state)
+        return figures_of(context, step, shape)
+
+
+def measure_plain(context: Context, shape: Shape, *, tuned: bool) -> Figures:
+    """Time the loop that people have."""
+    shape = context.sized(shape, TOY)
+    layout = torch.channels_last if tuned else torch.contiguous_format
+    real = images(shape.batch, context.device).contiguous(memory_format=layout)
+    loop = PlainLoop(shape.width, context.device, tuned=tuned)
+    return figures_of(context, partial(loop.step, real), shape)
+
+
+def measure_products(context: Context) -> Figures:
+    """Find the best rate at which the device multiplies in the precision of training."""
+    shape = context.sized(PAPER, TOY)
+    dtype = compute_dtype(context.device)
+    products = Products(shape.width, shape.batch, context.device, dtype, context.sized(None, 64))
+    for _ in range(context.sized(5, 2)):
+        products.measure()
+    return {"tflops": products.best / 1e12, "shape": products.shape}
+
+
+def profile_step(context: Context, kind: str) -> Figures:
+    """Count the kernels of a step and name those that take longest; on a CPU, its operations."""
+    need_norm(kind, context.device)
+    state = state_of(context, context.sized(PAPER, TOY), kind)
+    step = our_step(state)
+    timed(step, context.device, context.sized(WARM_UP_STEPS, 1))
+    on_gpu = context.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        timed(step, context.device, PROFILED_STEPS)
+    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    seconds: dict[str, float] = {}
+    found = [event for event in profiler.events() or [] if event.device_type == wanted]
+    for event in found:
+        took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        seconds[event.name] = seconds.get(event.name, 0.0) + took / 1e6
+    assert found, "the profiler has seen nothing"
+    total = sum(seconds.values())
+    longest = sorted(seconds, key=lambda name: -seconds[name])[:LONGEST]
+    return {
+        "kernels_per_step": len(found) / PROFILED_STEPS,
+        "device_ms_per_step": 1e3 * total / PROFILED_STEPS,
+        "longest": {name[:100]: seconds[name] / total for name in longest},
+    }
+
+
+def measure_loader(context: Context) -> Figures:
+    """Train from the loader and on one constant batch, at the narrow width, which asks most of the loader."""
+    shape = context.sized(Shape(64, 128), TOY)
+    place = Folder(context.data)
+    config = Config(width=shape.width, global_batch=shape.batch, max_steps=1_000_000, data={"path": context.data})
+    plan = make_plan(config, 1, place.manifest.samples)
+    state = TrainState(config, plan, context.world, place.manifest.image_size)
+    constant = pace(our_step(state), context.device, seconds_of(context))
+    with BatchLoader(place, config, plan, context.world, 0) as loader:
+        batches = iter(loader)
+        fed = pace(
+            lambda: train_step(state, to_images(next(batches), state.dtype)), context.device, seconds_of(context)
+        )
+    return {
+        "images_per_second": shape.batch / fed.seconds,
+        "constant_images_per_second": shape.batch / constant.seconds,
+        "ratio": constant.seconds / fed.seconds,
+    }
+
+
+def measure_checkpoint(context: Context) -> Figures:
+    """Find how long a checkpoint at the paper's width holds up training."""
+    shape = context.sized(PAPER, TOY)
+    config = Config(width=shape.width, global_batch=shape.batch)
+    plan = make_plan(config, 1, 10 * shape.batch)
+    return {"stall_seconds": checkpoint_stall(config, plan, context.world, context.sized(3.0, 0.1))}
+
+
+def measure_scores(context: Context) -> Figures:
+    """Find how long scores hold up training, the first time and later, when the real images' features are known."""
+    need_scores()
+    count = context.sized(10_000, 16)
+    quality = {"every_images": 1, "fakes": count, "reals": count, "extractor": "efficientnet-lite0"}
+    shape = context.sized(PAPER, TOY)
+    config = Config(width=shape.width, global_batch=shape.batch, quality=quality, data={"path": context.data})
+    place = Folder(context.data)
+    state = TrainState(config, make_plan(config, 1, place.manifest.samples), context.world, place.manifest.image_size)
+    step = our_step(state)
+    seconds = []
+    with (
+        tempfile.TemporaryDirectory(dir=context.folder) as folder,
+        mock.patch.dict("os.environ", {"XDG_CACHE_HOME": folder}),
+    ):
+        meter = QualityMeter(state, ShardReader(place), RunDirectory(Path(folder)))
+        for _ in range(context.sized(2, 1)):
+            timed(step, context.device)
+            started = time.perf_counter()
+            assert meter.read(), "there is no score"
+            seconds.append(time.perf_counter() - started)
+    return {"first_seconds": seconds[0], "later_seconds": seconds[-1], "fakes": count}
+
+
+@contextmanager
+def cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """Have cuDNN try its algorithms on each new shape, or not."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def figures_of(context: Context, step: Call, shape: Shape) -> Figures:
+    """Time a step at its own pace, and return what the table of speeds needs."""
+    measured = pace(step, context.device, seconds_of(context), context.sized(WARM_UP_STEPS, 1))
+    figures: Figures = {
+        "images_per_second": shape.batch / measured.seconds,
+        "step_ms": 1e3 * measured.seconds,
+        "host_ms": 1e3 * measured.host_seconds,
+        "gflop_per_image": step_flops(shape.width, shape.batch) / shape.batch / 1e9,
+    }
+    return figures | ({} if measured.peak_bytes is None else {"peak_gib": measured.peak_bytes / 2**30})
+
+
+def state_of(context: Context, shape: Shape, kind: str) -> TrainState:
+    """Return a training of some shape."""
+    options = {"width": shape.width, "global_batch": shape.batch, "distributed": {"batchnorm": kind}}
+    return make_state(context.world, options)
+
+
+def seconds_of(context: Context) -> float:
+    """Return the seconds of a measurement."""
+    return context.sized(1.0, 0.02)
+
+
+def _items_of(shape: Shape) -> list[Item]:
+    """Return the items that time a step of one shape; graphs come last, as a failed capture may end the process."""
+    kinds = norm_kinds()
+    ours: dict[str, Any] = {kind: partial(measure_ours, shape=shape, kind=kind) for kind in kinds}
+    ours["auto+cudnn.benchmark"] = partial(measure_ours, shape=shape, kind="auto", tune=True)
+    ours["auto-ddp"] = partial(measure_ours, shape=shape, kind="auto", ddp=False)
+    ours["plain"] = partial(measure_plain, shape=shape, tuned=False)
+    ours["tuned"] = partial(measure_plain, shape=shape, tuned=True)
+    for kind in kinds:
+        ours[f"{kind}+graph"] = partial(measure_ours, shape=shape, kind=kind, graph=True)
+    return [Item(f"speed/{shape}/{name}", run, 15, "speed") for name, run in ours.items()]
+
+
+def _items() -> list[Item]:
+    first, *others = SHAPES
+    return [
+        *_items_of(first),
+        Item("speed/products", measure_products, 15, "speed"),
+        *(Item(f"speed/profile/{kind}", partial(profile_step, kind=kind), 15, "speed") for kind in norm_kinds()),
+        Item("speed/loader", measure_loader, 15, "speed"),
+        Item("speed/checkpoint", measure_checkpoint, 20, "speed"),
+        *(item for shape in others for item in _items_of(shape)),
+        Item("speed/scores", measure_scores, 40, "speed"),
+    ]
+
+
+ITEMS = _items()

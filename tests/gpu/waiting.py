@@ -1,0 +1,57 @@
+"""Where the host waits for the device."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero")
+"""Operations whose result the host waits for, on whatever device."""
+
+
+@contextmanager
+def synchronisations(device: torch.device) -> Iterator[Counter[str]]:
+    """Count where the host waits for the device; on a CPU, operations that would make it wait on a GPU."""
+    found: Counter[str] = Counter()
+    if device.type == "cpu":
+        with _Reads(found):
+            yield found
+        return
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with sync_mode(device, "warn"):
+            yield found
+    waits = [warning for warning in seen if "synchronizing" in str(warning.message)]
+    found.update(f"{warning.filename.rpartition('/')[2]}:{warning.lineno}" for warning in waits)
+
+
+@contextmanager
+def sync_mode(device: torch.device, mode: str) -> Iterator[None]:
+    """Have CUDA warn or raise if the host waits for the device; does nothing on a CPU."""
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class _Reads(TorchDispatchMode):
+    """Counts operations that read a value back."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().partition(".")[0] in _READS:
+            self._found[func.name()] += 1
+        return func(*args, **(kwargs or {}))
