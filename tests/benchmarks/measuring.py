@@ -94,6 +94,11 @@ class Products:
         self.best, self.shape = 0.0, ""
         """Floating-point operations a second, and the shape that reached them."""
 
+    @property
+    def shapes(self) -> list[str]:
+        """The shapes that are tried."""
+        return list(self._products)
+
     def measure(self) -> None:
         """Try each shape again."""
         for shape, (function, operations) in self._products.items():

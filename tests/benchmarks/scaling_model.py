@@ -42,7 +42,7 @@ from tests.benchmarks.collectives import Collective, moments_and_gradients, one_
 from tests.benchmarks.tables import Row, markdown
 
 FLOP_PER_IMAGE = 9.0e9
-"""Of a step at the paper's width and 64x64 (`step.py` counts them), 11 passes of one network."""
+"""Of a step at the paper's width and 64x64 (`measuring.py` counts them), 11 passes of one network."""
 HIDING_PASSES = 4 / 11
 """Share of the passes behind which gradients may hide: backward of D's fake half, and of G, 2 each."""
 SMALL_WIRE = 4

@@ -200,12 +200,13 @@ def seconds_between_steps(config: Config, world: World) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         lmdb = write_demo(Path(folder), images=10 * config.global_batch)
-        manifest = convert([LmdbSource(lmdb)], Path(folder) / "shards", workers=1)
-        paths = {"data": {"path": Path(folder) / "shards"}, "run_dir": Path(folder) / "run", "max_steps": LOOP_STEPS}
+        shards = Path(folder) / "shards"
+        manifest = convert([LmdbSource(lmdb)], shards, workers=1)
+        paths = {"data": {"path": shards}, "run_dir": Path(folder) / "run", "max_steps": LOOP_STEPS}
         config = Config.model_validate(config.model_dump(exclude={"data", "run_dir", "max_steps"}) | paths)
         plan = make_plan(config, 1, manifest.samples)
         with mock.patch.object(loop, "train_step", stamped_step), contextlib.redirect_stderr(io.StringIO()):
-            loop.train_in(world, config, plan, Folder(config.data.path), "never")
+            loop.train_in(world, config, plan, Folder(shards), "never")
     real_steps = stamps[1:]  # the first is the dry step
     return statistics.mean(after[0] - before[1] for before, after in pairwise(real_steps))
 

@@ -28,7 +28,7 @@ from shards.errors import UserError
 from tests.gpu import check, speed, train
 from tests.gpu.commands import ROOT, command
 from tests.gpu.groups import Budget, outcome_of, run_items
-from tests.gpu.items import PART_SECONDS, Context, Figures, Item, Machine, selected
+from tests.gpu.items import PART_SECONDS, Context, Figures, Item, Machine, Outcome, selected
 from tests.gpu.results import Results
 
 ITEMS = [*check.ITEMS, *speed.ITEMS, *train.ITEMS]

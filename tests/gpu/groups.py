@@ -145,8 +145,8 @@ def outcome_of(item: Item, context: Context) -> Outcome:
         return outcome("SKIP", "no time is left")
     try:
         figures = item.run(context)
-    except Skipped as reason:
-        return outcome("SKIP", str(reason))
+    except Skipped as skipped:
+        return outcome("SKIP", str(skipped))
     except Exception as error:
         known = isinstance(error, AssertionError | UserError) and str(error)
         reason = str(error) if known else f"{type(error).__name__}: {error}"

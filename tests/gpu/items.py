@@ -147,9 +147,8 @@ def selected(items: Sequence[Item], parts: Iterable[str], names: str | None) -> 
         item for item in items if item.part in parts and (wanted is None or any(word in item.name for word in wanted))
     ]
     if not found:
-        raise UserError(
-            f"--only {names} names no item of {', '.join(parts)}: --help lists none, tests/gpu/README.md does"
-        )
+        known = ", ".join(item.name for item in items if item.part in parts)
+        raise UserError(f"--only {names} names no item of {', '.join(parts)}: use parts of {known}")
     return found
 
 

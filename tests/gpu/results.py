@@ -63,15 +63,15 @@ class Results:
             parts += ["## Speed", markdown(speeds)]
         for name, entry in self._entries.items():
             if name.startswith("speed/profile/") and "longest" in entry["figures"]:
-                rows = [{"kernel": kernel, "share": share} for kernel, share in entry["figures"]["longest"].items()]
-                parts += [f"## Longest kernels: {name.rpartition('/')[2]}", markdown(rows)]
+                longest = [{"kernel": kernel, "share": share} for kernel, share in entry["figures"]["longest"].items()]
+                parts += [f"## Longest kernels: {name.rpartition('/')[2]}", markdown(longest)]
         return "\n\n".join(parts) + "\n"
 
     def _speeds(self) -> list[Mapping[str, object]]:
         """Return a row for each timed step: its speed, against the tuned loop, and its share of the best product."""
         timed = {name: entry["figures"] for name, entry in self._entries.items() if "step_ms" in entry["figures"]}
         best = self._entries.get("speed/products", {}).get("figures", {}).get("tflops")
-        rows = []
+        rows: list[Mapping[str, object]] = []
         for name, figures in timed.items():
             _, shape, variant = name.split("/")
             tuned = timed.get(f"speed/{shape}/tuned", {}).get("images_per_second")

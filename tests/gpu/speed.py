@@ -13,7 +13,6 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dist_dcgan.config import Config, make_plan
@@ -103,9 +102,8 @@ def profile_step(context: Context, kind: str) -> Figures:
     on_gpu = context.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         timed(step, context.device, PROFILED_STEPS)
-    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
     seconds: dict[str, float] = {}
-    found = [event for event in profiler.events() or [] if event.device_type == wanted]
+    found = [event for event in profiler.events() or [] if event.device_type.name == context.device.type.upper()]
     for event in found:
         took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         seconds[event.name] = seconds.get(event.name, 0.0) + took / 1e6

@@ -147,20 +147,16 @@ def test_two_ranks_over_nccl_equal_one() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("batchnorm", ["native", "direct", "portable"])
 def test_every_precision_trains(precision: str, batchnorm: str) -> None:
-    run_ranks(1, steps, {"precision": precision, "distributed": {"batchnorm": batchnorm}}, 3)
+    steps({"precision": precision, "distributed": {"batchnorm": batchnorm}}, 3)
 
 
 def test_compiled_networks_train_alike() -> None:
-    eager, compiled = (run_ranks(1, steps, {"precision": "fp64", "compile": flag}, 2)[0] for flag in (False, True))
+    eager, compiled = (steps({"precision": "fp64", "compile": flag}, 2) for flag in (False, True))
     assert largest_difference(eager, compiled) <= 1e-9
 
 
 def test_the_step_waits_for_the_gpu_nowhere() -> None:
     """With own batch norm; torch's own synchronises in every forward."""
-    run_ranks(1, _step_without_synchronisation)
-
-
-def _step_without_synchronisation() -> None:
     config = Config(width=16, global_batch=8, distributed={"batchnorm": "portable"})
     with process_group(60) as world:
         state = TrainState(config, make_plan(config, 1, 100), world, 64)
@@ -206,7 +202,7 @@ def test_random_numbers_are_those_of_the_cpu() -> None:
 
 
 def test_the_step_benchmark_runs(tmp_path: Path) -> None:
-    arguments = ["--width", "128", "--batch", "128", "--rounds", "5", "--json", str(tmp_path / "figures.json")]
+    arguments = ["--width", "16", "--batch", "16", "--rounds", "1", "--json", str(tmp_path / "figures.json")]
     done = subprocess.run([sys.executable, "-m", "tests.benchmarks.step", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)

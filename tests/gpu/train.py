@@ -41,7 +41,8 @@ def train_narrow(context: Context) -> Figures:
     steps = max(1, seen(commands.rows(context.folder / "paper")) // batch) or context.sized(2000, 10)
     width = context.sized(("--preset", "narrow"), ("--width", 4))
     deadline = time.monotonic() + context.seconds - _SECONDS_TO_END
-    words = commands.train(context, "narrow", *flags(context), *width, "--max-steps", steps)
+    scored = context.sized(True, False)  # a score takes seconds of a CPU
+    words = commands.train(context, "narrow", *flags(context, scored), *width, "--max-steps", steps)
     status = commands.run_until(context, words, lambda: time.monotonic() > deadline, signal.SIGTERM)
     assert status == 0, f"training ended with status {status}"
     return told(context, context.folder / "narrow")
@@ -72,11 +73,11 @@ def draw_distances(context: Context) -> Figures:
     return {f"{name}_scores": len(points) for name, points in curves.items()}
 
 
-def flags(context: Context) -> list[object]:
-    """Return the flags that both trainings have."""
+def flags(context: Context, scored: bool = True) -> list[object]:
+    """Return the flags that both trainings have; images are scored if that is wanted and the packages are there."""
     every, count, batch = context.sized((250_000, 2000, 128), (80, 16, 8))
     quality = ["--quality.every-images", every, "--quality.fakes", count, "--quality.reals", count]
-    quality += ["--quality.extractor", "none" if missing_packages() else "efficientnet-lite0"]
+    quality += ["--quality.extractor", "none" if missing_packages() or not scored else "efficientnet-lite0"]
     return [*quality, "--log.samples-every-images", every, "--global-batch", batch, "--on-collapse", "warn"]
 
 
