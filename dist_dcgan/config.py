@@ -181,7 +181,7 @@ class Config(Options):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random: weights, order, z, noise, flips."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs that have it, fp16 with loss scaling on older ones, fp32 on CPU."""
+    """auto: bf16 on GPUs that have it, fp16 with loss scaling on older ones, fp32 on CPU. fp32: without TF32."""
     loss: Literal["logits", "sigmoid_bce"] = "logits"
     """Cross-entropy on logits, or the literal sigmoid followed by cross-entropy (which dies at paper width)."""
     compile: bool = _changeable(False)

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,7 +23,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
 from dist_dcgan.connections import require_connected
-from dist_dcgan.peers import Peers, broke, first_sentence, meet_in
+from dist_dcgan.devices import agreed_device, set_up
+from dist_dcgan.failures import cannot_go_on, explained, first_sentence, is_alike
+from dist_dcgan.peers import Peers, meet_in
+from dist_dcgan.watch import Watch
+from shards.command_line import run
 from shards.errors import OneRankError, UserError
 
 Result = TypeVar("Result")
@@ -110,49 +114,84 @@ def world_size_of_launch(expected: int | None) -> int:
 def process_group(timeout_seconds: float, device_type: str | None = None) -> Iterator[World]:
     """Join the peers that torchrun started (or stand alone) and leave them at the end.
 
-    CPU tensors travel over gloo and CUDA tensors over NCCL, so that small decisions never wait for the GPU.
-    `device_type` is "cuda" or "cpu"; by default CUDA where there is a GPU for every local rank.
+    CPU tensors travel over gloo and CUDA tensors over NCCL, so that small decisions never wait for the GPU. With
+    `device_type` "cpu" no GPU is used; with "any", GPUs if every rank has one; by default GPUs, too, but a UserError is
+    raised on all ranks if only some have one.
     """
     _die_with_torchrun()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = _pick_device(local_rank, device_type)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    timeout = timedelta(seconds=timeout_seconds)
-    store, rank, world_size = _meeting_point(max(timeout_seconds, MEETING_SECONDS))
-    peers = Peers(dist.PrefixStore("peers", store), rank, world_size)  # type: ignore[attr-defined]
-    together = False
-    try:
+    local_rank, patience = int(os.environ.get("LOCAL_RANK", "0")), max(timeout_seconds, MEETING_SECONDS)
+    store, rank, world_size = _meeting_point(patience)
+    gpus = 0 if device_type == "cpu" else torch.cuda.device_count()
+    peers = Peers(dist.PrefixStore("peers", store), rank, world_size, local_rank, gpus)  # type: ignore[attr-defined]
+    watch = Watch(peers, world_size, timeout_seconds, lambda cause: _end_at_once(cannot_go_on(peers, cause)))
+    with watch if world_size > 1 else nullcontext(), _left_at_the_end(peers), explained(peers):
+        device = agreed_device(peers.everyone(patience), rank, lenient=device_type == "any")
+        set_up(device)
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         if nodes > 1:
             require_connected(store, int(os.environ["GROUP_RANK"]), nodes, leads=local_rank == 0)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=timeout,
-            store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
-            rank=rank,
-            world_size=world_size,
-            device_id=device if device.type == "cuda" else None,
-        )
+        _init(dist.PrefixStore("group", store), peers, device, timeout_seconds)  # type: ignore[attr-defined]
         patient = _patient_group(timeout_seconds) if world_size > 1 else None
         yield World(rank, local_rank, world_size, device, patient)
+
+
+def _init(store: Any, peers: Peers, device: torch.device, timeout_seconds: float) -> None:
+    """Make the default group. NCCL, which names nobody, is to wait longer than gloo and the watch need to explain."""
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        store=store,
+        rank=peers.rank,
+        world_size=peers.world_size,
+        device_id=device if on_gpu else None,
+    )
+    if on_gpu:  # torch has no argument for it: options of NCCL take the timeout of the call
+        backend = dist.distributed_c10d._get_default_group()._get_backend(device)
+        backend._set_default_timeout(timedelta(seconds=2 * timeout_seconds + 60))
+
+
+@contextmanager
+def _left_at_the_end(peers: Peers) -> Iterator[None]:
+    """Leave the process group however it ends."""
+    together = False
+    try:
+        yield
         together = True
     except BaseException as error:
-        together = isinstance(error, UserError) and not isinstance(error, OneRankError)
-        if together or world_size == 1:
-            raise
-        if not broke(error):
-            peers.report(first_sentence(error))
-            raise
-        cause = f"{peers.explain()} ({first_sentence(error)})"
-        raise OneRankError(f"rank {rank} of {world_size} cannot go on: {cause}") from error
+        together = is_alike(error)
+        raise
     finally:
-        # NCCL's communicators end together: a rank that fails alone would wait here for peers that wait for it.
-        if dist.is_initialized() and (together or device.type == "cpu"):
-            # Whatever still refers to the group, as DDP does in a reference cycle, would keep gloo's threads alive
-            # until the interpreter ends, where a thread that lets go of a tensor aborts the process.
-            gc.collect()
-            dist.destroy_process_group()
+        if together and peers.world_size > 1:
+            peers.leave()
+        if dist.is_initialized():
+            _leave_group(together)
+
+
+def _leave_group(together: bool) -> None:
+    # Whatever still refers to the group, as DDP does in a reference cycle, would keep gloo's threads alive until the
+    # interpreter ends, where a thread that lets go of a tensor aborts the process.
+    gc.collect()
+    if together or "nccl" not in dist.get_backend_config():
+        dist.destroy_process_group()
+        return
+    # NCCL's communicators end together: a rank that fails alone would wait here for peers that wait for it. On a GPU
+    # that failed, these fail as well, and the first error is the one to be told.
+    with suppress(RuntimeError):
+        dist.distributed_c10d._get_default_group()._get_backend(torch.device("cuda")).abort()
+        dist.destroy_process_group()
+
+
+def _end_at_once(reason: str) -> None:
+    """End this process, whatever its main thread waits for, as a OneRankError there would: its line, its status."""
+
+    def fail(argv: Sequence[str]) -> None:
+        raise OneRankError(reason)
+
+    try:
+        run(under_torchrun(fail), [])
+    except SystemExit as ended:
+        os._exit(int(ended.code or 0))
 
 
 def _meeting_point(patience_seconds: float) -> tuple[Any, int, int]:
@@ -198,15 +237,6 @@ def _patient_group(timeout_seconds: float) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout_seconds, PATIENT_SECONDS)))
     assert isinstance(group, dist.ProcessGroup)  # every rank is in it
     return group
-
-
-def _pick_device(local_rank: int, device_type: str | None) -> torch.device:
-    gpus = torch.cuda.device_count()
-    if device_type == "cpu" or gpus == 0:
-        return torch.device("cpu")
-    if local_rank >= gpus:
-        raise OneRankError(f"local rank {local_rank} has no GPU, there are {gpus}: use --nproc_per_node={gpus}")
-    return torch.device("cuda", local_rank)
 
 
 def meet(world: World) -> None:

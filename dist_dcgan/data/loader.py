@@ -117,6 +117,9 @@ class BatchLoader:
 
     def _produce(self) -> None:
         try:
+            # A thread starts on the first GPU: a context there, of each rank of the node, would take memory.
+            if self._copies is not None:
+                torch.cuda.set_device(self._world.device)
             for step in range(self._first_step, self.plan.total_steps):
                 if not self._hand_over(self._read(step)):
                     return
@@ -129,9 +132,9 @@ class BatchLoader:
     def _read(self, step: int) -> Batch:
         samples, size = self.samples(step), self._image_size
         self._supply.reach(*self._positions(step))
-        # On a stream of their own, copies run beside the training step; a thread starts on the first GPU, not on that
-        # of its rank. Fresh memory for each batch: torch's pinned allocator reuses a block only after the copies out
-        # of it are done, whereas a ring of our own would have to track how far the GPU has come.
+        # On a stream of their own, copies run beside the training step. Fresh memory for each batch: torch's pinned
+        # allocator reuses a block only after the copies out of it are done, whereas a ring of our own would have to
+        # track how far the GPU has come.
         with torch.cuda.stream(self._copies):
             pixels = torch.empty((len(samples), size, size, 3), dtype=torch.uint8, pin_memory=self._copies is not None)
             out: np.ndarray = pixels.numpy()

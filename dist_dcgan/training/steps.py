@@ -22,6 +22,14 @@ from dist_dcgan.training.train_state import TrainState
 Metrics = dict[str, Tensor]
 """Scalars on the device: gradient norms of the whole network, else means over this rank's images."""
 
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # the CPU
+    "CUDA error: out of memory",  # an AcceleratorError
+    "CUDA ran out of memory outside PyTorch's allocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 
 def train_step(state: TrainState, real: Tensor) -> Metrics:
     """Take one step on `real`, this rank's images (batch_per_rank, 3, size, size) in [-1, 1]; counts it in `state`."""
@@ -67,8 +75,11 @@ def dry_step(state: TrainState, image_size: int) -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a step failed for want of memory, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Return whether a step failed for want of memory, on a GPU or on the CPU.
+
+    CUDA itself and its libraries take memory beside torch's, and say so in RuntimeErrors of their own.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def discriminator_step(state: TrainState, real: Tensor, fake: Tensor) -> Metrics:

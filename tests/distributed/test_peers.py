@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ import torch.distributed as dist
 
 from dist_dcgan.distributed import process_group
 from dist_dcgan.peers import Peers, meet_in
-from shards.errors import OneRankError
+from shards.errors import OneRankError, UserError
 from tests.commands import environment, run
 from tests.ranks import run_ranks
 
@@ -62,6 +64,30 @@ def test_healthy_ranks_hear_nothing() -> None:
     assert run_ranks(3, what_a_rank_hears, "") == ["nothing"] * 3
 
 
+def what_a_rank_gets(device_type: str | None, gpus: tuple[int, ...]) -> str:
+    """Join ranks whose hosts show them that many GPUs; return the kind of device, or what is raised."""
+    with mock.patch.object(torch.cuda, "device_count", return_value=gpus[int(os.environ["RANK"])]):
+        try:
+            with process_group(60, device_type) as world:
+                dist.all_reduce(torch.ones(1))
+                return world.device.type
+        except UserError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize(("device_type", "gpus"), [(None, (0, 0, 0)), ("any", (8, 0, 8)), ("cpu", (8, 0, 8))])
+def test_ranks_of_which_one_has_no_gpu_take_the_cpu_if_they_may(device_type: str | None, gpus: tuple[int, ...]) -> None:
+    assert run_ranks(3, what_a_rank_gets, device_type, gpus) == ["cpu"] * 3
+
+
+def test_a_rank_without_a_gpu_is_named_on_all_ranks_before_any_joins() -> None:
+    started = time.monotonic()
+    heard = run_ranks(3, what_a_rank_gets, None, (8, 0, 8))
+    assert len(set(heard)) == 1
+    assert re.match(r"host \S+ shows no GPU \(rank 1\), the other ranks have one each: mend the driver there", heard[0])
+    assert time.monotonic() - started < 50
+
+
 class SlowStore:
     """A store that answers late once many ask."""
 
@@ -79,7 +105,7 @@ class LostStore:
     def append(self, key: str, value: str) -> None:
         pass
 
-    def get(self, key: str) -> bytes:
+    def check(self, keys: list[str]) -> bool:
         time.sleep(60)
         raise RuntimeError("it timed out")
 

@@ -14,9 +14,19 @@ SHARDS = {"shards.manifest", "shards.errors", "shards.command_line", "shards.fil
 BASE = {"dist_dcgan.config", "dist_dcgan.distributed", "dist_dcgan.random_streams"}
 MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.config": SHARDS,
-    "dist_dcgan.distributed": {*SHARDS, "dist_dcgan.connections", "dist_dcgan.peers"},
+    "dist_dcgan.distributed": {
+        *SHARDS,
+        "dist_dcgan.connections",
+        "dist_dcgan.devices",
+        "dist_dcgan.failures",
+        "dist_dcgan.peers",
+        "dist_dcgan.watch",
+    },
     "dist_dcgan.connections": {"shards.errors"},
+    "dist_dcgan.devices": {"dist_dcgan.peers", "shards.errors"},
+    "dist_dcgan.failures": {"dist_dcgan.peers", "shards.errors"},
     "dist_dcgan.peers": {"shards.errors"},
+    "dist_dcgan.watch": {"dist_dcgan.peers"},
     "dist_dcgan.random_streams": set(),
     "dist_dcgan.models": {"dist_dcgan.distributed", "dist_dcgan.models", "shards.errors"},
     "dist_dcgan.data": {*BASE, *SHARDS, "dist_dcgan.data", "shards.reader", "shards.transfer"},

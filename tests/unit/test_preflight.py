@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -516,19 +515,9 @@ def test_a_fingerprint_is_of_the_values_whatever_their_strides() -> None:
     assert together.fingerprint(torch.tensor(1.0)) != together.fingerprint(torch.tensor(2.0))
 
 
-def agreed_device(rank_with_few: int, port: int) -> str:
-    rank = int(os.environ["RANK"])
-    os.environ |= {
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "MASTER_PORT": str(port),
-        "LOCAL_WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-    }
-    with mock.patch.object(torch.cuda, "device_count", return_value=1 if rank == rank_with_few else 2):
-        return together._device_type(30)
-
-
-@pytest.mark.parametrize(("rank_with_few", "expected"), [(1, "cpu"), (9, "cuda")])
-def test_one_node_with_too_few_gpus_has_all_ranks_join_without(rank_with_few: int, expected: str) -> None:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
-    assert run_ranks(2, agreed_device, rank_with_few, store.port) == [expected] * 2
+@pytest.mark.parametrize(
+    ("precision", "device", "steps"), [("fp32", "cpu", 2), ("bf16", "cuda", 15), ("fp16", "cuda", 17)]
+)
+def test_the_step_that_is_timed_comes_after_the_warm_up(precision: str, device: str, steps: int) -> None:
+    state = mock.Mock(precision=precision, world=World(0, 0, 1, torch.device(device)))
+    assert together._steps(state) == steps

@@ -1,0 +1,64 @@
+"""Which device a rank computes on: GPUs or the CPU, the same on all ranks of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dist_dcgan.peers import Place
+from shards.errors import UserError
+
+_HOSTS_SHOWN = 5
+
+
+def agreed_device(places: Mapping[int, Place], rank: int, lenient: bool = False) -> torch.device:
+    """Return the device of `rank`: its GPU if every rank has one, the CPU if no rank has.
+
+    All ranks call it with the same `places`, so that all decide alike: a rank that went to the CPU by itself would
+    leave the others waiting in NCCL's start. Raises UserError, on all ranks, with the hosts whose ranks lack a GPU; if
+    `lenient`, all take the CPU then.
+    """
+    lacking = [other for other, place in places.items() if place.local_rank >= place.gpus]
+    if not lacking:
+        return torch.device("cuda", places[rank].local_rank)
+    if lenient or all(place.gpus == 0 for place in places.values()):
+        return torch.device("cpu")
+    raise UserError(_lacking(places, sorted(lacking)))
+
+
+def set_up(device: torch.device) -> None:
+    """Make a GPU the main thread's default, and float32 there float32: cuDNN's convolutions take TF32 by default."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def _lacking(places: Mapping[int, Place], lacking: Sequence[int]) -> str:
+    """Return one line on the ranks that lack a GPU, by host, with the remedy."""
+    by_host: dict[str, list[int]] = {}
+    for rank in lacking:
+        by_host.setdefault(places[rank].host, []).append(rank)
+    found = []
+    for host, ranks in by_host.items():
+        gpus, size = places[ranks[0]].gpus, sum(place.host == host for place in places.values())
+        shown = f"{gpus} GPU{'s' if gpus > 1 else ''} for {size} ranks" if gpus else "no GPU"
+        found.append(f"host {host} shows {shown} ({_span(ranks)})")
+    more = f"; and {len(found) - _HOSTS_SHOWN} more" if len(found) > _HOSTS_SHOWN else ""
+    fewest = min(places[rank].gpus for rank in lacking)
+    remedy = (
+        f"use --nproc_per_node={fewest}"
+        if fewest
+        else "mend the driver there (does nvidia-smi show the GPUs?), take the host out, or set CUDA_VISIBLE_DEVICES= "
+        "on all hosts to use CPUs"
+    )
+    others = "" if len(lacking) == len(places) else ", the other ranks have one each"
+    return f"{'; '.join(found[:_HOSTS_SHOWN])}{more}{others}: {remedy}"
+
+
+def _span(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]}-{ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks))}"

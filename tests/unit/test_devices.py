@@ -1,0 +1,153 @@
+"""GPU or CPU, alike on all ranks, and what each thread and the process group make of a GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_dcgan import distributed
+from dist_dcgan.config import Config, make_plan
+from dist_dcgan.data.loader import BatchLoader
+from dist_dcgan.data.places import Folder
+from dist_dcgan.devices import agreed_device, set_up
+from dist_dcgan.distributed import World
+from dist_dcgan.peers import Peers, Place
+from dist_dcgan.training.steps import is_out_of_memory
+from shards.errors import UserError
+
+GPU = torch.device("cuda", 3)
+
+
+def places(*gpus: int, each: int = 2) -> dict[int, Place]:
+    """`each` ranks per host, whose numbers of GPUs are given."""
+    hosts = [(f"n{host}", local, count) for host, count in enumerate(gpus) for local in range(each)]
+    return {rank: Place(host, rank, host, local, count) for rank, (host, local, count) in enumerate(hosts)}
+
+
+def test_every_rank_takes_its_gpu() -> None:
+    assert [str(agreed_device(places(2, 8), rank)) for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+
+
+def test_all_take_the_cpu_if_nobody_has_a_gpu() -> None:
+    assert str(agreed_device(places(0, 0), 3)) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "text"),
+    [
+        ((8, 0, 8), r"^host n1 shows no GPU \(ranks 8-15\), the other ranks have one each: mend the driver there "),
+        ((8, 4), r"^host n1 shows 4 GPUs for 8 ranks \(ranks 12-15\), .*: use --nproc_per_node=4$"),
+        ((0, 1), r"^host n0 shows no GPU \(ranks 0-7\); host n1 shows 1 GPU for 8 ranks \(ranks 9-15\), .*: mend"),
+        ((1,), r"^host n0 shows 1 GPU for 8 ranks \(ranks 1-7\), .*: use --nproc_per_node=1$"),
+        ((8, *[0] * 7), r"host n5 .*\); and 2 more, the other ranks"),
+    ],
+)
+def test_hosts_that_lack_gpus_are_named_on_all_ranks(gpus: tuple[int, ...], text: str) -> None:
+    all_places = places(*gpus, each=8)
+    for rank in (0, len(all_places) - 1):
+        with pytest.raises(UserError, match=text):
+            agreed_device(all_places, rank)
+        assert str(agreed_device(all_places, rank, lenient=True)) == "cpu"
+
+
+@pytest.fixture
+def _tf32_is_kept() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_tf32_is_kept")
+def test_float32_on_a_gpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", mock.Mock())
+    torch.backends.cudnn.allow_tf32 = True
+    set_up(torch.device("cpu"))
+    assert torch.backends.cudnn.allow_tf32
+    set_up(GPU)
+    assert not torch.backends.cudnn.allow_tf32
+    torch.cuda.set_device.assert_called_once_with(GPU)  # type: ignore[attr-defined]
+
+
+def test_the_loaders_thread_takes_its_ranks_gpu_before_all_else(
+    demo_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    def noting(name: str) -> Any:
+        def call(argument: Any = None, **_: Any) -> Any:
+            if threading.current_thread().name == "batch loader":
+                calls.append((name, argument))
+            return nullcontext()
+
+        return call
+
+    for name in ("set_device", "stream", "current_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, noting(name))
+    monkeypatch.setattr(torch.cuda, "Stream", mock.Mock())
+    place = Folder(demo_shards)
+    config = Config(global_batch=16)
+    plan = make_plan(config, 1, place.manifest.samples)
+    with BatchLoader(place, config, plan, World(0, 3, 1, GPU), 0) as batches, pytest.raises(RuntimeError):
+        next(iter(batches))  # pinned memory needs a GPU
+    assert [name for name, _ in calls] == ["set_device", "stream"]
+    assert calls[0][1] == GPU
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+    """A default group over NCCL; `mock_calls` has what happens to it, in order."""
+    group = mock.Mock()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", lambda: group.default)
+    monkeypatch.setattr(dist, "init_process_group", group.init)
+    monkeypatch.setattr(dist, "destroy_process_group", group.destroy)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    return group
+
+
+def test_nccl_waits_longer_than_gloo_and_the_watch_explain(group: mock.Mock) -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    distributed._init(store, Peers(store, 0, 1), GPU, 60)
+    assert group.init.call_args.args == ("cpu:gloo,cuda:nccl",)
+    assert group.init.call_args.kwargs["timeout"] == timedelta(seconds=60)
+    backend = group.default._get_backend
+    backend.assert_called_once_with(GPU)
+    backend.return_value._set_default_timeout.assert_called_once_with(timedelta(seconds=180))
+
+
+def test_a_rank_that_fails_alone_aborts_its_communicators_first(group: mock.Mock) -> None:
+    distributed._leave_group(together=False)
+    names = [call[0] for call in group.mock_calls]
+    assert names == ["default._get_backend", "default._get_backend().abort", "destroy"]
+
+
+def test_ranks_that_end_together_abort_nothing(group: mock.Mock) -> None:
+    distributed._leave_group(together=True)
+    assert [call[0] for call in group.mock_calls] == ["destroy"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_memory_that_runs_out_is_known_in_all_its_forms(error: RuntimeError) -> None:
+    assert is_out_of_memory(error)
+
+
+def test_other_errors_of_a_gpu_are_not_taken_for_it() -> None:
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
