@@ -170,7 +170,12 @@ def _not_a_number(gradient: torch.Tensor) -> torch.Tensor:
 
 def _items() -> list[Item]:
     kinds = norm_kinds()
-    graphs = [(precision, kind) for kind in kinds for precision in ("fp64", "auto")]
+    graphs = {
+        f"{kind}/{precision}": partial(check_equality, precision=precision, kind=kind)
+        for kind in kinds
+        for precision in ("fp64", "auto")
+    }
+    graphs["without_ddp/fp64"] = partial(check_equality, precision="fp64", kind="portable", ddp=False)
     return [
         Item("check/train_kill_resume", commands.check_training, 75, "commands"),
         Item("check/sample", commands.check_sample, 30, "commands"),
@@ -183,12 +188,7 @@ def _items() -> list[Item]:
         Item("check/save_and_load", check_save_and_load, 30, "step"),
         Item("check/two_ranks", check_two_ranks, 60, "ranks"),
         Item("check/nccl_ranks", check_nccl_ranks, 60, "ranks"),
-        *(
-            Item(
-                f"check/graph/{kind}/{precision}", partial(check_equality, precision=precision, kind=kind), 40, "graph"
-            )
-            for precision, kind in graphs
-        ),
+        *(Item(f"check/graph/{name}", run, 40, "graph") for name, run in graphs.items()),
         Item("check/doctor", commands.check_doctor, 60, "doctor"),
         Item("check/compile", check_compile, 90, "compile"),
         Item("check/pytest", commands.check_pytest, 110, "pytest"),

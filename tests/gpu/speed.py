@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from dist_dcgan.config import Config, make_plan
@@ -27,7 +26,7 @@ from tests.benchmarks.measuring import Call, Products, compute_dtype, images, pa
 from tests.benchmarks.plain import PlainLoop
 from tests.benchmarks.step import checkpoint_stall, constant_batch, our_step
 from tests.gpu.commands import need_scores
-from tests.gpu.graph import WARM_UP_STEPS, capture
+from tests.gpu.graph import WARM_UP_STEPS, capture, own_stream, without_ddp
 from tests.gpu.items import Context, Figures, Item, need_norm, norm_kinds
 from tests.gpu.training import make_state
 
@@ -50,14 +49,6 @@ SHAPES = (PAPER, Shape(128, 16), Shape(128, 512), Shape(64, 128))
 TOY = Shape(8, 4)
 
 
-class Undistributed(nn.Sequential):
-    """Stands in for DDP and does nothing beside calling the network."""
-
-    def no_sync(self) -> nullcontext[None]:
-        """Return a context that changes nothing."""
-        return nullcontext()
-
-
 def measure_ours(
     context: Context, shape: Shape, kind: str, *, graph: bool = False, ddp: bool = True, tune: bool = False
 ) -> Figures:
@@ -65,11 +56,9 @@ def measure_ours(
     if kind != "auto":
         need_norm(kind, context.device)
     shape = context.sized(shape, TOY)
-    state = state_of(context, shape, kind)
-    if not ddp:
-        state.ddp_generator = Undistributed(state.generator)  # type: ignore[assignment]
-        state.ddp_discriminator = Undistributed(state.discriminator)  # type: ignore[assignment]
-    with cudnn_benchmark(tune):
+    with cudnn_benchmark(tune), own_stream(context.device) if graph else nullcontext():
+        state = state_of(context, shape, kind)
+        state = state if ddp else without_ddp(state)
         step = capture(state, constant_batch(state)) if graph else our_step(state)
         return figures_of(context, step, shape)
 
@@ -213,6 +202,7 @@ def _items_of(shape: Shape) -> list[Item]:
     ours["tuned"] = partial(measure_plain, shape=shape, tuned=True)
     for kind in kinds:
         ours[f"{kind}+graph"] = partial(measure_ours, shape=shape, kind=kind, graph=True)
+    ours["auto+graph-ddp"] = partial(measure_ours, shape=shape, kind="auto", graph=True, ddp=False)
     return [Item(f"speed/{shape}/{name}", run, 15, "speed") for name, run in ours.items()]
 
 
