@@ -37,7 +37,7 @@ def test_two_ranks_that_save_by_the_clock_end_bit_identical_after_a_kill(demo_sh
     flags = ["--data", demo_shards, *FLAGS, "--max-steps", CLOCK_STEPS]
     succeed(train_command(2, *flags, "--run-dir", undisturbed))
     assert [path.name for path in list_checkpoints(undisturbed / "checkpoints")] == [f"step-{CLOCK_STEPS:08d}"]
-    flags += ["--checkpoint.every-minutes", 0.2 / 60, "--run-dir", killed]
+    flags += ["--checkpoint.every-minutes", 0.1 / 60, "--run-dir", killed]
     process = start(train_command(2, *flags))
     while len(list_checkpoints(killed / "checkpoints")) < 2:
         assert process.poll() is None, process.communicate()[0]
