@@ -119,13 +119,13 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
     raised on all ranks if only some have one.
     """
     _die_with_torchrun()
-    local_rank, patience = int(os.environ.get("LOCAL_RANK", "0")), max(timeout_seconds, MEETING_SECONDS)
-    store, rank, world_size = _meeting_point(patience)
-    gpus = 0 if device_type == "cpu" else torch.cuda.device_count()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = 0 if device_type == "cpu" else torch.cuda.device_count()  # takes seconds: before the ranks meet
+    store, rank, world_size = _meeting_point(max(timeout_seconds, MEETING_SECONDS))
     peers = Peers(dist.PrefixStore("peers", store), rank, world_size, local_rank, gpus)  # type: ignore[attr-defined]
     watch = Watch(peers, world_size, timeout_seconds, lambda cause: _end_at_once(cannot_go_on(peers, cause)))
     with watch if world_size > 1 else nullcontext(), _left_at_the_end(peers), explained(peers):
-        device = agreed_device(peers.everyone(patience), rank, lenient=device_type == "any")
+        device = agreed_device(peers.everyone(timeout_seconds), rank, lenient=device_type == "any")
         set_up(device)
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         if nodes > 1:

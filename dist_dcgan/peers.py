@@ -85,7 +85,7 @@ class Peers:
         self._store, self.rank, self.world_size = store, rank, world_size
         self._reported = False
         self._answered = False
-        self._neighbours: dict[int, Place] | None = None
+        self._neighbours: dict[int, Place] = {}
         self._write("places", Place(socket.gethostname(), os.getpid(), _machine(), local_rank, gpus))
 
     def everyone(self, patience_seconds: float) -> dict[int, Place]:
@@ -96,7 +96,9 @@ class Peers:
         if self._store.add("entered", 1) == self.world_size:
             self._store.set("all entered", "")
         self._store.wait(["all entered"], timedelta(seconds=patience_seconds))
-        return self._places()
+        places = self._places()
+        self._neighbours = {rank: place for rank, place in places.items() if _is_here(place)}
+        return places
 
     def report(self, why: str) -> None:
         """Say that this rank fails by itself, and why."""
@@ -149,9 +151,6 @@ class Peers:
         return True
 
     def _neighbour_ended(self) -> bool:
-        if self._neighbours is None:
-            here = _machine()
-            self._neighbours = {rank: place for rank, place in self._places().items() if place.machine == here}
         ended = {rank for rank, place in self._neighbours.items() if _has_ended(place)}
         return bool(ended - self._read("leaves").keys()) if ended else False
 
