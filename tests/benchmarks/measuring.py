@@ -60,7 +60,7 @@ def pace(function: Call, device: torch.device, seconds: float, warm_up: int = WA
         function()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    host = statistics.median(_until_it_returns(function, device) for _ in range(WARM_UP))
+    host = statistics.median(_until_it_returns(function, device) for _ in range(min(warm_up, WARM_UP)))
     calls = calls_within(function, device, seconds)
     elapsed = timed(function, device, calls)
     return Pace(elapsed / calls, host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
