@@ -54,31 +54,30 @@ def all_cpus() -> Iterator[None]:
 def frechet_distance(real: Tensor, fake: Tensor, device: torch.device = CPU) -> float:
     """Return the Frechet distance of the Gaussians with the moments of both sets (Heusel et al. 2017).
 
-    The trace of (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2). The eigenvalues of
-    C1^(1/2) C2 C1^(1/2) are their squares, and the root of one that should be 0 is not: with fewer samples than
-    dimensions that costs seven digits.
+    With covariances A A^T and B B^T, the trace of the root of their product is the sum of the singular values of A^T B.
+    The eigenvalues of C1^(1/2) C2 C1^(1/2) are their squares, and the root of one that should be 0 is not: with fewer
+    samples than dimensions that costs seven digits.
     """
-    (mean_1, covariance_1), (mean_2, covariance_2) = (_moments(features, device) for features in (fake, real))
-    overlap = torch.linalg.svdvals(_half(covariance_1).T @ _half(covariance_2)).sum()
-    traces = covariance_1.trace() + covariance_2.trace()
-    return float((mean_1 - mean_2).square().sum() + traces - 2 * overlap)
+    (mean_1, a), (mean_2, b) = (_moments(features, device) for features in (fake, real))
+    traces = a.square().sum() + b.square().sum()
+    return float((mean_1 - mean_2).square().sum() + traces - 2 * torch.linalg.svdvals(a.T @ b).sum())
 
 
 def _moments(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean (D,) and covariance (D, D) in float64, from some rows at a time: millions may not fit the device."""
-    mean = torch.stack([rows.to(device).double().sum(0) for rows in features.split(_ROWS)]).sum(0) / len(features)
-    covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=device)
-    for rows in features.split(_ROWS):
-        centred = rows.to(device).double() - mean
-        covariance.addmm_(centred.T, centred)
-    return mean, covariance / (len(features) - 1)
+    """Return the mean (D,) and a factor A (D, min(N, D)) of the covariance A A^T, in float64.
 
-
-def _half(covariance: Tensor) -> Tensor:
-    """Return H, (D, D), with H H^T the covariance, whose negative eigenvalues are rounding errors."""
+    Taken from some rows at a time: millions may not fit the device.
+    """
+    count, dimensions = features.shape
+    mean = torch.stack([rows.to(device).double().sum(0) for rows in features.split(_ROWS)]).sum(0) / count
+    centred = (rows.to(device).double() - mean for rows in features.split(_ROWS))
+    if count <= dimensions:
+        return mean, torch.cat(list(centred)).T / (count - 1) ** 0.5
+    covariance = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)
+    for rows in centred:
+        covariance.addmm_(rows.T, rows, alpha=1 / (count - 1))
     values, vectors = torch.linalg.eigh(covariance)
-    half: Tensor = vectors * values.clamp(min=0).sqrt()
-    return half
+    return mean, vectors * values.clamp(min=0).sqrt()  # those below 0 are rounding errors
 
 
 def kernel_distance(real: Tensor, fake: Tensor, device: torch.device = CPU) -> KernelDistance:

@@ -88,7 +88,9 @@ def test_frechet_distance_is_that_of_gaussians_with_the_same_moments() -> None:
     assert frechet_distance(REAL, FAKE) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("dimensions", [24, 400], ids=["more samples than dimensions", "fewer"])
+@pytest.mark.parametrize(
+    "dimensions", [24, 270, 400], ids=["more samples than dimensions", "one set has more", "fewer"]
+)
 @pytest.mark.parametrize("rows", [64, 2000])
 def test_distances_are_those_of_torch_fidelity(dimensions: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
