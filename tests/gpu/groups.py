@@ -148,10 +148,17 @@ def outcome_of(item: Item, context: Context) -> Outcome:
     except Skipped as skipped:
         return outcome("SKIP", str(skipped))
     except Exception as error:
-        known = isinstance(error, AssertionError | UserError) and str(error)
-        reason = str(error) if known else f"{type(error).__name__}: {error}"
-        return outcome("FAIL", reason, details=traceback.format_exc())
+        return outcome("FAIL", reason_of(error), details=traceback.format_exc())
     return outcome("PASS", in_words(figures), figures=figures)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what went wrong, and what went wrong first: ending a failed graph capture raises an error of its own."""
+    known = isinstance(error, AssertionError | UserError) and str(error)
+    reason = str(error) if known else f"{type(error).__name__}: {error}"
+    if error.__context__ is None or error.__suppress_context__:
+        return reason
+    return f"{reason} (first: {reason_of(error.__context__)})"
 
 
 def _usable(context: Context) -> bool:

@@ -40,6 +40,13 @@ def does_not_apply(context: Context) -> Figures:
     raise Skipped("needs CUDA")
 
 
+def fails_twice(context: Context) -> Figures:
+    try:
+        raise RuntimeError("not permitted while capturing")
+    finally:
+        raise RuntimeError("capture has failed")
+
+
 def hangs(context: Context) -> Figures:
     time.sleep(60)
     return {}
@@ -96,6 +103,11 @@ def test_a_failure_has_a_traceback_and_what_does_not_apply_is_skipped(tmp_path: 
     assert (skipped.status, skipped.reason) == ("SKIP", "needs CUDA")
 
 
+def test_the_first_of_two_errors_is_named(tmp_path: Path) -> None:
+    (failed,) = outcomes(tmp_path, fails_twice)
+    assert failed.reason == "RuntimeError: capture has failed (first: RuntimeError: not permitted while capturing)"
+
+
 def test_what_an_item_has_started_ends_with_it(tmp_path: Path) -> None:
     outcomes(tmp_path, hangs_with_a_child)
     child = int((tmp_path / "child").read_text())
@@ -124,8 +136,6 @@ def test_results_of_two_calls_stay_beside_each_other(tmp_path: Path) -> None:
     second = Results(tmp_path, MACHINE, names)
     second.add(Outcome("speed/128x128/tuned", "PASS", 1.0, "", speed | {"images_per_second": 10_000.0}))
     second.add(Outcome("speed/products", "PASS", 1.0, "", {"tflops": 600.0}))
-    second.add(Outcome("speed/128x128/native", "FAIL", 1.0, "a | b", details="Traceback"))
-    second.add(Outcome("speed/128x128/native", "PASS", 1.0, "", speed | {"images_per_second": 20_000.0}))
     content = json.loads((tmp_path / "some-gpu-80gb-results.json").read_text())
     assert list(content["items"]) == names
     assert "| 128x128: native | 20,000 | 2 | 0.3 | 2 | 1 |  |" in (tmp_path / "some-gpu-80gb-results.md").read_text()
