@@ -186,6 +186,8 @@ class Config(Options):
     """Cross-entropy on logits, or the literal sigmoid followed by cross-entropy (which dies at paper width)."""
     compile: bool = _changeable(False)
     """Compile both networks with torch.compile."""
+    cuda_graph: bool | None = _changeable(None)
+    """Launch a step as one CUDA graph, which saves the host's time; none: if there is one GPU."""
     model: ModelOptions = ModelOptions()
     """Networks."""
     noise: NoiseOptions = NoiseOptions()

@@ -20,9 +20,10 @@ from dist_dcgan.distributed import World, process_group
 from dist_dcgan.preflight.findings import Finding, Subject, counted, gather
 from dist_dcgan.preflight.storage import gradient_elements
 from dist_dcgan.random_streams import normal, stream_seed
+from dist_dcgan.training.graph import prepare_step, training_stream
 from dist_dcgan.training.quality import QualityMeter
 from dist_dcgan.training.run_directory import RunDirectory
-from dist_dcgan.training.steps import is_out_of_memory, train_step
+from dist_dcgan.training.steps import is_out_of_memory
 from dist_dcgan.training.train_state import TrainState
 from shards.errors import UserError
 
@@ -80,18 +81,20 @@ def all_reduce_gradients(subject: Subject) -> Finding:
 
 
 def training_step(subject: Subject) -> Finding:
-    """Build networks and optimizers as training does and take some steps on random images, timing the last."""
+    """Build networks and optimizers and take some steps on random images, as training does, timing the last."""
     assert subject.place is not None and subject.plan is not None
     world, made = subject.world, subject.plan
     seconds = 0.0
     try:
-        state = TrainState(subject.config, made, world, subject.place.manifest.image_size)
-        for _ in range(_steps(state)):
-            images = _random_images(state, subject.place.manifest.image_size)
-            started = _now(world)
-            train_step(state, images)
-            seconds = _now(world) - started
-        state.assert_equal_strides()
+        with training_stream(world.device):
+            state = TrainState(subject.config, made, world, subject.place.manifest.image_size)
+            take_step = prepare_step(state, subject.place.manifest.image_size)
+            for _ in range(_steps(state)):
+                images = _random_images(state, subject.place.manifest.image_size)
+                started = _now(world)
+                take_step(images)
+                seconds = _now(world) - started
+            state.assert_equal_strides()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

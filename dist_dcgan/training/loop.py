@@ -15,13 +15,13 @@ from dist_dcgan.distributed import World, from_rank_zero, meet, meet_on_node, pr
 from dist_dcgan.training.checkpoint import Retention, load_newest
 from dist_dcgan.training.ema import recompute_statistics
 from dist_dcgan.training.export import export_generator
+from dist_dcgan.training.graph import prepare_step, training_stream
 from dist_dcgan.training.loggers import draw_curves, make_logger
 from dist_dcgan.training.meter import Meter
 from dist_dcgan.training.quality import QualityMeter
 from dist_dcgan.training.reporting import log_samples, report
 from dist_dcgan.training.run_directory import RunDirectory, claimed, record, require_same_run
 from dist_dcgan.training.saving import Saver, make_schedule
-from dist_dcgan.training.steps import dry_step, train_step
 from dist_dcgan.training.stopping import StepAgreement
 from dist_dcgan.training.train_state import TrainState
 from shards.manifest import Manifest
@@ -46,8 +46,9 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
 
         # Build networks and optimizers, warm them up, go on from the newest checkpoint.
+        stack.enter_context(training_stream(world.device))
         state = TrainState(config, plan, world, manifest.image_size)
-        dry_step(state, manifest.image_size)
+        take_step = prepare_step(state, manifest.image_size)
         resume(state, run, digest)
         state.wandb_run_id = state.wandb_run_id or from_rank_zero(lambda: secrets.token_hex(4))
 
@@ -65,7 +66,7 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         meter = Meter(state, batches)
         for batch in batches:
             assert batch.step == state.step
-            meter.add(train_step(state, to_images(batch, state.dtype)))
+            meter.add(take_step(to_images(batch, state.dtype)))
             last = state.step == plan.total_steps
             scores = quality.read()
             if saver.failed:

@@ -57,28 +57,14 @@ def step_on_device(state: TrainState, real: Tensor) -> Metrics:
     return metrics
 
 
-def dry_step(state: TrainState, image_size: int) -> None:
-    """Take one step on grey images and undo it.
-
-    DDP rebuilds its gradient buckets after its first backward, which changes the order of summation: without this
-    step, a resumed run of 4 ranks would differ in the last bits from one that was never interrupted. It warms up the
-    allocator and shows at once whether memory suffices.
-    """
-    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    values = state.values()
-    shape = (state.plan.batch_per_rank, 3, image_size, image_size)
-    grey = torch.zeros(shape, dtype=state.dtype, device=state.world.device)
-    train_step(state, grey.contiguous(memory_format=torch.channels_last))
-    state.assert_equal_strides()
-    state.load_tensors(before)
-    state.load_values(values)
-
-
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether a step failed for want of memory, on a GPU or on the CPU.
 
-    CUDA itself and its libraries take memory beside torch's, and say so in RuntimeErrors of their own.
+    CUDA itself and its libraries take memory beside torch's, and say so in RuntimeErrors of their own. One that is
+    raised while a CUDA graph is recorded is followed by another, which says that the recording failed.
     """
+    if isinstance(error.__context__, RuntimeError) and is_out_of_memory(error.__context__):
+        return True
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 

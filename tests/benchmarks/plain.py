@@ -23,11 +23,11 @@ class PlainLoop:
     def __init__(self, width: int, device: torch.device, seed: int = 0, *, tuned: bool = False) -> None:
         self._device, self._half = device, tuned and compute_dtype(device) == torch.bfloat16
         self._format = torch.channels_last if tuned else torch.contiguous_format
-        self.generator = Generator(width).to(device)
-        self.discriminator = nn.Sequential(Discriminator(width), nn.Sigmoid()).to(device)
+        self.generator = Generator(width)
+        self.discriminator = nn.Sequential(Discriminator(width), nn.Sigmoid())
         for network in (self.generator, self.discriminator):
             init_weights(network, torch.Generator().manual_seed(seed))
-            network.to(memory_format=self._format)
+            network.to(device, memory_format=self._format)  # type: ignore[call-overload]
         adam: dict[str, Any] = {"lr": 2e-4, "betas": (0.5, 0.999)} | ({"fused": True} if tuned else {"foreach": False})
         self._optimizer_g = torch.optim.Adam(self.generator.parameters(), **adam)
         self._optimizer_d = torch.optim.Adam(self.discriminator.parameters(), **adam)

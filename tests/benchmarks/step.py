@@ -32,6 +32,7 @@ from dist_dcgan.distributed import World, process_group
 from dist_dcgan.training import loop
 from dist_dcgan.training.checkpoint import Retention
 from dist_dcgan.training.ema import update_ema
+from dist_dcgan.training.graph import TakeStep, prepare_step, training_stream
 from dist_dcgan.training.saving import Saver
 from dist_dcgan.training.steps import Metrics, train_step
 from dist_dcgan.training.train_state import TrainState
@@ -101,7 +102,7 @@ def median_seconds(
     """Return the median seconds of a step of each variant, which take turns; the products are tried in each round."""
     real = images(options.batch, world.device)
     variants: dict[str, Call] = {
-        "ours": our_step(TrainState(config, plan, world, 64)),
+        "ours": our_step(config, plan, world)[0],
         "plain": partial(PlainLoop(options.width, world.device).step, real),
         "tuned": partial(
             PlainLoop(options.width, world.device, tuned=True).step,
@@ -153,9 +154,11 @@ def constant_batch(state: TrainState) -> Tensor:
     return real.contiguous(memory_format=torch.channels_last)
 
 
-def our_step(state: TrainState) -> Call:
-    """Return this project's step on constant images."""
-    return partial(train_step, state, constant_batch(state))
+def our_step(config: Config, plan: Plan, world: World) -> tuple[Call, TrainState]:
+    """Return this project's step on constant images, and the state that it trains."""
+    with training_stream(world.device):
+        state = TrainState(config, plan, world, 64)
+        return partial(prepare_step(state, 64), constant_batch(state)), state
 
 
 def seconds_of_ema(config: Config, plan: Plan, world: World) -> float:
@@ -169,8 +172,7 @@ def seconds_of_ema(config: Config, plan: Plan, world: World) -> float:
 
 def checkpoint_stall(config: Config, plan: Plan, world: World, seconds: float) -> float:
     """Return the seconds by which a checkpoint, copied and written beside training, holds up about `seconds` of it."""
-    state = TrainState(config, plan, world, 64)
-    step = our_step(state)
+    step, state = our_step(config, plan, world)
     timed(step, world.device, WARM_UP)
     steps = calls_within(step, world.device, seconds)
     alone = timed(step, world.device, steps)
@@ -192,11 +194,16 @@ def seconds_between_steps(config: Config, world: World) -> float:
     """
     stamps: list[tuple[float, float]] = []
 
-    def stamped_step(state: TrainState, real: Tensor) -> Metrics:
-        started = time.perf_counter()
-        metrics = train_step(state, real)
-        stamps.append((started, time.perf_counter()))
-        return metrics
+    def prepare(state: TrainState, image_size: int) -> TakeStep:
+        take_step = prepare_step(state, image_size)
+
+        def stamped_step(real: Tensor) -> Metrics:
+            started = time.perf_counter()
+            metrics = take_step(real)
+            stamps.append((started, time.perf_counter()))
+            return metrics
+
+        return stamped_step
 
     with tempfile.TemporaryDirectory() as folder:
         lmdb = write_demo(Path(folder), images=10 * config.global_batch)
@@ -205,10 +212,9 @@ def seconds_between_steps(config: Config, world: World) -> float:
         paths = {"data": {"path": shards}, "run_dir": Path(folder) / "run", "max_steps": LOOP_STEPS}
         config = Config.model_validate(config.model_dump(exclude={"data", "run_dir", "max_steps"}) | paths)
         plan = make_plan(config, 1, manifest.samples)
-        with mock.patch.object(loop, "train_step", stamped_step), contextlib.redirect_stderr(io.StringIO()):
+        with mock.patch.object(loop, "prepare_step", prepare), contextlib.redirect_stderr(io.StringIO()):
             loop.train_in(world, config, plan, Folder(shards), "never")
-    real_steps = stamps[1:]  # the first is the dry step
-    return statistics.mean(after[0] - before[1] for before, after in pairwise(real_steps))
+    return statistics.mean(after[0] - before[1] for before, after in pairwise(stamps))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ ROOT = Path(__file__).parents[2]
 KILLED_AT = 20
 """The first training is killed once a checkpoint of this step is there."""
 _SECONDS_BETWEEN_LOOKS = 0.05
+_SHOWN = 6000
+
+
+class Failed(Exception):  # noqa: N818  # the cause of an error
+    """The last that a command said before it failed."""
 
 
 def command(module: str, *arguments: object) -> list[str]:
@@ -38,8 +43,10 @@ def succeed(context: Context, *words: str) -> str:
     """Run a command to its end and return what it printed; raises AssertionError with its last line if it fails."""
     done = subprocess.run(words, cwd=ROOT, env=environment(context), text=True, stdout=-1, stderr=-2)
     print(done.stdout, flush=True)
-    last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
-    assert done.returncode == 0, f"{' '.join(words[2:4])} ended with status {done.returncode}: {last}"
+    if done.returncode:
+        last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
+        reason = f"{' '.join(words[2:4])} ended with status {done.returncode}: {last}"
+        raise AssertionError(reason) from Failed(done.stdout[-_SHOWN:])
     return done.stdout
 
 
@@ -122,7 +129,7 @@ def check_pytest(context: Context) -> Figures:
     """Run the tests that need CUDA; without CUDA they are skipped."""
     if importlib.util.find_spec("pytest") is None:
         raise Skipped("pytest is not installed")
-    said = succeed(context, *command("pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/gpu"))
+    said = succeed(context, *command("pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu", "tests/gpu"))
     return {"tests": said.strip().splitlines()[-1].strip("= ")}
 
 

@@ -85,9 +85,8 @@ def check_two_ranks(context: Context) -> Figures:
     for kind in kinds:
         figures[f"{kind}_from_one_rank"] = largest_difference(both[0][kind], alone)
         figures[f"{kind}_between_ranks"] = largest_difference(both[0][kind], both[1][kind])
-        bound = norm_bound(kind)
-        assert figures[f"{kind}_from_one_rank"] <= bound, f"{kind}: 2 ranks differ from 1: {figures}"
-        assert figures[f"{kind}_between_ranks"] <= bound, f"{kind}: the ranks differ: {figures}"
+        assert figures[f"{kind}_from_one_rank"] <= 1e-9, f"{kind}: 2 ranks differ from 1: {figures}"
+        assert figures[f"{kind}_between_ranks"] <= 1e-9, f"{kind}: the ranks differ: {figures}"
     return figures
 
 
@@ -104,14 +103,9 @@ def check_nccl_ranks(context: Context) -> Figures:
     return {"largest_difference": difference}
 
 
-def norm_bound(kind: str) -> float:
-    """Return how far networks in float64 may be apart: only the project's own batch norm is exact to the last bits."""
-    return 1e-9 if kind == "portable" else 1e-5
-
-
-def options_of(kind: str) -> dict[str, Any]:
+def options_of(kind: str, sigma: float = 0.3) -> dict[str, Any]:
     """Return the options of a small training in float64."""
-    small = {"width": 8, "global_batch": 8, "precision": "fp64", "noise": {"sigma": 0.3}}
+    small = {"width": 8, "global_batch": 8, "precision": "fp64", "noise": {"sigma": sigma}}
     return small | {"distributed": {"batchnorm": kind}}
 
 

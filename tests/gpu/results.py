@@ -27,20 +27,18 @@ class Results:
         slug = re.sub(r"[^a-z0-9]+", "-", machine.name.lower()).strip("-")
         self._path = out / slug
         out.mkdir(parents=True, exist_ok=True)
-        self._log: dict[str, str] = {}
         before = self._file("results.json")
         self._entries: dict[str, Entry] = json.loads(before.read_text())["items"] if before.exists() else {}
 
     def add(self, outcome: Outcome) -> None:
         """Take an outcome and write all files anew."""
         entry = asdict(outcome)
-        self._log[outcome.name] = entry.pop("details")
         self._entries[entry.pop("name")] = entry
         self._entries = {name: self._entries[name] for name in self._names if name in self._entries}
         content = {"device": asdict(self._machine), "items": self._entries}
         publish(self._file("results.json"), (json.dumps(content, indent=1) + "\n").encode())
         publish(self._file("results.md"), self._page().encode())
-        failures = [f"== {name}\n{details}" for name, details in self._log.items() if details]
+        failures = [f"== {name}\n{entry['details']}" for name, entry in self._entries.items() if entry["details"]]
         publish(self._file("failures.log"), "\n".join(failures).encode())
 
     def keep_pictures(self, folder: Path) -> None:
@@ -63,6 +61,9 @@ class Results:
             parts += ["## Speed", markdown(speeds)]
         for name, entry in self._entries.items():
             if name.startswith("speed/profile/") and "longest" in entry["figures"]:
+                uses = entry["figures"]["ms_and_kernels_by_use"]
+                rows = [{"use": use, "ms": ms, "kernels": kernels} for use, (ms, kernels) in sorted(uses.items())]
+                parts += [f"## Kernels by use: {name.rpartition('/')[2]}", markdown(rows)]
                 longest = [{"kernel": kernel, "share": share} for kernel, share in entry["figures"]["longest"].items()]
                 parts += [f"## Longest kernels: {name.rpartition('/')[2]}", markdown(longest)]
         return "\n\n".join(parts) + "\n"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,20 +20,32 @@ from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.training.graph import WARM_UP_STEPS, training_stream
 from dist_dcgan.training.quality import QualityMeter
 from dist_dcgan.training.run_directory import RunDirectory
-from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.benchmarks.measuring import Call, Products, compute_dtype, images, pace, step_flops, timed
 from tests.benchmarks.plain import PlainLoop
 from tests.benchmarks.step import checkpoint_stall, constant_batch, our_step
+from tests.gpu.across import LAYERS, across_ranks
 from tests.gpu.commands import need_scores
-from tests.gpu.graph import WARM_UP_STEPS, capture, own_stream, without_ddp
-from tests.gpu.items import Context, Figures, Item, need_norm, norm_kinds
+from tests.gpu.graph import prepare, without_ddp
+from tests.gpu.items import Context, Figures, Item, Skipped, need_norm, norm_kinds
 from tests.gpu.training import make_state
+from tests.gpu.waiting import synchronisations
 
 PROFILED_STEPS = 3
-LONGEST = 10
+LONGEST = 25
+USES = {
+    "batch norm": ("batch_norm",),
+    "convolutions and products": ("xmma", "cudnn", "cutlass", "gemm", "conv"),
+    "optimizers": ("FusedAdam", "fused_adam", "multi_tensor_apply"),
+    "ranks": ("nccl",),
+    "copies and casts": ("Memcpy", "Memset", "copy"),
+    "sums": ("reduce_kernel",),
+    "elementwise": ("elementwise",),
+}
+"""Words in the names of kernels, by what they are for; the first that fits."""
 
 
 class Shape(NamedTuple):
@@ -50,17 +64,40 @@ TOY = Shape(8, 4)
 
 
 def measure_ours(
-    context: Context, shape: Shape, kind: str, *, graph: bool = False, ddp: bool = True, tune: bool = False
+    context: Context,
+    shape: Shape,
+    kind: str = "auto",
+    *,
+    recorded: bool = True,
+    ddp: bool = True,
+    tune: bool = False,
+    compiled: bool = False,
+    precision: str = "auto",
 ) -> Figures:
-    """Time this project's step: a batch norm, one by one or as a CUDA graph, without DDP, with `cudnn.benchmark`."""
+    """Time this project's step, by replay of a graph or one kernel at a time, with a batch norm and other changes."""
     if kind != "auto":
         need_norm(kind, context.device)
+    if compiled and (importlib.util.find_spec("triton") is None or context.rehearsing):
+        raise Skipped("compilers are for GPUs with Triton")
     shape = context.sized(shape, TOY)
-    with cudnn_benchmark(tune), own_stream(context.device) if graph else nullcontext():
-        state = state_of(context, shape, kind)
+    with cudnn_benchmark(tune), training_stream(context.device):
+        state = state_of(context, shape, kind, compile=compiled, precision=precision)
         state = state if ddp else without_ddp(state)
-        step = capture(state, constant_batch(state)) if graph else our_step(state)
+        step = partial(prepare(state, recorded=recorded), constant_batch(state))
         return figures_of(context, step, shape)
+
+
+def measure_across(context: Context, shape: Shape, kind: str, *, recorded: bool) -> Figures:
+    """Time the step with batch norms that exchange statistics as those of several ranks do, and count the waits."""
+    need_norm(kind, context.device)
+    with across_ranks(kind), training_stream(context.device):
+        state = state_of(context, shape, "auto")
+        step = partial(prepare(state, recorded=recorded), constant_batch(state))
+        figures = figures_of(context, step, shape)
+        with synchronisations(context.device) as waits:
+            for _ in range(PROFILED_STEPS):
+                step()
+    return figures | {"waits_per_step": sum(waits.values()) / PROFILED_STEPS}
 
 
 def measure_plain(context: Context, shape: Shape, *, tuned: bool) -> Figures:
@@ -83,27 +120,40 @@ def measure_products(context: Context) -> Figures:
 
 
 def profile_step(context: Context, kind: str) -> Figures:
-    """Count the kernels of a step and name those that take longest; on a CPU, its operations."""
+    """Count the kernels of a step by what they do, and name those that take longest; on a CPU, its operations."""
     need_norm(kind, context.device)
-    state = state_of(context, context.sized(PAPER, TOY), kind)
-    step = our_step(state)
-    timed(step, context.device, context.sized(WARM_UP_STEPS, 1))
-    on_gpu = context.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
-        timed(step, context.device, PROFILED_STEPS)
-    seconds: dict[str, float] = {}
+    with training_stream(context.device):
+        state = state_of(context, context.sized(PAPER, TOY), kind)
+        step = partial(prepare(state, recorded=False), constant_batch(state))
+        timed(step, context.device, context.sized(3, 1))
+        on_gpu = context.device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+            timed(step, context.device, PROFILED_STEPS)
+    seconds: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
     found = [event for event in profiler.events() or [] if event.device_type.name == context.device.type.upper()]
     for event in found:
         took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        seconds[event.name] = seconds.get(event.name, 0.0) + took / 1e6
+        seconds[event.name] += took / 1e6
+        calls[event.name] += 1
     assert found, "the profiler has seen nothing"
+    by_use: dict[str, list[float]] = {}
+    for name in seconds:
+        use = by_use.setdefault(use_of(name), [0.0, 0.0])
+        use[0] += 1e3 * seconds[name] / PROFILED_STEPS
+        use[1] += calls[name] / PROFILED_STEPS
     total = sum(seconds.values())
-    longest = sorted(seconds, key=lambda name: -seconds[name])[:LONGEST]
     return {
         "kernels_per_step": len(found) / PROFILED_STEPS,
         "device_ms_per_step": 1e3 * total / PROFILED_STEPS,
-        "longest": {name[:100]: seconds[name] / total for name in longest},
+        "ms_and_kernels_by_use": by_use,
+        "longest": {name[:120]: spent / total for name, spent in seconds.most_common(LONGEST)},
     }
+
+
+def use_of(kernel: str) -> str:
+    """Return what a kernel is for, by its name."""
+    return next((use for use, words in USES.items() if any(word in kernel for word in words)), "other")
 
 
 def measure_loader(context: Context) -> Figures:
@@ -112,13 +162,13 @@ def measure_loader(context: Context) -> Figures:
     place = Folder(context.data)
     config = Config(width=shape.width, global_batch=shape.batch, max_steps=1_000_000, data={"path": context.data})
     plan = make_plan(config, 1, place.manifest.samples)
-    state = TrainState(config, plan, context.world, place.manifest.image_size)
-    constant = pace(our_step(state), context.device, seconds_of(context))
-    with BatchLoader(place, config, plan, context.world, 0) as loader:
-        batches = iter(loader)
-        fed = pace(
-            lambda: train_step(state, to_images(next(batches), state.dtype)), context.device, seconds_of(context)
-        )
+    with training_stream(context.device):
+        state = TrainState(config, plan, context.world, place.manifest.image_size)
+        take_step = prepare(state, recorded=True)
+        constant = pace(partial(take_step, constant_batch(state)), context.device, seconds_of(context))
+        with BatchLoader(place, config, plan, context.world, 0) as loader:
+            batches = iter(loader)
+            fed = pace(lambda: take_step(to_images(next(batches), state.dtype)), context.device, seconds_of(context))
     return {
         "images_per_second": shape.batch / fed.seconds,
         "constant_images_per_second": shape.batch / constant.seconds,
@@ -142,8 +192,7 @@ def measure_scores(context: Context) -> Figures:
     shape = context.sized(PAPER, TOY)
     config = Config(width=shape.width, global_batch=shape.batch, quality=quality, data={"path": context.data})
     place = Folder(context.data)
-    state = TrainState(config, make_plan(config, 1, place.manifest.samples), context.world, place.manifest.image_size)
-    step = our_step(state)
+    step, state = our_step(config, make_plan(config, 1, place.manifest.samples), context.world)
     seconds = []
     with (
         tempfile.TemporaryDirectory(dir=context.folder) as folder,
@@ -181,10 +230,10 @@ def figures_of(context: Context, step: Call, shape: Shape) -> Figures:
     return figures | ({} if measured.peak_bytes is None else {"peak_gib": measured.peak_bytes / 2**30})
 
 
-def state_of(context: Context, shape: Shape, kind: str) -> TrainState:
+def state_of(context: Context, shape: Shape, kind: str, **more: Any) -> TrainState:
     """Return a training of some shape."""
     options = {"width": shape.width, "global_batch": shape.batch, "distributed": {"batchnorm": kind}}
-    return make_state(context.world, options)
+    return make_state(context.world, options | more)
 
 
 def seconds_of(context: Context) -> float:
@@ -193,29 +242,39 @@ def seconds_of(context: Context) -> float:
 
 
 def _items_of(shape: Shape) -> list[Item]:
-    """Return the items that time a step of one shape; graphs come last, as a failed capture may end the process."""
+    """Return the items that time a step of one shape."""
     kinds = norm_kinds()
-    ours: dict[str, Any] = {kind: partial(measure_ours, shape=shape, kind=kind) for kind in kinds}
-    ours["auto+cudnn.benchmark"] = partial(measure_ours, shape=shape, kind="auto", tune=True)
-    ours["auto-ddp"] = partial(measure_ours, shape=shape, kind="auto", ddp=False)
-    ours["plain"] = partial(measure_plain, shape=shape, tuned=False)
-    ours["tuned"] = partial(measure_plain, shape=shape, tuned=True)
-    for kind in kinds:
-        ours[f"{kind}+graph"] = partial(measure_ours, shape=shape, kind=kind, graph=True)
-    ours["auto+graph-ddp"] = partial(measure_ours, shape=shape, kind="auto", graph=True, ddp=False)
-    return [Item(f"speed/{shape}/{name}", run, 15, "speed") for name, run in ours.items()]
+    runs: dict[str, Any] = {f"{kind}+graph": partial(measure_ours, kind=kind) for kind in kinds}
+    runs |= {kind: partial(measure_ours, kind=kind, recorded=False) for kind in kinds}
+    runs["plain"] = partial(measure_plain, tuned=False)
+    runs["tuned"] = partial(measure_plain, tuned=True)
+    runs["auto+graph+cudnn.benchmark"] = partial(measure_ours, tune=True)
+    runs["auto+graph+fp16"] = partial(measure_ours, precision="fp16")
+    runs["auto+graph+fp32"] = partial(measure_ours, precision="fp32")
+    runs["auto+graph-ddp"] = partial(measure_ours, ddp=False)
+    runs["auto-ddp"] = partial(measure_ours, recorded=False, ddp=False)
+    return [Item(f"speed/{shape}/{name}", partial(run, shape=shape), 15, "speed") for name, run in runs.items()]
 
 
 def _items() -> list[Item]:
     first, *others = SHAPES
+    across = {
+        f"speed/{first}/{kind}+across{'+graph' if recorded else ''}": partial(
+            measure_across, shape=first, kind=kind, recorded=recorded
+        )
+        for kind in LAYERS
+        for recorded in (False, True)
+    }
     return [
         *_items_of(first),
         Item("speed/products", measure_products, 15, "speed"),
         *(Item(f"speed/profile/{kind}", partial(profile_step, kind=kind), 15, "speed") for kind in norm_kinds()),
+        *(Item(name, run, 15, "speed") for name, run in across.items()),
         Item("speed/loader", measure_loader, 15, "speed"),
         Item("speed/checkpoint", measure_checkpoint, 20, "speed"),
-        *(item for shape in others for item in _items_of(shape)),
         Item("speed/scores", measure_scores, 40, "speed"),
+        *(item for shape in others for item in _items_of(shape)),
+        Item(f"speed/{first}/auto+graph+compile", partial(measure_ours, shape=first, compiled=True), 60, "speed"),
     ]
 
 

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
+from dist_dcgan.training.steps import Metrics
 from shards.errors import UserError
 from tests.benchmarks.measuring import Products, images
 from tests.benchmarks.plain import PlainLoop
@@ -153,21 +154,22 @@ def test_reading_a_value_back_is_counted_and_arithmetic_is_not() -> None:
 def test_a_graph_that_repeats_the_step_it_captured_is_found_out(tmp_path: Path) -> None:
     """As it would be if what changes from step to step were not read from the device."""
     context = Context(MACHINE, True, tmp_path)
-    capture = graph.capture
+    prepare = graph.prepare
 
-    def repeats(state: graph.TrainState, real: torch.Tensor) -> Callable[[], None]:
-        step = capture(state, real)
+    def repeats(state: graph.TrainState, *, recorded: bool) -> Callable[[torch.Tensor], Metrics]:
+        take_step = prepare(state, recorded=recorded)
 
-        def replay() -> None:
+        def replay(real: torch.Tensor) -> Metrics:
             reached, state.step = state.step, 0
-            step()
+            metrics = take_step(real)
             state.step = reached + 1
+            return metrics
 
         return replay
 
     with context.stack, mock.patch.object(graph, "STEPS", 2):
         assert graph.check_equality(context, "fp64", "portable")["largest_difference"] == 0
-        with mock.patch.object(graph, "capture", repeats), pytest.raises(AssertionError, match="networks differ"):
+        with mock.patch.object(graph, "prepare", repeats), pytest.raises(AssertionError, match="networks differ"):
             graph.check_equality(context, "fp64", "portable")
 
 

@@ -27,6 +27,7 @@ from dist_dcgan.distributed import World, process_group
 from dist_dcgan.preflight import machine, storage, together
 from dist_dcgan.preflight.examination import checks, examine
 from dist_dcgan.preflight.findings import Check, Finding, Subject, agree, attempt, examine_all
+from dist_dcgan.training import graph
 from dist_dcgan.training.checkpoint import Retention, save_checkpoint
 from dist_dcgan.training.export import export_generator
 from dist_dcgan.training.train_state import TrainState
@@ -368,7 +369,7 @@ def examined(data: Path, run_dir: Path, timeout_seconds: float = 60) -> dict[str
 
 def with_other_gradients(data: Path, run_dir: Path, rank: int) -> dict[str, Finding]:
     """One rank's gradient differs in one element, by less than a comparison with tolerance would see."""
-    real = together.train_step
+    real = graph.train_step
 
     def train_step(state: TrainState, images: torch.Tensor) -> Any:
         metrics = real(state, images)
@@ -378,7 +379,7 @@ def with_other_gradients(data: Path, run_dir: Path, rank: int) -> dict[str, Find
                 gradient[0, 0, 0, 0] *= 1 + 2**-22
         return metrics
 
-    with mock.patch.object(together, "train_step", train_step):
+    with mock.patch.object(graph, "train_step", train_step):
         return examined(data, run_dir)
 
 
@@ -404,14 +405,14 @@ def with_a_raw_discriminator(data: Path, run_dir: Path) -> dict[str, Finding]:
 
 def with_a_rank_that_fails(data: Path, run_dir: Path, rank: int) -> dict[str, Finding]:
     """One rank has no memory for the step; the others wait for it in a collective."""
-    real = together.train_step
+    real = graph.train_step
 
     def train_step(state: TrainState, images: torch.Tensor) -> Any:
         if state.world.rank == rank:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         return real(state, images)
 
-    with mock.patch.object(together, "train_step", train_step):
+    with mock.patch.object(graph, "train_step", train_step):
         return examined(data, run_dir, timeout_seconds=3)
 
 
