@@ -158,7 +158,7 @@ class DistributedOptions(Options):
     """A collective that takes longer ends the run; the ranks wait as long for rank 0's checkpoints and grids."""
     batchnorm: Literal["auto", "native", "direct", "portable"] = _changeable("auto")
     """Cross-rank batch norm. native: torch's SyncBatchNorm (CUDA only); direct: its CUDA kernels without its host
-    synchronisations; portable: plain torch, any device; auto: native on CUDA, else portable."""
+    synchronisations; portable: plain torch, any device; auto: direct on CUDA, else portable."""
 
 
 class Config(Options):

@@ -34,10 +34,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def make_norm(kind: str, device: torch.device) -> Norm:
     """Return the batch norm layer for `kind`: auto, native, direct or portable.
 
-    auto is native on CUDA, else portable. Raises UserError for native and direct on a CPU.
+    auto is direct on CUDA, else portable. Raises UserError for native and direct on a CPU.
     """
     if kind == "auto":
-        kind = "native" if device.type == "cuda" else "portable"
+        kind = "direct" if device.type == "cuda" else "portable"
     if kind != "portable" and device.type == "cpu":
         raise UserError(f"--distributed.batchnorm {kind} needs a GPU: use auto or portable")
     return {"native": nn.SyncBatchNorm, "direct": DirectBatchNorm, "portable": CrossRankBatchNorm}[kind]

@@ -36,6 +36,7 @@ def check_against_cpu(context: Context) -> Figures:
 
     Without noise, whose logarithms and cosines are taken in float32: they differ in the last bits between devices.
     """
+    torch.set_num_threads(1)  # tensors are small, and other items use the other cores
     cpu_world = World(0, 0, 1, torch.device("cpu"))
     context.world  # noqa: B018  # the process group, which serves both devices
     expected = networks_after(cpu_world, options_of("portable", sigma=0), STEPS)

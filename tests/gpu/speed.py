@@ -80,7 +80,7 @@ def measure_ours(
     if compiled and (importlib.util.find_spec("triton") is None or context.rehearsing):
         raise Skipped("compilers are for GPUs with Triton")
     shape = context.sized(shape, TOY)
-    with cudnn_benchmark(tune), training_stream(context.device):
+    with cudnn(benchmark=tune), training_stream(context.device):
         state = state_of(context, shape, kind, compile=compiled, precision=precision)
         state = state if ddp else without_ddp(state)
         step = partial(prepare(state, recorded=recorded), constant_batch(state))
@@ -106,7 +106,8 @@ def measure_plain(context: Context, shape: Shape, *, tuned: bool) -> Figures:
     layout = torch.channels_last if tuned else torch.contiguous_format
     real = images(shape.batch, context.device).contiguous(memory_format=layout)
     loop = PlainLoop(shape.width, context.device, tuned=tuned)
-    return figures_of(context, partial(loop.step, real), shape)
+    with cudnn(allow_tf32=True):  # as torch has it, unless one asks for float32
+        return figures_of(context, partial(loop.step, real), shape)
 
 
 def measure_products(context: Context) -> Figures:
@@ -188,7 +189,7 @@ def measure_scores(context: Context) -> Figures:
     """Find how long scores hold up training, the first time and later, when the real images' features are known."""
     need_scores()
     count = context.sized(10_000, 16)
-    quality = {"every_images": 1, "fakes": count, "reals": count, "extractor": "efficientnet-lite0"}
+    quality = {"every_images": 1, "fakes": count, "reals": count, "extractor": "efficientnet-lite0", "time_share": 1}
     shape = context.sized(PAPER, TOY)
     config = Config(width=shape.width, global_batch=shape.batch, quality=quality, data={"path": context.data})
     place = Folder(context.data)
@@ -208,14 +209,16 @@ def measure_scores(context: Context) -> Figures:
 
 
 @contextmanager
-def cudnn_benchmark(enabled: bool) -> Iterator[None]:
-    """Have cuDNN try its algorithms on each new shape, or not."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = enabled
+def cudnn(**flags: bool) -> Iterator[None]:
+    """Set flags of `torch.backends.cudnn`."""
+    before = {name: getattr(torch.backends.cudnn, name) for name in flags}
+    for name, value in flags.items():
+        setattr(torch.backends.cudnn, name, value)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        for name, value in before.items():
+            setattr(torch.backends.cudnn, name, value)
 
 
 def figures_of(context: Context, step: Call, shape: Shape) -> Figures:

@@ -2,6 +2,7 @@
 
 run PHASE    train the trials of a phase, some at once, one thread each: one that was killed goes on, one that is done
              is left; then gather their results
+long         train the paper's width and half of it on many images, as people do, with the command itself
 evidence     train the usual loop and this project at both widths, 40 minutes each, by turns
 jump         measure how far one update of D moves its logit
 report       write the tables of README.md and its plots from the results
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tests.stability import evidence, jump, report, results
+from tests.stability import evidence, jump, long, report, results
 from tests.stability.experiment import run_trial
 from tests.stability.recipes import PHASES, Trial
 
@@ -28,12 +29,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.stability", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "evidence", "jump", "report"])
+    parser.add_argument("command", choices=["run", "long", "evidence", "jump", "report"])
     parser.add_argument("phase", nargs="?", choices=sorted(PHASES))
     parser.add_argument("--photos", type=Path, default=Path("data/photos"), help="shards of photographs")
     parser.add_argument("--rooms", type=Path, default=Path("data/demo_train"), help="shards of rendered bedrooms")
     parser.add_argument("--work", type=Path, default=Path("runs/stability"), help="folder of the trials")
     parser.add_argument("--minutes", type=float, default=40, help="of training, for each run of the evidence")
+    parser.add_argument("--data", choices=["photos", "rooms"], default="photos", help="of the long runs")
+    parser.add_argument("--held-out", type=Path, help="shards of photographs that long runs are not trained on")
+    parser.add_argument("--images", type=int, default=300_000, help="of a long run")
+    parser.add_argument("--every", type=int, default=20_000, help="images between scores of a long run")
+    parser.add_argument("--seeds", default="1,2,3", help="of the long runs")
+    parser.add_argument("--batch", type=int, default=128, help="of the long runs")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which long runs are asked to end")
+    parser.add_argument("--out", type=Path, default=results.FOLDER / "long.jsonl", help="results of the long runs")
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--trial", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -44,6 +53,8 @@ def main() -> None:
         report.show_grids(results.gather_evidence(options.work / "evidence"), report.PLOTS / "evidence_grids.jpg")
     elif options.command == "jump":
         jump.measure(options.photos)
+    elif options.command == "long":
+        run_long(options)
     elif options.phase is None:
         parser.error("run which phase?")
     elif options.trial is not None:
@@ -54,6 +65,15 @@ def main() -> None:
         grids = results.gather(options.phase, options.work)
         report.show_grids(grids, report.PLOTS / f"{options.phase}_grids.jpg")
         print(f"{len(grids)} trials gathered")
+
+
+def run_long(options: argparse.Namespace) -> None:
+    """Train at both widths with each seed."""
+    shards = options.photos if options.data == "photos" else options.rooms
+    places = long.Places(shards, options.held_out, options.work / "long", options.out)
+    seeds = map(int, options.seeds.split(","))
+    runs = [long.LongRun(options.data, preset, seed, options.batch) for seed in seeds for preset in long.PRESETS]
+    long.measure(places, runs, options.images, options.every, options.at_once, options.seconds)
 
 
 def start(trial: Trial, options: argparse.Namespace) -> None:

@@ -182,8 +182,8 @@ def test_one_more_operation_would_be_seen() -> None:
 def test_each_kind_is_taken_where_it_runs() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert make_norm("auto", cpu) is make_norm("portable", cuda) is CrossRankBatchNorm
-    assert make_norm("auto", cuda) is make_norm("native", cuda) is nn.SyncBatchNorm
-    assert make_norm("direct", cuda) is DirectBatchNorm
+    assert make_norm("auto", cuda) is make_norm("direct", cuda) is DirectBatchNorm
+    assert make_norm("native", cuda) is nn.SyncBatchNorm
     for kind in ("native", "direct"):
         with pytest.raises(UserError, match=f"--distributed.batchnorm {kind} needs a GPU: use auto or portable"):
             make_norm(kind, cpu)

@@ -1,0 +1,141 @@
+"""Full width against half of it over long runs of the training command itself, several at once.
+
+A run that the results hold already is left; one that was killed goes on, as every run does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+from shards.files import publish
+
+PRESETS = ("paper", "narrow")
+FAKES, REALS = 1000, 2000
+"""Images of a score, generated and real, as elsewhere in this study."""
+ROOT = Path(__file__).parents[2]
+
+Row = dict[str, Any]
+"""What a run came to."""
+
+
+class LongRun(NamedTuple):
+    """What is trained."""
+
+    data: str
+    preset: str
+    seed: int
+    batch: int
+
+    @property
+    def name(self) -> str:
+        """Name of its run directory."""
+        return f"{self.data}-{self.preset}-{self.batch}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where data and runs lie."""
+
+    shards: Path
+    held_out: Path | None
+    """Shards of images that were not trained on."""
+    work: Path
+    results: Path
+
+
+def measure(places: Places, runs: Sequence[LongRun], images: int, every: int, at_once: int, seconds: float) -> None:
+    """Train on `images` images each, score every so many, and write a row for each; all end after some seconds."""
+    deadline, lock = time.monotonic() + seconds, Lock()
+    threads = str(max(1, (os.cpu_count() or 1) // at_once))
+
+    def take(run: LongRun) -> None:
+        if time.monotonic() > deadline or any(row["images"] >= images for row in known(places.results, run)):
+            return
+        folder = places.work / run.name
+        status = train(run, places, images, every, deadline, threads)
+        row = told(run, folder) | {"status": status}
+        if places.held_out is not None and status == 0:
+            row["trained_on"] = evaluate(folder, places.shards, places.held_out, threads)
+            row["held_out"] = evaluate(folder, places.held_out, places.held_out, threads)
+        with lock:
+            keep(places.results, run, row)
+        print(f"{time.strftime('%H:%M:%S')} {run.name}: {row['images']:,} images, KID {row['kid'][-1:]}", flush=True)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(take, runs))
+
+
+def train(run: LongRun, places: Places, images: int, every: int, deadline: float, threads: str) -> int:
+    """Train, ask for an end at the deadline, and return the status of the command."""
+    words = ["--preset", run.preset, "--data", places.shards, "--run-dir", places.work / run.name, "--seed", run.seed]
+    words += ["--global-batch", run.batch, "--max-steps", -(-images // run.batch), "--wandb", "disabled"]
+    words += ["--quality.every-images", every, "--quality.fakes", FAKES, "--quality.reals", REALS]
+    words += ["--quality.time-share", 1, "--log.samples-every-images", every]
+    command = [sys.executable, "-m", "dist_dcgan.train", "--world-size", "1", *map(str, words)]
+    places.work.mkdir(parents=True, exist_ok=True)
+    with (places.work / f"{run.name}.txt").open("a") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT, env=_environment(threads))
+        try:
+            return process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            return process.wait()
+
+
+def evaluate(folder: Path, shards: Path, as_many_as: Path, threads: str) -> Row:
+    """Return the scores of a run against a data set, of which as many images are taken as another has."""
+    reals = json.loads((as_many_as / "manifest.json").read_text())["samples"]
+    words = [folder, "--data", shards, "--fakes", FAKES, "--reals", reals, "--json"]
+    command = [sys.executable, "-m", "dist_dcgan.evaluate", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment(threads))
+    assert done.returncode == 0, done.stderr
+    scores: Row = json.loads(done.stdout.strip().splitlines()[-1])
+    return {name: value for name, value in scores.items() if isinstance(value, float) or name == "reals"}
+
+
+def told(run: LongRun, folder: Path) -> Row:
+    """Return what a run has logged: images, seconds, scores by images, and what the watchdog named."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss/d" in row]
+    scores = [(row["images_seen"], name, value) for row in rows for name, value in row.items() if "quality/" in name]
+    return run._asdict() | {
+        "images": steps[-1]["images_seen"],
+        "kid": [[seen, value] for seen, name, value in scores if "kid" in name and not name.endswith("_std")],
+        "alerts": [str(row["alert"]).splitlines()[0] for row in rows if "alert" in row],
+        "skipped_steps": steps[-1]["steps/skipped"],
+        "diversity": steps[-1]["diversity/fake"] / steps[-1]["diversity/real"],
+    }
+
+
+def known(results: Path, run: LongRun) -> Iterator[Row]:
+    """Yield the rows that the results hold of a run."""
+    for row in read(results):
+        if all(row[name] == value for name, value in run._asdict().items()):
+            yield row
+
+
+def read(results: Path) -> list[Row]:
+    """Return all rows."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def keep(results: Path, run: LongRun, row: Row) -> None:
+    """Write the row of a run in place of what was there of it."""
+    replaced = list(known(results, run))
+    rows = [other for other in read(results) if other not in replaced] + [row]
+    results.parent.mkdir(parents=True, exist_ok=True)
+    publish(results, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _environment(threads: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": threads}
