@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot
 
+from tests.stability import long
 from tests.stability.evidence import TURNS
 from tests.stability.jump import BATCH, WIDTHS
 from tests.stability.recipes import PHASES
@@ -34,6 +35,8 @@ def main() -> None:
     plot_jumps(PLOTS / "jump.png")
     if evidence():
         plot_evidence(PLOTS / "evidence.png")
+    if long_runs():
+        plot_long(PLOTS / "long_kid.png")
     README.write_text(with_tables(README.read_text()))
 
 
@@ -41,6 +44,7 @@ def with_tables(text: str) -> str:
     """Return the page with the tables that belong to the results."""
     for phase in PHASES:
         text = put(text, phase, table(read(phase)))
+    text = put(text, "long", long_table())
     return put(put(text, "jump", jump_table()), "evidence", evidence_table())
 
 
@@ -185,6 +189,76 @@ def evidence_table() -> str:
         cells = [f"{1000 * kid:.0f}" if kid is not None else "" for kid in found]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {rows[-1]['images']:,} |")
     return "".join(line + "\n" for line in lines)
+
+
+def long_runs() -> dict[tuple[str, str], list[dict[int, float]]]:
+    """Return the KID by images of the runs of each data set and preset."""
+    found: dict[tuple[str, str], list[dict[int, float]]] = {}
+    for row in long.read(FOLDER / "long.jsonl"):
+        kid = {round(images, -4): value for images, value in row["kid"]}
+        found.setdefault((f"{row['data']}, batch {row['batch']}", row["preset"]), []).append(kid)
+    return found
+
+
+def long_table() -> str:
+    """Return 1000 KID by images: means and standard deviations over seeds, and the difference of the widths."""
+    found = long_runs()
+    columns = sorted({images for runs in found.values() for kid in runs for images in kid if images % 100_000 == 0})
+    lines = [
+        f"| run | seeds | {' | '.join(f'{images // 1000}k' for images in columns)} |",
+        "|---" * (2 + len(columns)) + "|",
+    ]
+    for data in dict.fromkeys(data for data, _ in found):
+        values = {
+            preset: [
+                [1000 * kid[images] for kid in found.get((data, preset), []) if images in kid] for images in columns
+            ]
+            for preset in long.PRESETS
+        }
+        for preset, by_images in values.items():
+            seeds = len(found.get((data, preset), []))
+            lines.append(f"| {data}, `{preset}` | {seeds} | {' | '.join(map(_mean_and_deviation, by_images))} |")
+        both = [a and b and (a, b) for a, b in zip(*values.values(), strict=True)]
+        lines.append(f"| difference | | {' | '.join(_difference(*pair) if pair else '' for pair in both)} |")
+    return "".join(line + "\n" for line in lines)
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.0f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.0f}{deviation}" if values else ""
+
+
+def _difference(a: Sequence[float], b: Sequence[float]) -> str:
+    middle = f"{statistics.mean(a) - statistics.mean(b):+.0f}"
+    if min(len(a), len(b)) < 2:
+        return middle
+    low, high = long.welch(a, b)
+    return f"{middle} ({low:+.0f} to {high:+.0f})"
+
+
+def plot_long(path: Path) -> None:
+    """Plot KID against images, a line per run."""
+    found = long_runs()
+    names = list(dict.fromkeys(data for data, _ in found))
+    figure, panels = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False)
+    for panel, name in zip(panels[0], names, strict=True):
+        for preset, colour in zip(long.PRESETS, ("tab:blue", "tab:orange"), strict=True):
+            for index, kid in enumerate(found.get((name, preset), [])):
+                label = preset if index == 0 else None
+                panel.plot(
+                    [images / 1000 for images in kid],
+                    [1000 * value for value in kid.values()],
+                    ".-",
+                    color=colour,
+                    label=label,
+                )
+        panel.set_title(name)
+        panel.set_xlabel("thousand images")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    panels[0][0].set_ylabel("1000 KID")
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
 
 
 def at(rows: Sequence[dict[str, float]], key: str, value: float) -> float | None:
