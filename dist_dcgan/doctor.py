@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dist_dcgan.config import from_command_line
-from dist_dcgan.distributed import under_torchrun
-from dist_dcgan.preflight.examination import examine
-from dist_dcgan.preflight.findings import Finding
+from dist_dcgan.distributed.world import under_torchrun
+from dist_dcgan.preflight.results import Finding
+from dist_dcgan.preflight.run_checks import examine
 from shards.command_line import run
 from shards.errors import UserError
 

@@ -16,18 +16,19 @@ from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
 from dist_dcgan.config import PlaceOptions
-from dist_dcgan.data.opening import open_place
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import PATIENT_SECONDS, from_rank_zero, process_group, under_torchrun
+from dist_dcgan.data.storage.opening import open_place
+from dist_dcgan.distributed.collectives import from_rank_zero
+from dist_dcgan.distributed.world import PATIENT_SECONDS, process_group, under_torchrun
+from dist_dcgan.loggers.pictures import check_png, save_grid
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
 from dist_dcgan.metrics.nearest import beside_nearest
 from dist_dcgan.metrics.quality import coverage, quality
 from dist_dcgan.metrics.report import circumstances, show
+from dist_dcgan.run.directory import RunDirectory
+from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
-from dist_dcgan.training.export import load_generator, sampling_config
-from dist_dcgan.training.loggers import check_png, save_grid
-from dist_dcgan.training.run_directory import RunDirectory
 from shards.command_line import Options, build, parse_flags, run
 from shards.errors import UserError
 from shards.manifest import Manifest

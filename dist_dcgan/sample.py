@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
+from dist_dcgan.loggers.pictures import check_png, save_grid
+from dist_dcgan.run.directory import RunDirectory
+from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
-from dist_dcgan.training.export import load_generator, sampling_config
-from dist_dcgan.training.loggers import check_png, save_grid
-from dist_dcgan.training.run_directory import RunDirectory
 from shards.command_line import Options, build, parse_flags, run
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from dist_dcgan.config import Config, Plan, from_command_line, make_plan, to_yaml
-from dist_dcgan.data.opening import open_place
-from dist_dcgan.data.places import Place
-from dist_dcgan.distributed import under_torchrun, world_size_of_launch
+from dist_dcgan.data.storage.location import Place
+from dist_dcgan.data.storage.opening import open_place
+from dist_dcgan.distributed.world import under_torchrun, world_size_of_launch
 from dist_dcgan.models.networks import Discriminator, Generator, count_parameters, require_image_size
 from dist_dcgan.training.loop import train
 from dist_dcgan.training.steps import is_out_of_memory

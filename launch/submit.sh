@@ -30,7 +30,7 @@ for word; do
 done
 [ -f launch/train.sbatch ] || { echo "error: no launch/train.sbatch in $PWD: run it from the repository's root" >&2; exit 2; }
 
-python -m dist_dcgan.training.run_directory ${training[@]+"${training[@]}"} >/dev/null # a mistake is found now, not hours later
+python -m dist_dcgan.run.directory ${training[@]+"${training[@]}"} >/dev/null # a mistake is found now, not hours later
 
 # Submits a job with a name for --dry-run; the number of the job is left in `job`.
 submit() {

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 
 from dist_dcgan.config import Config, make_plan
-from dist_dcgan.distributed import World
+from dist_dcgan.distributed.world import World
 from dist_dcgan.training import train_state
 from dist_dcgan.training.train_state import TrainState
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.order import Indices, SampleOrder, rank_slots
-from dist_dcgan.data.places import Place
+from dist_dcgan.data.prefetch import ClosedError, Supply
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.data.supply import ClosedError, Supply
-from dist_dcgan.distributed import Node, World
+from dist_dcgan.data.storage.location import Place
+from dist_dcgan.distributed.node import Node
+from dist_dcgan.distributed.world import World
 from dist_dcgan.random_streams import Key, uniform
 from shards.errors import OneRankError, UserError
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_dcgan.data.order import Indices
-from dist_dcgan.data.places import Place, ShardFile, changed, state_of, unreadable
+from dist_dcgan.data.storage.location import Place, ShardFile, changed, state_of, unreadable
 from shards.errors import UserError
 from shards.reader import NAME_FIELD
 

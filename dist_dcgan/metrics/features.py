@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dist_dcgan.data.order import Indices
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, from_rank_zero
+from dist_dcgan.distributed.collectives import from_rank_zero
+from dist_dcgan.distributed.world import World
 from dist_dcgan.metrics.extractors import Extractor
 from dist_dcgan.random_streams import permutation, stream_seed
 from shards.errors import OneRankError, UserError

@@ -19,7 +19,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from dist_dcgan.preflight.findings import Finding, Subject, counted
+from dist_dcgan.preflight.results import Finding, Subject, counted
 from dist_dcgan.training.train_state import resolve_precision
 
 _PACKAGE = "dist_dcgan"

@@ -13,15 +13,15 @@ import torch
 from filelock import FileLock, Timeout
 
 from dist_dcgan.config import Config, Plan, make_plan, to_yaml
-from dist_dcgan.data.opening import open_place
 from dist_dcgan.data.order import SampleOrder
-from dist_dcgan.data.places import Place
-from dist_dcgan.data.supply import shards_at_a_time
-from dist_dcgan.distributed import world_size_of_launch
+from dist_dcgan.data.prefetch import shards_at_a_time
+from dist_dcgan.data.storage.location import Place
+from dist_dcgan.data.storage.opening import open_place
+from dist_dcgan.distributed.world import world_size_of_launch
 from dist_dcgan.models.networks import Discriminator, Generator, require_image_size
-from dist_dcgan.preflight.findings import Finding, Subject, counted
-from dist_dcgan.training.checkpoint import load_newest
-from dist_dcgan.training.run_directory import RunDirectory, require_fitting, require_same_run, require_unclaimed
+from dist_dcgan.preflight.results import Finding, Subject, counted
+from dist_dcgan.run.checkpoint import load_newest
+from dist_dcgan.run.directory import RunDirectory, require_fitting, require_same_run, require_unclaimed
 from shards.errors import UserError
 from shards.files import check_room, publish
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_dcgan.training.run_directory import RunDirectory
+from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
 from dist_dcgan.training.watchdog import Row
 from shards.files import publish

@@ -9,19 +9,22 @@ from typing import Any
 
 from dist_dcgan.config import Config, Plan, to_values
 from dist_dcgan.data.loader import BatchLoader, to_images
-from dist_dcgan.data.places import Place
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, from_rank_zero, meet, meet_on_node, process_group, require_same
-from dist_dcgan.training.checkpoint import Retention, load_newest
+from dist_dcgan.data.storage.location import Place
+from dist_dcgan.distributed.collectives import from_rank_zero, meet, require_same
+from dist_dcgan.distributed.node import meet_on_node
+from dist_dcgan.distributed.world import World, process_group
+from dist_dcgan.loggers.composite import make_logger
+from dist_dcgan.loggers.pictures import draw_curves
+from dist_dcgan.run.checkpoint import Retention, load_newest
+from dist_dcgan.run.directory import RunDirectory, claimed, record, require_same_run
+from dist_dcgan.run.export import export_generator
+from dist_dcgan.run.saver import Saver, make_schedule
 from dist_dcgan.training.ema import recompute_statistics
-from dist_dcgan.training.export import export_generator
 from dist_dcgan.training.graph import prepare_step, training_stream
-from dist_dcgan.training.loggers import draw_curves, make_logger
 from dist_dcgan.training.meter import Meter
 from dist_dcgan.training.quality import QualityMeter
 from dist_dcgan.training.reporting import log_samples, report
-from dist_dcgan.training.run_directory import RunDirectory, claimed, record, require_same_run
-from dist_dcgan.training.saving import Saver, make_schedule
 from dist_dcgan.training.stopping import StepAgreement
 from dist_dcgan.training.train_state import TrainState
 from shards.manifest import Manifest

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from dist_dcgan.data.loader import BatchLoader
-from dist_dcgan.distributed import average_across_ranks
+from dist_dcgan.distributed.collectives import average_across_ranks
 from dist_dcgan.training.steps import Metrics
 from dist_dcgan.training.train_state import TrainState
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dist_dcgan.distributed import from_rank_zero
+from dist_dcgan.distributed.collectives import from_rank_zero
+from dist_dcgan.loggers.base import Logger
+from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training.dump import write_dump
 from dist_dcgan.training.ema import recompute_statistics, sample_images
-from dist_dcgan.training.loggers import Logger
-from dist_dcgan.training.run_directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
 from dist_dcgan.training.watchdog import was_skipped
 from shards.errors import UserError

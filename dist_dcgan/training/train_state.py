@@ -14,7 +14,8 @@ from torch.optim import Adam
 
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.order import rank_slots
-from dist_dcgan.distributed import World, broadcast_from_rank_zero
+from dist_dcgan.distributed.collectives import broadcast_from_rank_zero
+from dist_dcgan.distributed.world import World
 from dist_dcgan.models.batchnorm import make_norm
 from dist_dcgan.models.networks import Discriminator, Generator, init_weights
 from dist_dcgan.random_streams import stream_seed

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_dcgan.distributed import World
+from dist_dcgan.distributed.world import World
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.benchmarks.measuring import images

@@ -35,7 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_dcgan.config import Config, make_plan
-from dist_dcgan.distributed import process_group
+from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from shards.command_line import Options, build, parse_flags, run

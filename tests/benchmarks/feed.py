@@ -19,8 +19,9 @@ from pydantic_settings import CliPositionalArg
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import Batch, BatchLoader, to_images
-from dist_dcgan.data.places import Folder
-from dist_dcgan.distributed import meet_on_node, process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.node import meet_on_node
+from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from shards.command_line import Options, build, parse_flags, run

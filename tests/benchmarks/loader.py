@@ -37,9 +37,9 @@ from torchvision.datasets import LSUN
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World
 from shards.command_line import Options, build, parse_flags, run
 from shards.convert import convert
 from shards.sources.lmdb_source import LmdbSource

@@ -27,8 +27,9 @@ from pydantic import Field
 from dist_dcgan.config import Config, Plan, make_plan
 from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.data.order import Indices, SampleOrder
-from dist_dcgan.data.places import Place, ShardFile
-from dist_dcgan.distributed import World, average_across_ranks
+from dist_dcgan.data.storage.location import Place, ShardFile
+from dist_dcgan.distributed.collectives import average_across_ranks
+from dist_dcgan.distributed.world import World
 from dist_dcgan.training.stopping import StepAgreement
 from dist_dcgan.training.train_state import TrainState
 from shards.command_line import Options, build, parse_flags, run

@@ -27,13 +27,13 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_dcgan.config import Config, Plan, WandbOptions, make_plan
-from dist_dcgan.data.places import Folder
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World, process_group
+from dist_dcgan.run.checkpoint import Retention
+from dist_dcgan.run.saver import Saver
 from dist_dcgan.training import loop
-from dist_dcgan.training.checkpoint import Retention
 from dist_dcgan.training.ema import update_ema
 from dist_dcgan.training.graph import TakeStep, prepare_step, training_stream
-from dist_dcgan.training.saving import Saver
 from dist_dcgan.training.steps import Metrics, train_step
 from dist_dcgan.training.train_state import TrainState
 from shards.command_line import Options, build, parse_flags, run

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_dcgan.distributed import average_across_ranks, process_group
+from dist_dcgan.distributed.collectives import average_across_ranks
+from dist_dcgan.distributed.world import process_group
 from tests.operations import OperationRecorder, Parts
 from tests.ranks import run_ranks
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_dcgan.distributed import process_group
+from dist_dcgan.distributed.world import process_group
 from dist_dcgan.models import batchnorm
 from dist_dcgan.models.batchnorm import CrossRankBatchNorm, DirectBatchNorm
 from tests import support_primitives

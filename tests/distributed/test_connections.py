@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dist_dcgan import connections
-from dist_dcgan.connections import Place, own_address, require_connected
+from dist_dcgan.distributed import connections
+from dist_dcgan.distributed.connections import Place, own_address, require_connected
 from shards.errors import UserError
 
 MACHINES = 3

@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, meet_on_node, process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.node import meet_on_node
+from dist_dcgan.distributed.world import World, process_group
 from shards.errors import UserError
 from shards.manifest import TAR_BLOCK, TAR_END
 from tests.commands import run, train_command

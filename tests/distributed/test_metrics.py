@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.metrics.extractors import Extractor
 from dist_dcgan.metrics.features import extract, read_images, real_features, scored_samples
 from tests.ranks import run_ranks

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader
-from dist_dcgan.data.places import Folder, ShardFile
-from dist_dcgan.distributed import meet, process_group
+from dist_dcgan.data.storage.location import Folder, ShardFile
+from dist_dcgan.distributed.collectives import meet
+from dist_dcgan.distributed.world import process_group
 from shards.errors import OneRankError
 from tests.ranks import run_ranks
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_dcgan.distributed import process_group
-from dist_dcgan.peers import Peers, meet_in
+from dist_dcgan.distributed.peers import Peers, meet_in
+from dist_dcgan.distributed.world import process_group
 from shards.errors import OneRankError, UserError
 from tests.commands import environment, run
 from tests.ranks import run_ranks
@@ -171,7 +171,7 @@ def test_ranks_that_do_not_come_are_named() -> None:
 
 RESTARTED = """
 import os, signal, sys
-from dist_dcgan.distributed import process_group, under_torchrun
+from dist_dcgan.distributed.world import process_group, under_torchrun
 from shards.command_line import run
 from shards.errors import UserError
 import torch, torch.distributed as dist

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dist_dcgan.config import Config, make_plan
-from dist_dcgan.distributed import process_group
+from dist_dcgan.distributed.world import process_group
+from dist_dcgan.run.checkpoint import load_newest
 from dist_dcgan.training import steps
-from dist_dcgan.training.checkpoint import load_newest
 from dist_dcgan.training.train_state import TrainState
 from tests.commands import metrics, succeed, train_command
 from tests.ranks import run_ranks

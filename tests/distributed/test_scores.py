@@ -11,12 +11,12 @@ from unittest import mock
 import pytest
 
 from dist_dcgan.config import Config, make_plan
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World, process_group
+from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training import quality as module
 from dist_dcgan.training.quality import QualityMeter
-from dist_dcgan.training.run_directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
 from tests.distributed.test_metrics import mosaic_extractor
 from tests.ranks import run_ranks

@@ -9,7 +9,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from dist_dcgan.distributed import process_group
+from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training.stopping import StepAgreement
 from tests.benchmarks.collectives import Recorder, one_of, recorded
 from tests.ranks import run_ranks

@@ -16,8 +16,8 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from dist_dcgan.peers import Peers
-from dist_dcgan.watch import Watch, grace_seconds
+from dist_dcgan.distributed.peers import Peers
+from dist_dcgan.distributed.watch import Watch, grace_seconds
 from tests.commands import environment
 
 ROOT = Path(__file__).parents[2]
@@ -28,9 +28,9 @@ SLACK = 60  # seconds in which ranks of a loaded machine start, and end
 RANK = f"""
 import ctypes, os, signal, sys, time
 from unittest import mock
-from dist_dcgan.distributed import process_group, under_torchrun
-from dist_dcgan.peers import Peers
-from dist_dcgan.watch import Watch
+from dist_dcgan.distributed.world import process_group, under_torchrun
+from dist_dcgan.distributed.peers import Peers
+from dist_dcgan.distributed.watch import Watch
 from shards.command_line import run
 import torch, torch.distributed as dist
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import meet_on_node, process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.node import meet_on_node
+from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training import steps, train_state
 from dist_dcgan.training.ema import draw_latents, recompute_statistics
 from dist_dcgan.training.train_state import TrainState

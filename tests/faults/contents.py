@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_dcgan.training.checkpoint import load_newest
+from dist_dcgan.run.checkpoint import load_newest
 from tests.commands import metrics
 from tests.faults.harness import Flags, Outcome, golden, require_golden, run
 from tests.faults.rank import Fault

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dist_dcgan.training.checkpoint import load_newest
+from dist_dcgan.run.checkpoint import load_newest
 from tests.faults import harness
 from tests.faults.harness import Outcome, golden, launch, require_golden, run
 from tests.faults.rank import Fault

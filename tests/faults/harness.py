@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_dcgan.training.checkpoint import load_newest
+from dist_dcgan.run.checkpoint import load_newest
 from tests.commands import environment, metrics
 from tests.faults.rank import Fault, to_environment
 

@@ -70,7 +70,7 @@ import os, shutil, signal, sys
 from itertools import count
 from pathlib import Path
 import torch
-from dist_dcgan.training.checkpoint import Retention, load_newest, save_checkpoint
+from dist_dcgan.run.checkpoint import Retention, load_newest, save_checkpoint
 
 folder = Path(sys.argv[1])
 

@@ -177,8 +177,9 @@ def main() -> None:
     injector = Injector()
     injector.reach("import", 0)
     from dist_dcgan import train
-    from dist_dcgan.distributed import under_torchrun
-    from dist_dcgan.training import checkpoint, loop, quality, steps
+    from dist_dcgan.distributed.world import under_torchrun
+    from dist_dcgan.run import checkpoint
+    from dist_dcgan.training import loop, quality, steps
     from shards.command_line import run
 
     to_images, values_file = loop.to_images, checkpoint._VALUES

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
-from dist_dcgan.data.places import Folder
-from dist_dcgan.distributed import World, average_across_ranks, from_rank_zero
-from dist_dcgan.training.checkpoint import Retention, load_newest, save_checkpoint
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.collectives import average_across_ranks, from_rank_zero
+from dist_dcgan.distributed.world import World
+from dist_dcgan.run.checkpoint import Retention, load_newest, save_checkpoint
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.gpu import commands

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_dcgan.metrics.extractors import missing_packages
-from dist_dcgan.training.checkpoint import list_checkpoints
+from dist_dcgan.run.checkpoint import list_checkpoints
 from tests.gpu.items import Context, Figures, Skipped
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 
 from dist_dcgan.config import DistributedOptions
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.models.batchnorm import make_norm
 from shards.errors import UserError
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.distributed.world import World, process_group
 from tests.gpu.items import Context, Figures, Skipped, kinds_on
 from tests.gpu.training import Arrays, largest_difference, networks_after
 

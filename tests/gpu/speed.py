@@ -18,11 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training.graph import WARM_UP_STEPS, training_stream
 from dist_dcgan.training.quality import QualityMeter
-from dist_dcgan.training.run_directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
 from tests.benchmarks.measuring import Call, Products, compute_dtype, images, pace, step_flops, timed
 from tests.benchmarks.plain import PlainLoop

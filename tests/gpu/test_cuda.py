@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dist_dcgan.config import Config, NoiseOptions, make_plan
 from dist_dcgan.data.loader import Batch, BatchLoader, to_images
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.models.batchnorm import CrossRankBatchNorm, DirectBatchNorm
 from dist_dcgan.training.steps import train_step

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_dcgan.config import Config, make_plan
-from dist_dcgan.distributed import World
+from dist_dcgan.distributed.world import World
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 

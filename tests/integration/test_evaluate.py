@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from dist_dcgan.config import Config
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.metrics.features import read_images, scored_samples, to_pixels
 from dist_dcgan.models.networks import Generator
+from dist_dcgan.run.directory import RunDirectory
+from dist_dcgan.run.export import export_generator, load_generator, sampling_config
 from dist_dcgan.training.ema import recompute_statistics, sample_images
-from dist_dcgan.training.export import export_generator, load_generator, sampling_config
-from dist_dcgan.training.run_directory import RunDirectory
 from shards.files import file_sha256
 from shards.manifest import read_manifest
 from tests.commands import environment, module, one_line_error, run, succeed

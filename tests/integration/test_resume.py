@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from dist_dcgan.training.checkpoint import list_checkpoints, load_newest
+from dist_dcgan.run.checkpoint import list_checkpoints, load_newest
 from tests.commands import metrics, start, succeed, train_command
 
 STEPS = 8

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dist_dcgan.training.checkpoint import list_checkpoints
+from dist_dcgan.run.checkpoint import list_checkpoints
 from tests.commands import environment, metrics, module, one_line_error, run, start, succeed, train_command
 
 DEBUG = ["--preset", "debug", "--wandb", "disabled"]

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from dist_dcgan import train
-from dist_dcgan.training.checkpoint import list_checkpoints
-from dist_dcgan.training.loggers import SampleFiles
-from dist_dcgan.training.wandb_logger import WandbLogger, without_secrets
+from dist_dcgan.loggers.pictures import SampleFiles
+from dist_dcgan.loggers.wandb_logger import WandbLogger, without_secrets
+from dist_dcgan.run.checkpoint import list_checkpoints
 from tests.commands import environment, metrics, start, succeed, train_command
 from tests.http_server import Answer, serve
 from tests.wandb_fixtures import black_hole, fake_client, processes_with, read_records

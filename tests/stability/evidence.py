@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World, process_group
+from dist_dcgan.loggers.pictures import save_grid
 from dist_dcgan.metrics.distances import kernel_distance
 from dist_dcgan.metrics.extractors import Extractor, load_extractor
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
 from dist_dcgan.training.ema import recompute_statistics, sample_images
-from dist_dcgan.training.loggers import save_grid
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.benchmarks.plain import PlainLoop

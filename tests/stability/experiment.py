@@ -12,15 +12,15 @@ from torch import Tensor
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World, process_group
+from dist_dcgan.loggers.pictures import save_grid
 from dist_dcgan.metrics.distances import kernel_distance
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
-from dist_dcgan.training.checkpoint import Retention, load_newest, save_checkpoint
+from dist_dcgan.run.checkpoint import Retention, load_newest, save_checkpoint
 from dist_dcgan.training.ema import recompute_statistics, sample_images
-from dist_dcgan.training.loggers import save_grid
 from dist_dcgan.training.train_state import TrainState
 from shards.files import publish
 from tests.stability.recipes import RECIPES, Recipe, Trial

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dist_dcgan.config import make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
-from dist_dcgan.data.places import Folder
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.random_streams import stream_seed
 from dist_dcgan.training.ema import draw_latents
 from dist_dcgan.training.train_state import TrainState

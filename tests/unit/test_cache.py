@@ -20,14 +20,14 @@ import pytest
 import torch
 
 from dist_dcgan.config import Config, DataOptions, make_plan
-from dist_dcgan.data import remote
-from dist_dcgan.data.cache import Cache
 from dist_dcgan.data.loader import BatchLoader
-from dist_dcgan.data.opening import open_place
-from dist_dcgan.data.places import Folder, Place
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.data.remote import OtherFolder
-from dist_dcgan.distributed import World
+from dist_dcgan.data.storage import remote
+from dist_dcgan.data.storage.cache import Cache
+from dist_dcgan.data.storage.location import Folder, Place
+from dist_dcgan.data.storage.opening import open_place
+from dist_dcgan.data.storage.remote import OtherFolder
+from dist_dcgan.distributed.world import World
 from shards.errors import OneRankError, UserError
 from tests.http_server import Answer, serve
 from tests.shards_fixtures import ROOT
@@ -240,8 +240,8 @@ def test_what_a_killed_run_left_is_removed_and_what_a_running_one_writes_is_not(
     code = """
 import os, sys
 from pathlib import Path
-from dist_dcgan.data.cache import Cache
-from dist_dcgan.data.remote import OtherFolder
+from dist_dcgan.data.storage.cache import Cache
+from dist_dcgan.data.storage.remote import OtherFolder
 cache = Cache(OtherFolder(Path(sys.argv[1])), Path(sys.argv[2]), 10**9)
 os.kill(os.getpid(), 9)
 """

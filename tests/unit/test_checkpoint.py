@@ -20,15 +20,9 @@ import torch
 from filelock import FileLock
 
 from dist_dcgan.config import CheckpointOptions
-from dist_dcgan.training.checkpoint import (
-    Retention,
-    list_checkpoints,
-    load_checkpoint,
-    load_newest,
-    save_checkpoint,
-)
-from dist_dcgan.training.saving import Saver, Schedule, make_schedule
-from dist_dcgan.training.tensor_file import serialised
+from dist_dcgan.run.checkpoint import Retention, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from dist_dcgan.run.saver import Saver, Schedule, make_schedule
+from dist_dcgan.run.tensor_file import serialised
 from shards.errors import UserError
 from shards.files import atomic_file
 from tests.commands import module, one_line_error, succeed
@@ -101,7 +95,7 @@ def put_disk_under_checkpoints(monkeypatch: pytest.MonkeyPatch, room: int = MIB,
         with atomic_file(path), Disk(path.with_name(path.name + ".tmp"), room, lies) as file:
             yield file
 
-    monkeypatch.setattr("dist_dcgan.training.checkpoint.atomic_file", on_disk)
+    monkeypatch.setattr("dist_dcgan.run.checkpoint.atomic_file", on_disk)
 
 
 @pytest.mark.parametrize("room", [10, 300])  # the header is longer than the one, and shorter than the other
@@ -122,7 +116,7 @@ def test_one_whose_values_cannot_be_written_leaves_nothing_either(
         path.write_bytes(content[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dist_dcgan.training.checkpoint.publish", full)
+    monkeypatch.setattr("dist_dcgan.run.checkpoint.publish", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         save(tmp_path, 2)
     assert not list(tmp_path.iterdir())
@@ -172,7 +166,7 @@ def test_what_is_written_beside_training_is_what_would_have_been_written_at_once
         return save_checkpoint(*arguments)
 
     expected, live, stepped = save(tmp_path / "at once", 7), tensors_of(7), threading.Event()
-    monkeypatch.setattr("dist_dcgan.training.saving.save_checkpoint", late)
+    monkeypatch.setattr("dist_dcgan.run.saver.save_checkpoint", late)
     with Saver(tmp_path / "beside", Retention(3), CPU) as saver:
         saver.save(live, values_of(7))
         for tensor in live.values():  # the next step
@@ -197,7 +191,7 @@ def test_never_two_are_written_at_once_and_an_error_is_raised_by_the_next(
             raise UserError("no room")
         return directory
 
-    monkeypatch.setattr("dist_dcgan.training.saving.save_checkpoint", slow)
+    monkeypatch.setattr("dist_dcgan.run.saver.save_checkpoint", slow)
     with Saver(tmp_path, Retention(3), CPU) as saver:
         for step in (1, 2, 3):
             saver.save({}, {"step": step})
@@ -216,7 +210,7 @@ def test_the_copies_of_all_checkpoints_lie_in_the_same_memory(tmp_path: Path, mo
         places.append([tensor.data_ptr() for tensor in tensors.values()])
         return directory
 
-    monkeypatch.setattr("dist_dcgan.training.saving.save_checkpoint", note)
+    monkeypatch.setattr("dist_dcgan.run.saver.save_checkpoint", note)
     with Saver(tmp_path, Retention(3), CPU) as saver:
         for step in (1, 2):
             live = tensors_of(step)
@@ -345,13 +339,13 @@ def test_inspect_lists_what_is_sound(tmp_path: Path) -> None:
     save(tmp_path / "checkpoints", 1)
     values = save(tmp_path / "checkpoints", 2) / "values.json"
     values.write_text(json.dumps(json.loads(values.read_text()) | {"values": {"step": 3}}))
-    lines = succeed(module("dist_dcgan.training.checkpoint", "inspect", tmp_path)).stdout.splitlines()
+    lines = succeed(module("dist_dcgan.run.checkpoint", "inspect", tmp_path)).stdout.splitlines()
     assert lines[0].startswith("step-00000001: sound, step 1, 2 tensors")
     assert lines[1].startswith("step-00000002: DAMAGED, values.json does not match its checksum")
 
 
 def test_verify_fails_where_one_is_damaged_and_prune_keeps_the_newest_sound_one(tmp_path: Path) -> None:
-    command = "dist_dcgan.training.checkpoint"
+    command = "dist_dcgan.run.checkpoint"
     for step in (1, 2, 3):
         save(tmp_path / "checkpoints", step)
     assert succeed(module(command, "verify", tmp_path)).stdout.count("sound") == 3
@@ -364,4 +358,4 @@ def test_verify_fails_where_one_is_damaged_and_prune_keeps_the_newest_sound_one(
 
 
 def test_inspect_of_something_else_says_so(tmp_path: Path) -> None:
-    assert "no checkpoints in" in one_line_error(module("dist_dcgan.training.checkpoint", "inspect", tmp_path))
+    assert "no checkpoints in" in one_line_error(module("dist_dcgan.run.checkpoint", "inspect", tmp_path))

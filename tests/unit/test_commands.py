@@ -9,8 +9,8 @@ import torch
 
 from dist_dcgan import train as command
 from dist_dcgan.config import Config, Plan
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.data.storage.location import Folder
 from shards.command_line import run
 from shards.errors import OneRankError, UserError
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import Batch, BatchLoader, flip, to_images
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World
 from dist_dcgan.random_streams import stream_seed
 from shards.errors import OneRankError, UserError
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_dcgan import distributed
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader
-from dist_dcgan.data.places import Folder
-from dist_dcgan.devices import agreed_device, set_up
-from dist_dcgan.distributed import World
-from dist_dcgan.peers import Peers, Place
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed import world
+from dist_dcgan.distributed.devices import agreed_device, set_up
+from dist_dcgan.distributed.peers import Peers, Place
+from dist_dcgan.distributed.world import World
 from dist_dcgan.training.steps import is_out_of_memory
 from shards.errors import UserError
 
@@ -115,7 +115,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
 
 def test_nccl_waits_longer_than_gloo_and_the_watch_explain(group: mock.Mock) -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
-    distributed._init(store, Peers(store, 0, 1), GPU, 60)
+    world._init(store, Peers(store, 0, 1), GPU, 60)
     assert group.init.call_args.args == ("cpu:gloo,cuda:nccl",)
     assert group.init.call_args.kwargs["timeout"] == timedelta(seconds=60)
     backend = group.default._get_backend
@@ -124,13 +124,13 @@ def test_nccl_waits_longer_than_gloo_and_the_watch_explain(group: mock.Mock) -> 
 
 
 def test_a_rank_that_fails_alone_aborts_its_communicators_first(group: mock.Mock) -> None:
-    distributed._leave_group(together=False)
+    world._leave_group(together=False)
     names = [call[0] for call in group.mock_calls]
     assert names == ["default._get_backend", "default._get_backend().abort", "destroy"]
 
 
 def test_ranks_that_end_together_abort_nothing(group: mock.Mock) -> None:
-    distributed._leave_group(together=True)
+    world._leave_group(together=True)
     assert [call[0] for call in group.mock_calls] == ["destroy"]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_dcgan.failures import broke, first_sentence
+from dist_dcgan.distributed.failures import broke, first_sentence
 
 PLACE = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:94"
 

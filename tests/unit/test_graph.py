@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dist_dcgan.config import Config, make_plan
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.training.graph import prepare_step, takes_graph
 from dist_dcgan.training.steps import is_out_of_memory
 from dist_dcgan.training.train_state import TrainState

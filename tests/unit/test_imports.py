@@ -12,24 +12,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARDS = {"shards.manifest", "shards.errors", "shards.command_line", "shards.files"}
 BASE = {"dist_dcgan.config", "dist_dcgan.distributed", "dist_dcgan.random_streams"}
+COMMAND = {"dist_dcgan", *SHARDS}
 MAY_IMPORT: dict[str, set[str]] = {
-    "dist_dcgan.config": SHARDS,
-    "dist_dcgan.distributed": {
-        *SHARDS,
-        "dist_dcgan.connections",
-        "dist_dcgan.devices",
-        "dist_dcgan.failures",
-        "dist_dcgan.peers",
-        "dist_dcgan.watch",
-    },
-    "dist_dcgan.connections": {"shards.errors"},
-    "dist_dcgan.devices": {"dist_dcgan.peers", "shards.errors"},
-    "dist_dcgan.failures": {"dist_dcgan.peers", "shards.errors"},
-    "dist_dcgan.peers": {"shards.errors"},
-    "dist_dcgan.watch": {"dist_dcgan.peers"},
     "dist_dcgan.random_streams": set(),
+    "dist_dcgan.config": SHARDS,
+    "dist_dcgan.distributed": {*SHARDS, "dist_dcgan.distributed"},
     "dist_dcgan.models": {"dist_dcgan.distributed", "dist_dcgan.models", "shards.errors"},
-    "dist_dcgan.data": {*BASE, *SHARDS, "dist_dcgan.data", "shards.reader", "shards.transfer"},
+    "dist_dcgan.data.storage": {"dist_dcgan.config", *SHARDS, "dist_dcgan.data.storage", "shards.transfer"},
+    "dist_dcgan.data": {*BASE, *SHARDS, "dist_dcgan.data", "shards.reader"},
+    "dist_dcgan.run": {*BASE, *SHARDS, "dist_dcgan.models", "dist_dcgan.run"},
+    "dist_dcgan.loggers": {*BASE, *SHARDS, "dist_dcgan.run", "dist_dcgan.loggers"},
     "dist_dcgan.metrics": {*BASE, *SHARDS, "dist_dcgan.data", "dist_dcgan.metrics"},
     "dist_dcgan.training": {
         *BASE,
@@ -37,6 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "dist_dcgan.models",
         "dist_dcgan.data",
         "dist_dcgan.metrics",
+        "dist_dcgan.run",
+        "dist_dcgan.loggers",
         "dist_dcgan.training",
     },
     "dist_dcgan.preflight": {
@@ -44,13 +38,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *SHARDS,
         "dist_dcgan.models",
         "dist_dcgan.data",
+        "dist_dcgan.run",
         "dist_dcgan.training",
         "dist_dcgan.preflight",
     },
-    "dist_dcgan.train": {"dist_dcgan", *SHARDS},
-    "dist_dcgan.doctor": {"dist_dcgan", *SHARDS},
-    "dist_dcgan.evaluate": {"dist_dcgan", *SHARDS},
-    "dist_dcgan.sample": {"dist_dcgan", *SHARDS},
+    "dist_dcgan.train": COMMAND,
+    "dist_dcgan.doctor": COMMAND,
+    "dist_dcgan.evaluate": COMMAND,
+    "dist_dcgan.sample": COMMAND,
     "shards": {"shards"},
 }
 

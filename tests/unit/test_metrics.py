@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.metrics import distances
 from dist_dcgan.metrics.distances import frechet_distance, kernel_distance, precision_recall
 from dist_dcgan.metrics.extractors import FID_WEIGHTS, Extractor, load_extractor

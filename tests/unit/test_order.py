@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.data.order import SampleOrder, rank_slots
-from dist_dcgan.data.places import ShardFile
-from dist_dcgan.distributed import World
+from dist_dcgan.data.storage.location import ShardFile
+from dist_dcgan.distributed.world import World
 from dist_dcgan.random_streams import permutation
 from shards.errors import UserError
 from shards.manifest import Layout, Manifest, ShardEntry, shard_name

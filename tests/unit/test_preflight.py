@@ -20,16 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_dcgan import distributed
 from dist_dcgan.config import Config, Invocation, make_plan
-from dist_dcgan.data.places import Folder
-from dist_dcgan.distributed import World, process_group
-from dist_dcgan.preflight import machine, storage, together
-from dist_dcgan.preflight.examination import checks, examine
-from dist_dcgan.preflight.findings import Check, Finding, Subject, agree, attempt, examine_all
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World, process_group
+from dist_dcgan.preflight import distributed_checks, machine, storage
+from dist_dcgan.preflight.results import Check, Finding, Subject, agree, attempt, examine_all
+from dist_dcgan.preflight.run_checks import checks, examine
+from dist_dcgan.run.checkpoint import Retention, save_checkpoint
+from dist_dcgan.run.export import export_generator
 from dist_dcgan.training import graph
-from dist_dcgan.training.checkpoint import Retention, save_checkpoint
-from dist_dcgan.training.export import export_generator
 from dist_dcgan.training.train_state import TrainState
 from shards.errors import UserError
 from tests.ranks import run_ranks
@@ -477,7 +476,7 @@ def test_ranks_that_do_not_find_each_other_are_told_and_the_rest_is_checked(
     variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(distributed, "MEETING_SECONDS", 1.0)
+    monkeypatch.setattr("dist_dcgan.distributed.world.MEETING_SECONDS", 1.0)
     found = examined(demo_shards, tmp_path / "run", timeout_seconds=1)
     assert found["process group"].level == "FAILED"
     assert found["process group"].text.startswith("2 ranks do not find each other at 127.0.0.1:0: ")
@@ -488,32 +487,34 @@ def test_ranks_that_do_not_find_each_other_are_told_and_the_rest_is_checked(
 
 def test_a_sum_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with process_group(60, "cpu") as world:
-        assert together.all_reduce(subject(world)).level == "ok"
+        assert distributed_checks.all_reduce(subject(world)).level == "ok"
         monkeypatch.setattr(dist, "all_reduce", lambda content: content[5].add_(1))
-        text = failure(together.all_reduce, subject(world))
+        text = failure(distributed_checks.all_reduce, subject(world))
     assert text.startswith("1 of 256 sums over the ranks are wrong, such as 2.0 for 1.0: ")
 
 
 def test_gradients_that_are_missing_or_not_finite_are_named(demo_shards: Path) -> None:
     with process_group(60, "cpu") as world:
         of = with_data(demo_shards, world)
-        assert together.training_step(of).level == "ok"
-        assert together.gradients(of) == Finding("ok", "24 tensors", mock.ANY, mock.ANY)
+        assert distributed_checks.training_step(of).level == "ok"
+        assert distributed_checks.gradients(of) == Finding("ok", "24 tensors", mock.ANY, mock.ANY)
         assert of.state is not None
         weight = of.state.discriminator.layers[2].weight
         assert weight.grad is not None
         weight.grad[0, 0, 0, 0] = float("nan")
         text = "the gradient of discriminator.layers.2.weight is not finite: use --precision fp32"
-        assert together.gradients(of) == Finding("FAILED", text)
+        assert distributed_checks.gradients(of) == Finding("FAILED", text)
         weight.grad = None
-        assert together.gradients(of).text.startswith("discriminator.layers.2.weight got no gradient")
+        assert distributed_checks.gradients(of).text.startswith("discriminator.layers.2.weight got no gradient")
 
 
 def test_a_fingerprint_is_of_the_values_whatever_their_strides() -> None:
     values = torch.randn(2, 3, 4, 4)
-    assert together.fingerprint(values) == together.fingerprint(values.to(memory_format=torch.channels_last))
-    assert together.fingerprint(values) != together.fingerprint(values + 1e-6)
-    assert together.fingerprint(torch.tensor(1.0)) != together.fingerprint(torch.tensor(2.0))
+    assert distributed_checks.fingerprint(values) == distributed_checks.fingerprint(
+        values.to(memory_format=torch.channels_last)
+    )
+    assert distributed_checks.fingerprint(values) != distributed_checks.fingerprint(values + 1e-6)
+    assert distributed_checks.fingerprint(torch.tensor(1.0)) != distributed_checks.fingerprint(torch.tensor(2.0))
 
 
 @pytest.mark.parametrize(
@@ -521,4 +522,4 @@ def test_a_fingerprint_is_of_the_values_whatever_their_strides() -> None:
 )
 def test_the_step_that_is_timed_comes_after_the_warm_up(precision: str, device: str, steps: int) -> None:
     state = mock.Mock(precision=precision, world=World(0, 0, 1, torch.device(device)))
-    assert together._steps(state) == steps
+    assert distributed_checks._steps(state) == steps

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from dist_dcgan.config import Config, make_plan
-from dist_dcgan.data.places import Folder
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import process_group
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import process_group
+from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training import quality as module
 from dist_dcgan.training.quality import QualityMeter, TimeShare
-from dist_dcgan.training.run_directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
 from shards.manifest import read_manifest
 from tests.distributed.test_metrics import mosaic_extractor

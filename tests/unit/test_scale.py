@@ -17,7 +17,7 @@ from torch.profiler import profile
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.order import rank_slots
-from dist_dcgan.distributed import World, process_group
+from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.models.networks import Discriminator, Generator, count_parameters
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_dcgan.config import make_plan
-from dist_dcgan.distributed import process_group
+from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.stability import experiment, report, results

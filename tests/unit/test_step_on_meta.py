@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_dcgan.config import Config, make_plan
-from dist_dcgan.distributed import process_group
+from dist_dcgan.distributed.world import process_group
 from dist_dcgan.random_streams import stream_seed
 from dist_dcgan.training import steps, train_state
 from dist_dcgan.training.step_inputs import StepInputs

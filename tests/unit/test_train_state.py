@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import flip
-from dist_dcgan.distributed import process_group
+from dist_dcgan.distributed.world import process_group
 from dist_dcgan.random_streams import stream_seed
 from dist_dcgan.training import steps
 from dist_dcgan.training.ema import ema_decay, recompute_statistics, sample_images, update_ema

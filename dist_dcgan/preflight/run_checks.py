@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from functools import partial
 
 from dist_dcgan.config import Config, Invocation
-from dist_dcgan.preflight import machine, storage, together
-from dist_dcgan.preflight.findings import Check, Finding, Subject, examine_all
+from dist_dcgan.preflight import distributed_checks, machine, storage
+from dist_dcgan.preflight.results import Check, Finding, Subject, examine_all
 
 
 def examine(config: Config, invocation: Invocation, tell: Callable[[str, Finding], None]) -> dict[str, Finding]:
@@ -17,7 +17,7 @@ def examine(config: Config, invocation: Invocation, tell: Callable[[str, Finding
     Nothing stays on any disk.
     """
     with ExitStack() as stack:
-        world, lost = together.join(config.distributed.timeout_seconds, stack)
+        world, lost = distributed_checks.join(config.distributed.timeout_seconds, stack)
         subject = Subject(config, invocation, world, lost)
         return examine_all(checks(stack), subject, tell if world.is_main else _nobody)
 
@@ -32,8 +32,8 @@ def checks(stack: ExitStack) -> list[Check]:
         Check("devices", machine.devices),
         Check("threads", machine.threads),
         Check("shared memory", machine.shared_memory),
-        Check("process group", together.process_group_found),
-        Check("all-reduce", together.all_reduce, ("process group",)),
+        Check("process group", distributed_checks.process_group_found),
+        Check("all-reduce", distributed_checks.all_reduce, ("process group",)),
         Check("data set", partial(storage.data_set, stack=stack)),
         Check("first shard", storage.first_shard, ("data set",)),
         Check("plan", storage.plan, ("data set",)),
@@ -43,11 +43,11 @@ def checks(stack: ExitStack) -> list[Check]:
         Check("writing", storage.writing),
         Check("room", storage.room, ("plan",)),
         Check("W&B", machine.wandb),
-        Check("gradients' sum", together.all_reduce_gradients, ("all-reduce", "data set")),
-        Check(step, together.training_step, ("all-reduce", "plan")),
-        Check("gradients", together.gradients, (step,)),
-        Check("parameters", together.parameters, (step,)),
-        Check("scores", together.scores, (step,)),
+        Check("gradients' sum", distributed_checks.all_reduce_gradients, ("all-reduce", "data set")),
+        Check(step, distributed_checks.training_step, ("all-reduce", "plan")),
+        Check("gradients", distributed_checks.gradients, (step,)),
+        Check("parameters", distributed_checks.parameters, (step,)),
+        Check("scores", distributed_checks.scores, (step,)),
     ]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_dcgan.config import PlaceOptions
-from dist_dcgan.data.cache import Cache
-from dist_dcgan.data.places import Folder, Place
-from dist_dcgan.data.remote import Command, OtherFolder, Remote, WebServer
+from dist_dcgan.data.storage.cache import Cache
+from dist_dcgan.data.storage.location import Folder, Place
+from dist_dcgan.data.storage.remote import Command, OtherFolder, Remote, WebServer
 from shards.errors import UserError
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch.distributed as dist
 
 from dist_dcgan.config import Config, Invocation, Plan
-from dist_dcgan.data.places import Place
-from dist_dcgan.distributed import World
+from dist_dcgan.data.storage.location import Place
+from dist_dcgan.distributed.world import World
 from dist_dcgan.training.train_state import TrainState
 from shards.errors import OneRankError, UserError
 

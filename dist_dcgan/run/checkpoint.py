@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON, written whole or not at all; nothing that is loaded can run code.
 
-python -m dist_dcgan.training.checkpoint inspect RUN_DIR     lists those of a run, and whether they are sound
-python -m dist_dcgan.training.checkpoint verify RUN_DIR      the same, and fails where one is not
-python -m dist_dcgan.training.checkpoint prune RUN_DIR       removes all but the newest that is sound
+python -m dist_dcgan.run.checkpoint inspect RUN_DIR     lists those of a run, and whether they are sound
+python -m dist_dcgan.run.checkpoint verify RUN_DIR      the same, and fails where one is not
+python -m dist_dcgan.run.checkpoint prune RUN_DIR       removes all but the newest that is sound
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_dcgan.training.tensor_file import serialised
+from dist_dcgan.run.tensor_file import serialised
 from shards.command_line import Options, build, nearest, parse_flags, run
 from shards.errors import UserError
 from shards.files import atomic_file, file_sha256, publish, sync_directory
@@ -172,7 +172,7 @@ def main(argv: Sequence[str]) -> None:
         word = argv[0] if argv else "no command"
         raise UserError(f"unknown command: {word}{nearest(word, commands)} (usage: {'|'.join(commands)} RUN_DIR)")
     model, command = commands[argv[0]]
-    options = build(model, parse_flags(model, argv[1:], f"python -m dist_dcgan.training.checkpoint {argv[0]}"))
+    options = build(model, parse_flags(model, argv[1:], f"python -m dist_dcgan.run.checkpoint {argv[0]}"))
     found = list_checkpoints(options.run_dir / "checkpoints")
     if not found:
         raise UserError(f"no checkpoints in {options.run_dir}: is it the folder of a run?")

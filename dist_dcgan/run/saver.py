@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_dcgan.config import CheckpointOptions
-from dist_dcgan.training.checkpoint import Retention, save_checkpoint
+from dist_dcgan.run.checkpoint import Retention, save_checkpoint
 
 STEPS_ON_CPU = 1000
 MINUTES_ON_GPU = 10.0

@@ -1,6 +1,6 @@
 """The folder of a run: what lies where, who may write to it, and whether a run may go on in it.
 
-python -m dist_dcgan.training.run_directory FLAGS OF TRAINING: print where these flags put it; launchers ask.
+python -m dist_dcgan.run.directory FLAGS OF TRAINING: print where these flags put it; launchers ask.
 """
 
 from __future__ import annotations

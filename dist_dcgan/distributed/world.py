@@ -1,4 +1,4 @@
-"""Process group, rank and device, and the few collectives that the rest needs.
+"""Process group, rank and device.
 
 Works the same without torchrun: one process is then a world of size 1, with a process group of its own.
 """
@@ -11,26 +11,24 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
-from dist_dcgan.connections import require_connected
-from dist_dcgan.devices import agreed_device, set_up
-from dist_dcgan.failures import cannot_go_on, explained, first_sentence, is_alike
-from dist_dcgan.peers import Peers, meet_in
-from dist_dcgan.watch import Watch
+from dist_dcgan.distributed.connections import require_connected
+from dist_dcgan.distributed.devices import agreed_device, set_up
+from dist_dcgan.distributed.failures import cannot_go_on, explained, first_sentence, is_alike
+from dist_dcgan.distributed.peers import Peers, meet_in
+from dist_dcgan.distributed.watch import Watch
 from shards.command_line import run
 from shards.errors import OneRankError, UserError
-
-Result = TypeVar("Result")
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -58,41 +56,6 @@ class World:
     def is_main(self) -> bool:
         """Whether this is rank 0, which alone writes files."""
         return self.rank == 0
-
-
-class Node:
-    """This process among the ranks of its machine, and a board where they tell each other what they found."""
-
-    def __init__(self, index: int = 0, size: int = 1, store: Any = None) -> None:
-        """By default the only rank; `store` is one of torch.distributed."""
-        self.index, self.size = index, size
-        self._store = store or dist.HashStore()  # type: ignore[attr-defined]
-
-    def tell(self, topic: str, text: str) -> None:
-        """Put `text` on the board."""
-        self._store.set(topic, text)
-
-    def look(self, topic: str) -> str | None:
-        """Return what stands on the board, None where nothing does yet."""
-        return self._store.get(topic).decode() if self._store.check([topic]) else None
-
-
-def meet_on_node(world: World, timeout_seconds: float) -> Node:
-    """Return the node of this rank; every rank calls it. Ranks are on one machine where its name is the same."""
-    if world.world_size == 1:
-        return Node()
-    names: list[Any] = [None] * world.world_size
-    dist.all_gather_object(names, socket.gethostname())
-    ranks = [rank for rank, name in enumerate(names) if name == names[world.rank]]
-    timeout = timedelta(seconds=timeout_seconds)
-    store: Any = None
-    if world.rank == ranks[0]:
-        store = dist.TCPStore("localhost", 0, is_master=True, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
-    ports: list[Any] = [None] * world.world_size
-    dist.all_gather_object(ports, None if store is None else store.port)
-    if store is None:
-        store = dist.TCPStore("localhost", ports[ranks[0]], is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-    return Node(ranks.index(world.rank), len(ranks), store)
 
 
 def world_size_of_launch(expected: int | None) -> int:
@@ -237,62 +200,3 @@ def _patient_group(timeout_seconds: float) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout_seconds, PATIENT_SECONDS)))
     assert isinstance(group, dist.ProcessGroup)  # every rank is in it
     return group
-
-
-def meet(world: World) -> None:
-    """Wait until all ranks are here, which may take them minutes."""
-    if world.world_size > 1:
-        dist.barrier(group=world.patient)
-
-
-def from_rank_zero(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Call `function` on rank 0 and return its result on all ranks; its UserError is raised on all ranks.
-
-    The others wait in `group`: the default one, or `World.patient` if `function` may take minutes.
-    Whatever rank 0 decides or finds wrong, no peer is left waiting for it. Any other exception of rank 0 is not
-    passed on: the peers then fail with the broken connection and the process group reports the rank.
-    """
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    result: Result = outcome[0]
-    return result
-
-
-def require_same(value: str, what: str) -> None:
-    """Raise UserError on all ranks where `value` differs between them."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            raise UserError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}")
-
-
-def broadcast_from_rank_zero(tensors: Iterable[torch.Tensor]) -> None:
-    """Overwrite `tensors` on all ranks with those of rank 0, whatever their memory format."""
-    if dist.get_world_size() == 1:
-        return
-    for tensor in tensors:
-        content = tensor.detach().contiguous()  # a contiguous copy: ranks must agree on the order of elements
-        dist.broadcast(content, src=0)
-        tensor.detach().copy_(content)
-
-
-def average_across_ranks(rows: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
-    """Return the means over ranks of scalar tensors, as numbers; all rows have the same keys.
-
-    Training waits for the device here. The numbers are the same on all ranks, so what follows from them is agreed.
-    """
-    packed = torch.stack([value.detach() for row in rows for value in row.values()]).double()
-    if dist.get_world_size() > 1:
-        dist.all_reduce(packed)
-        packed /= dist.get_world_size()
-    return [
-        dict(zip(row, means.tolist(), strict=True)) for row, means in zip(rows, packed.chunk(len(rows)), strict=True)
-    ]

@@ -1,4 +1,4 @@
-"""The process beside rank 0 that talks to Weights & Biases: `python -m dist_dcgan.training.wandb_process`.
+"""The process beside rank 0 that talks to Weights & Biases: `python -m dist_dcgan.loggers.wandb_process`.
 
 It is told on its standard input what to record, as a line of JSON, and that the run has ended, by another line and the
 end of input; the end alone is that of a run that was killed. What it records it reads from the run directory.

@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from dist_dcgan.config import Config
-from dist_dcgan.training.notices import warn
-from dist_dcgan.training.run_directory import RunDirectory
-from dist_dcgan.training.wandb_process import UNSENT, close_seconds, holds_rows
+from dist_dcgan.loggers.base import warn
+from dist_dcgan.loggers.wandb_process import UNSENT, close_seconds, holds_rows
+from dist_dcgan.run.directory import RunDirectory
 
 
 class WandbLogger:
@@ -38,7 +38,7 @@ class WandbLogger:
         self._run, self._run_id = run, run_id
         self._close_seconds = close_seconds(config.wandb.mode)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dist_dcgan.training.wandb_process"],
+            [sys.executable, "-m", "dist_dcgan.loggers.wandb_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for training, which then ends the process

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from dist_dcgan.peers import Peers
+from dist_dcgan.distributed.peers import Peers
 from shards.errors import OneRankError, UserError
 
 _OWN_NCCL_ERRORS = ("ncclUnhandledCudaError", "ncclInternalError", "ncclInvalidArgument", "ncclInvalidUsage")

@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from dist_dcgan.data.places import ShardFile, checked, read_ahead, state_at
-from dist_dcgan.data.remote import FailedError, Remote
+from dist_dcgan.data.storage.location import ShardFile, checked, read_ahead, state_at
+from dist_dcgan.data.storage.remote import FailedError, Remote
 from shards.errors import OneRankError, UserError
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 

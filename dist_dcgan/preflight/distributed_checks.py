@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.distributed import World, process_group
-from dist_dcgan.preflight.findings import Finding, Subject, counted, gather
+from dist_dcgan.distributed.world import World, process_group
+from dist_dcgan.preflight.results import Finding, Subject, counted, gather
 from dist_dcgan.preflight.storage import gradient_elements
 from dist_dcgan.random_streams import normal, stream_seed
+from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training.graph import prepare_step, training_stream
 from dist_dcgan.training.quality import QualityMeter
-from dist_dcgan.training.run_directory import RunDirectory
 from dist_dcgan.training.steps import is_out_of_memory
 from dist_dcgan.training.train_state import TrainState
 from shards.errors import UserError

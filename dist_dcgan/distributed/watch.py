@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from dist_dcgan.peers import Peers
+from dist_dcgan.distributed.peers import Peers
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_LOOKS_A_RANK = 0.001  # all of them ask one store

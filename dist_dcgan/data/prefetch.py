@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 from dist_dcgan.data.order import SampleOrder
-from dist_dcgan.data.places import FileState, Place, ShardFile
-from dist_dcgan.distributed import Node
+from dist_dcgan.data.storage.location import FileState, Place, ShardFile
+from dist_dcgan.distributed.node import Node
 from shards.errors import UserError
 
 _WINDOWS_AHEAD = 1

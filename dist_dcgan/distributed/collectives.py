@@ -1,0 +1,73 @@
+"""The few collectives that training needs, beside those of DDP and batch norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dist_dcgan.distributed.world import World
+from shards.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def meet(world: World) -> None:
+    """Wait until all ranks are here, which may take them minutes."""
+    if world.world_size > 1:
+        dist.barrier(group=world.patient)
+
+
+def from_rank_zero(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """Call `function` on rank 0 and return its result on all ranks; its UserError is raised on all ranks.
+
+    The others wait in `group`: the default one, or `World.patient` if `function` may take minutes.
+    Whatever rank 0 decides or finds wrong, no peer is left waiting for it. Any other exception of rank 0 is not
+    passed on: the peers then fail with the broken connection and the process group reports the rank.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    result: Result = outcome[0]
+    return result
+
+
+def require_same(value: str, what: str) -> None:
+    """Raise UserError on all ranks where `value` differs between them."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}")
+
+
+def broadcast_from_rank_zero(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite `tensors` on all ranks with those of rank 0, whatever their memory format."""
+    if dist.get_world_size() == 1:
+        return
+    for tensor in tensors:
+        content = tensor.detach().contiguous()  # a contiguous copy: ranks must agree on the order of elements
+        dist.broadcast(content, src=0)
+        tensor.detach().copy_(content)
+
+
+def average_across_ranks(rows: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
+    """Return the means over ranks of scalar tensors, as numbers; all rows have the same keys.
+
+    Training waits for the device here. The numbers are the same on all ranks, so what follows from them is agreed.
+    """
+    packed = torch.stack([value.detach() for row in rows for value in row.values()]).double()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(packed)
+        packed /= dist.get_world_size()
+    return [
+        dict(zip(row, means.tolist(), strict=True)) for row, means in zip(rows, packed.chunk(len(rows)), strict=True)
+    ]

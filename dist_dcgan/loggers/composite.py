@@ -1,0 +1,65 @@
+"""Makes the loggers of rank 0: metrics.jsonl, sample grids, console, Weights & Biases.
+
+No logger may stop training: one that fails is reported once and dropped. The other ranks get a `NullLogger`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from dist_dcgan.config import Config, Plan
+from dist_dcgan.distributed.world import World
+from dist_dcgan.loggers.base import Logger, NullLogger, Row, reported, warn
+from dist_dcgan.loggers.console import ConsoleLogger
+from dist_dcgan.loggers.jsonl import JsonlLogger
+from dist_dcgan.loggers.pictures import SampleFiles
+from dist_dcgan.loggers.wandb_logger import WandbLogger
+from dist_dcgan.run.directory import RunDirectory
+
+
+def make_logger(config: Config, plan: Plan, world: World, run: RunDirectory, step: int, wandb_run_id: str) -> Logger:
+    """Return the logger of this rank, which goes on after `step`."""
+    if not world.is_main:
+        return NullLogger()
+    loggers: list[Logger] = []
+    with reported("metrics.jsonl"):
+        loggers.append(JsonlLogger(run.metrics, step))
+    loggers += [SampleFiles(run.samples), ConsoleLogger(plan, step)]
+    if config.wandb.mode != "disabled":
+        with reported("W&B"):
+            loggers.append(WandbLogger(config, run, wandb_run_id))
+    return CompositeLogger(loggers)
+
+
+class CompositeLogger:
+    """Passes on to several loggers; one that fails is reported and dropped."""
+
+    def __init__(self, loggers: list[Logger]) -> None:
+        self._loggers = loggers
+
+    def metrics(self, row: Row) -> None:
+        """Pass on."""
+        self._each("metrics", row)
+
+    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Pass on."""
+        self._each("samples", step, draw)
+
+    def alert(self, step: int, text: str) -> None:
+        """Pass on."""
+        self._each("alert", step, text)
+
+    def close(self) -> None:
+        """Pass on."""
+        self._each("close")
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for logger in list(self._loggers):
+            try:
+                getattr(logger, method)(*arguments)
+            except Exception as error:  # whatever a logger meets, training goes on
+                warn(f"{type(logger).__name__} failed and is turned off: {error!r}")
+                self._loggers.remove(logger)

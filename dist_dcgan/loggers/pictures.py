@@ -1,0 +1,78 @@
+"""Grids of samples and the curves of a run, as PNG files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from dist_dcgan.loggers.base import Row, reported
+from shards.errors import UserError
+from shards.files import atomic_file
+
+
+class SampleFiles:
+    """Writes grids as PNG."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def metrics(self, row: Row) -> None:
+        """Do nothing."""
+
+    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Write the grid of this step."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        save_grid(draw(), self._directory / f"step-{step:08d}.png")
+
+    def alert(self, step: int, text: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def check_png(path: Path) -> None:
+    """Raise UserError where a picture cannot be written to `path` for --out."""
+    if path.exists():
+        raise UserError(f"{path} exists: name another with --out")
+    if path.suffix != ".png":
+        raise UserError(f"--out {path} is no PNG: give it a name that ends in .png")
+    if not path.parent.is_dir():
+        raise UserError(f"no folder {path.parent} for --out {path.name}: make it first")
+
+
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write images (N, 3, size, size) in [-1, 1] as a PNG grid, about square where `columns` is not given."""
+    from torchvision.utils import save_image  # imported here: it takes seconds, and only one rank ever draws
+
+    columns = columns or max(1, round(len(images) ** 0.5))
+    with atomic_file(path, durable=False) as file:  # W&B's process may look at any time
+        save_image(images.float(), file, format="png", nrow=columns, normalize=True, value_range=(-1, 1))
+
+
+def draw_curves(metrics: Path, path: Path) -> None:
+    """Plot losses, D's scores and gradient norms from metrics.jsonl into a PNG; a failure is reported, not raised."""
+    with reported("curves"):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        rows = [row for line in metrics.read_text().splitlines() if "images_seen" in (row := json.loads(line))]
+        groups = ("loss", "score", "logit", "grad_norm", "diversity", "quality/kid")
+        found = [group for group in groups if any(key.startswith(group) for row in rows for key in row)]
+        figure, panels = pyplot.subplots(len(found), sharex=True, figsize=(9, 2.2 * len(found)), layout="constrained")
+        for panel, group in zip(panels, found, strict=True):
+            keys = dict.fromkeys(key for row in rows for key in row if key.startswith(group))
+            for key in (key for key in keys if not key.endswith("_std")):
+                points = [(row["images_seen"] / 1000, row[key]) for row in rows if key in row]
+                panel.plot(*zip(*points, strict=True), ".-" if len(points) < 50 else "-", label=key, lw=1)
+            panel.set_ylabel(group)
+            panel.grid(alpha=0.3)
+            panel.legend(loc="upper right")
+        panels[-1].set_xlabel("thousand images seen")
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
