@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from shards.command_line import Options, build, nearest, parse_flags
-from shards.errors import UserError
+from shards.common.command_line import Options, build, nearest, parse_flags
+from shards.common.errors import UserError
 
 
 def _changeable(default: Any, **constraints: Any) -> Any:

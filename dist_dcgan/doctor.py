@@ -12,8 +12,8 @@ from dist_dcgan.config import from_command_line
 from dist_dcgan.distributed.world import under_torchrun
 from dist_dcgan.preflight.results import Finding
 from dist_dcgan.preflight.run_checks import examine
-from shards.command_line import run
-from shards.errors import UserError
+from shards.common.command_line import run
+from shards.common.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:

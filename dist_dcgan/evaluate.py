@@ -29,8 +29,8 @@ from dist_dcgan.metrics.report import circumstances, show
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
-from shards.command_line import Options, build, parse_flags, run
-from shards.errors import UserError
+from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.errors import UserError
 from shards.manifest import Manifest
 
 SHORT_FLAGS = {"--data": "--data.path", "--num": "--fakes", "--json": "--as-json"}

@@ -16,7 +16,7 @@ from dist_dcgan.loggers.pictures import check_png, save_grid
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
-from shards.command_line import Options, build, parse_flags, run
+from shards.common.command_line import Options, build, parse_flags, run
 
 
 class Sample(Options):

@@ -18,8 +18,8 @@ from dist_dcgan.distributed.world import under_torchrun, world_size_of_launch
 from dist_dcgan.models.networks import Discriminator, Generator, count_parameters, require_image_size
 from dist_dcgan.training.loop import train
 from dist_dcgan.training.steps import is_out_of_memory
-from shards.command_line import run
-from shards.errors import OneRankError
+from shards.common.command_line import run
+from shards.common.errors import OneRankError
 from shards.manifest import Manifest
 
 

@@ -10,20 +10,20 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, HttpUrl
 from pydantic_settings import CliPositionalArg
 
-from shards.command_line import Options, build, nearest, parse_flags, run
-from shards.convert import Settings, convert, convert_part
-from shards.demo import write_demo
-from shards.errors import UserError
-from shards.export import EXTENSIONS, UNKNOWN, ExportReport, export
-from shards.lsun import ADDRESS, CATEGORIES, lmdb_names
+from shards.common.command_line import Options, build, nearest, parse_flags, run
+from shards.common.errors import UserError
+from shards.common.progress import Progress
+from shards.conversion.convert import Settings, convert, convert_part
+from shards.conversion.merge import merge
+from shards.conversion.reports import Part
+from shards.conversion.sources.entries import Selection, read_keys
+from shards.conversion.sources.kinds import open_source
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.demo.dataset import write_demo
+from shards.lsun.catalog import ADDRESS, CATEGORIES, lmdb_names
+from shards.lsun.export import EXTENSIONS, UNKNOWN, ExportReport, export
 from shards.manifest import MANIFEST_NAME, Manifest
-from shards.merge import merge
 from shards.preview import preview
-from shards.progress import Progress
-from shards.reports import Part
-from shards.sources.entries import Selection, read_keys
-from shards.sources.kinds import open_source
-from shards.sources.lmdb_source import LmdbSource
 from shards.verify import verify
 
 PROG = "python -m shards"
@@ -133,7 +133,7 @@ def download_command(options: DownloadOptions) -> None:
         return
     if not options.categories:
         raise UserError("no category given: name some, or test or all (--list prints them)")
-    from shards.download import download  # here, as HTTP takes as long to import as all the rest
+    from shards.lsun.download import download  # here, as HTTP takes as long to import as all the rest
 
     for name in lmdb_names(options.categories, options.split):
         is_new = download(name, options.out, str(options.address), options.keep_zip)

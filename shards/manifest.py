@@ -16,9 +16,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shards.command_line import Options, build
-from shards.errors import UserError
-from shards.files import publish
+from shards.common.command_line import Options, build
+from shards.common.errors import UserError
+from shards.common.files import publish
 
 FORMAT = "dist_dcgan-shards"
 FORMAT_VERSION = 2

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from shards.errors import UserError
-from shards.files import publish
+from shards.common.errors import UserError
+from shards.common.files import publish
 from shards.manifest import Manifest, check_files, read_manifest
 from shards.reader import locate, read_sample
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import UserError
+from shards.common.errors import UserError
 from shards.manifest import TAR_BLOCK, Layout, Manifest
 
 NAME_FIELD = slice(0, 100)

@@ -8,11 +8,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.files import file_sha256
+from shards.common.files import file_sha256
+from shards.common.progress import Progress
+from shards.common.workers import Tick, available_cores, map_in_order
 from shards.manifest import TAR_BLOCK, TAR_END, Layout, Manifest, ShardEntry, read_manifest
-from shards.progress import Progress
 from shards.reader import NAME_FIELD, member_of
-from shards.workers import Tick, available_cores, map_in_order
 from shards.writer import KEYS_NAME, REJECTED_NAME, tar_header
 
 _PROBLEMS_PER_SHARD = 20

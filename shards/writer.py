@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from shards.files import atomic_file, file_sha256, sync_directory
+from shards.common.files import atomic_file, file_sha256, sync_directory
 from shards.manifest import TAR_BLOCK, TAR_END, Layout, ShardEntry
 
 KEYS_NAME = "keys.jsonl"

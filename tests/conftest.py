@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from shards.convert import Settings, convert
-from shards.demo import write_demo
-from shards.sources.lmdb_source import LmdbSource
+from shards.conversion.convert import Settings, convert
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.demo.dataset import write_demo
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -24,15 +24,15 @@ import pytest
 from PIL import Image
 
 from shards.__main__ import main
-from shards.convert import Settings, convert
-from shards.demo import write_demo
-from shards.errors import UserError
-from shards.images import ImageError
+from shards.common.errors import UserError
+from shards.conversion.convert import Settings, convert
+from shards.conversion.images import ImageError
+from shards.conversion.sources.entries import Source
+from shards.conversion.sources.kinds import open_source
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.demo.dataset import write_demo
 from shards.manifest import Manifest, read_manifest
 from shards.reader import read_sample
-from shards.sources.entries import Source
-from shards.sources.kinds import open_source
-from shards.sources.lmdb_source import LmdbSource
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,7 +21,7 @@ from dist_dcgan.data.storage.location import Place
 from dist_dcgan.distributed.node import Node
 from dist_dcgan.distributed.world import World
 from dist_dcgan.random_streams import Key, uniform
-from shards.errors import OneRankError, UserError
+from shards.common.errors import OneRankError, UserError
 
 _PATIENCE = 0.8
 """Share of the time that other ranks wait in a collective: who waits for data is to say so before they give up."""

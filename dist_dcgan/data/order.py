@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_dcgan.random_streams import permutation, stream_seed
-from shards.errors import UserError
+from shards.common.errors import UserError
 from shards.manifest import ORDER_VERSION, Manifest
 
 Indices: TypeAlias = NDArray[np.int64]

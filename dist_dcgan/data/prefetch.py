@@ -12,7 +12,7 @@ from types import TracebackType
 from dist_dcgan.data.order import SampleOrder
 from dist_dcgan.data.storage.location import FileState, Place, ShardFile
 from dist_dcgan.distributed.node import Node
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 _WINDOWS_AHEAD = 1
 """Further ahead, what was read to be checked would have left the memory again before its samples are used."""

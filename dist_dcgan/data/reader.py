@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dist_dcgan.data.order import Indices
 from dist_dcgan.data.storage.location import Place, ShardFile, changed, state_of, unreadable
-from shards.errors import UserError
+from shards.common.errors import UserError
 from shards.reader import NAME_FIELD
 
 _OPEN_SHARDS = 64  # each holds a file descriptor; many systems allow 1,024 of them

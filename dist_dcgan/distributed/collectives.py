@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dist_dcgan.distributed.world import World
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 Result = TypeVar("Result")
 

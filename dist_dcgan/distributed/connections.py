@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 _SECONDS_TO_CONNECT = 10.0
 _MOST_AT_ONCE = 32

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from dist_dcgan.distributed.peers import Place
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 _HOSTS_SHOWN = 5
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from dist_dcgan.distributed.peers import Peers
-from shards.errors import OneRankError, UserError
+from shards.common.errors import OneRankError, UserError
 
 _OWN_NCCL_ERRORS = ("ncclUnhandledCudaError", "ncclInternalError", "ncclInvalidArgument", "ncclInvalidUsage")
 _CONNECTION_LOST = re.compile(r"closed by|reset by peer|refused|timed out|broken pipe|remote peer", re.IGNORECASE)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from shards.errors import OneRankError
+from shards.common.errors import OneRankError
 
 _SECONDS_TO_ASK = 2.0
 _SECONDS_BETWEEN_LOOKS = 0.02

@@ -27,8 +27,8 @@ from dist_dcgan.distributed.devices import agreed_device, set_up
 from dist_dcgan.distributed.failures import cannot_go_on, explained, first_sentence, is_alike
 from dist_dcgan.distributed.peers import Peers, meet_in
 from dist_dcgan.distributed.watch import Watch
-from shards.command_line import run
-from shards.errors import OneRankError, UserError
+from shards.common.command_line import run
+from shards.common.errors import OneRankError, UserError
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_dcgan.loggers.base import Row
-from shards.files import publish
+from shards.common.files import publish
 
 
 class JsonlLogger:

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_dcgan.loggers.base import Row, reported
-from shards.errors import UserError
-from shards.files import atomic_file
+from shards.common.errors import UserError
+from shards.common.files import atomic_file
 
 
 class SampleFiles:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from shards.errors import UserError
-from shards.files import file_sha256
+from shards.common.errors import UserError
+from shards.common.files import file_sha256
 
 FID_WEIGHTS = "6726825d"
 """First digits of the SHA-256 of weights-inception-2015-12-05-6726825d.pth, which torch-fidelity publishes."""

@@ -21,8 +21,8 @@ from dist_dcgan.distributed.collectives import from_rank_zero
 from dist_dcgan.distributed.world import World
 from dist_dcgan.metrics.extractors import Extractor
 from dist_dcgan.random_streams import permutation, stream_seed
-from shards.errors import OneRankError, UserError
-from shards.files import publish
+from shards.common.errors import OneRankError, UserError
+from shards.common.files import publish
 
 Images: TypeAlias = Callable[[range], Tensor]
 """Returns the images at some places of a set, uint8 (N, 3, size, size) on any device."""

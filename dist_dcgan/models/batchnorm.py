@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_dcgan.models.networks import Norm
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 # torch renamed it and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

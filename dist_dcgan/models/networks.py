@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 Norm: TypeAlias = Callable[[int], nn.Module]
 """Makes the batch norm for a number of channels."""

@@ -25,7 +25,7 @@ from dist_dcgan.training.graph import prepare_step, training_stream
 from dist_dcgan.training.quality import QualityMeter
 from dist_dcgan.training.steps import is_out_of_memory
 from dist_dcgan.training.train_state import TrainState
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 _SMALL_ELEMENTS = 256
 _SMALL_REPEATS = 20

@@ -13,7 +13,7 @@ from dist_dcgan.config import Config, Invocation, Plan
 from dist_dcgan.data.storage.location import Place
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training.train_state import TrainState
-from shards.errors import OneRankError, UserError
+from shards.common.errors import OneRankError, UserError
 
 Level = Literal["ok", "skipped", "warning", "FAILED"]
 

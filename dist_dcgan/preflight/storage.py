@@ -22,8 +22,8 @@ from dist_dcgan.models.networks import Discriminator, Generator, require_image_s
 from dist_dcgan.preflight.results import Finding, Subject, counted
 from dist_dcgan.run.checkpoint import load_newest
 from dist_dcgan.run.directory import RunDirectory, require_fitting, require_same_run, require_unclaimed
-from shards.errors import UserError
-from shards.files import check_room, publish
+from shards.common.errors import UserError
+from shards.common.files import check_room, publish
 
 _PROBE = ".dist_dcgan-doctor-"
 _FEW_BATCHES = 10

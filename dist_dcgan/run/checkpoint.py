@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_dcgan.run.tensor_file import serialised
-from shards.command_line import Options, build, nearest, parse_flags, run
-from shards.errors import UserError
-from shards.files import atomic_file, file_sha256, publish, sync_directory
+from shards.common.command_line import Options, build, nearest, parse_flags, run
+from shards.common.errors import UserError
+from shards.common.files import atomic_file, file_sha256, publish, sync_directory
 
 FORMAT_VERSION = 3
 _TENSORS = "tensors.safetensors"

@@ -18,10 +18,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dist_dcgan.config import Config, differences, from_command_line, read_yaml, to_yaml
-from shards.command_line import build
-from shards.command_line import run as run_command
-from shards.errors import UserError
-from shards.files import publish
+from shards.common.command_line import build
+from shards.common.command_line import run as run_command
+from shards.common.errors import UserError
+from shards.common.files import publish
 
 LOGS = "logs"
 """Folder of what ranks printed, where launch/ keeps it."""

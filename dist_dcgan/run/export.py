@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dist_dcgan.config import Config, ModelOptions
 from dist_dcgan.models.networks import Generator
-from shards.errors import UserError
-from shards.files import file_sha256, publish
+from shards.common.errors import UserError
+from shards.common.files import file_sha256, publish
 
 
 def export_generator(

@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
 from dist_dcgan.training.watchdog import Row
-from shards.files import publish
+from shards.common.files import publish
 
 
 def write_dump(run: RunDirectory, state: TrainState, rows: Sequence[Row]) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_dcgan.training.steps import Metrics, step_on_device, train_step
 from dist_dcgan.training.train_state import TrainState
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 TakeStep = Callable[[Tensor], Metrics]
 """Takes one step on this rank's images, (batch_per_rank, 3, size, size) in [-1, 1], channels_last, and counts it."""

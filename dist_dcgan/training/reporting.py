@@ -11,7 +11,7 @@ from dist_dcgan.training.dump import write_dump
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.train_state import TrainState
 from dist_dcgan.training.watchdog import was_skipped
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 
 def report(

@@ -29,7 +29,7 @@ from PIL import Image
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from shards.command_line import Options, build, parse_flags, run
+from shards.common.command_line import Options, build, parse_flags, run
 from shards.manifest import read_manifest
 from shards.reader import locate, read_sample
 

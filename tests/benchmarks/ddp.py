@@ -38,7 +38,7 @@ from dist_dcgan.config import Config, make_plan
 from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from shards.command_line import Options, build, parse_flags, run
+from shards.common.command_line import Options, build, parse_flags, run
 from tests.benchmarks.measuring import images
 from tests.benchmarks.tables import Row, markdown
 

@@ -40,9 +40,9 @@ from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.distributed.world import World
-from shards.command_line import Options, build, parse_flags, run
-from shards.convert import convert
-from shards.sources.lmdb_source import LmdbSource
+from shards.common.command_line import Options, build, parse_flags, run
+from shards.conversion.convert import convert
+from shards.conversion.sources.lmdb_source import LmdbSource
 
 SIZE = 64
 JPEGS_PER_TAR = 2000

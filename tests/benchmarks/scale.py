@@ -32,9 +32,9 @@ from dist_dcgan.distributed.collectives import average_across_ranks
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training.stopping import StepAgreement
 from dist_dcgan.training.train_state import TrainState
-from shards.command_line import Options, build, parse_flags, run
-from shards.convert import Settings
-from shards.errors import UserError
+from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.errors import UserError
+from shards.conversion.convert import Settings
 from shards.manifest import (
     MANIFEST_NAME,
     Layout,

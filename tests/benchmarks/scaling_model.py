@@ -37,7 +37,7 @@ from pydantic import Field
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.training.stopping import steps_between_agreements
 from dist_dcgan.training.train_state import TrainState
-from shards.command_line import Options, build, parse_flags, run
+from shards.common.command_line import Options, build, parse_flags, run
 from tests.benchmarks.collectives import Collective, moments_and_gradients, one_of, recorded_step, reduce_at_once
 from tests.benchmarks.tables import Row, markdown
 

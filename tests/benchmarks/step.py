@@ -36,10 +36,10 @@ from dist_dcgan.training.ema import update_ema
 from dist_dcgan.training.graph import TakeStep, prepare_step, training_stream
 from dist_dcgan.training.steps import Metrics, train_step
 from dist_dcgan.training.train_state import TrainState
-from shards.command_line import Options, build, parse_flags, run
-from shards.convert import convert
-from shards.demo import write_demo
-from shards.sources.lmdb_source import LmdbSource
+from shards.common.command_line import Options, build, parse_flags, run
+from shards.conversion.convert import convert
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.demo.dataset import write_demo
 from tests.benchmarks.measuring import (
     WARM_UP,
     Call,

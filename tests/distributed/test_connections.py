@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dist_dcgan.distributed import connections
 from dist_dcgan.distributed.connections import Place, own_address, require_connected
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 MACHINES = 3
 

@@ -17,7 +17,7 @@ from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.distributed.node import meet_on_node
 from dist_dcgan.distributed.world import World, process_group
-from shards.errors import UserError
+from shards.common.errors import UserError
 from shards.manifest import TAR_BLOCK, TAR_END
 from tests.commands import run, train_command
 from tests.ranks import run_ranks

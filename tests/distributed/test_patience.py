@@ -13,7 +13,7 @@ from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.data.storage.location import Folder, ShardFile
 from dist_dcgan.distributed.collectives import meet
 from dist_dcgan.distributed.world import process_group
-from shards.errors import OneRankError
+from shards.common.errors import OneRankError
 from tests.ranks import run_ranks
 
 TIMEOUT, LATE = 4.0, 8.0

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from dist_dcgan.distributed.peers import Peers, meet_in
 from dist_dcgan.distributed.world import process_group
-from shards.errors import OneRankError, UserError
+from shards.common.errors import OneRankError, UserError
 from tests.commands import environment, run
 from tests.ranks import run_ranks
 
@@ -172,8 +172,8 @@ def test_ranks_that_do_not_come_are_named() -> None:
 RESTARTED = """
 import os, signal, sys
 from dist_dcgan.distributed.world import process_group, under_torchrun
-from shards.command_line import run
-from shards.errors import UserError
+from shards.common.command_line import run
+from shards.common.errors import UserError
 import torch, torch.distributed as dist
 
 def main(argv):

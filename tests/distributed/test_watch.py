@@ -31,7 +31,7 @@ from unittest import mock
 from dist_dcgan.distributed.world import process_group, under_torchrun
 from dist_dcgan.distributed.peers import Peers
 from dist_dcgan.distributed.watch import Watch
-from shards.command_line import run
+from shards.common.command_line import run
 import torch, torch.distributed as dist
 
 def main(argv):

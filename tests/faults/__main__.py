@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shards.convert import Settings, convert
-from shards.demo import write_demo
-from shards.sources.lmdb_source import LmdbSource
+from shards.conversion.convert import Settings, convert
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.demo.dataset import write_demo
 from tests.faults.scenario import Bench, Scenario
 from tests.faults.scenarios import scenarios
 from tests.faults.soak import soak

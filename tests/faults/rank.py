@@ -180,7 +180,7 @@ def main() -> None:
     from dist_dcgan.distributed.world import under_torchrun
     from dist_dcgan.run import checkpoint
     from dist_dcgan.training import loop, quality, steps
-    from shards.command_line import run
+    from shards.common.command_line import run
 
     to_images, values_file = loop.to_images, checkpoint._VALUES
 

@@ -23,8 +23,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from shards.command_line import Options, build, parse_flags, run
-from shards.errors import UserError
+from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.errors import UserError
 from tests.gpu import check, speed, train
 from tests.gpu.commands import ROOT, command
 from tests.gpu.groups import Budget, outcome_of, run_items

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shards.errors import UserError
+from shards.common.errors import UserError
 from tests.gpu.items import Context, Item, Outcome, Skipped, in_words
 
 _FORK = get_context("fork")

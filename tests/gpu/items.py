@@ -14,7 +14,7 @@ import torch
 from dist_dcgan.config import DistributedOptions
 from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.models.batchnorm import make_norm
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 PART_SECONDS = {"check": 120.0, "speed": 100.0, "train": 150.0}
 """Parts in order of value, and the seconds that each has."""

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shards.files import publish
+from shards.common.files import publish
 from tests.benchmarks.tables import markdown
 from tests.gpu.items import Machine, Outcome
 

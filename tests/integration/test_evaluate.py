@@ -24,7 +24,7 @@ from dist_dcgan.models.networks import Generator
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import export_generator, load_generator, sampling_config
 from dist_dcgan.training.ema import recompute_statistics, sample_images
-from shards.files import file_sha256
+from shards.common.files import file_sha256
 from shards.manifest import read_manifest
 from tests.commands import environment, module, one_line_error, run, succeed
 from tests.http_server import web_server

@@ -15,11 +15,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from shards.errors import UserError
-from shards.images import decode_image, prepare
+from shards.common.errors import UserError
+from shards.conversion.images import decode_image, prepare
+from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.manifest import Manifest, Origin, read_manifest
 from shards.reader import read_sample
-from shards.sources.lmdb_source import LmdbSource
 from tests.shards_fixtures import (
     contents,
     convert_here,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from shards.convert import Settings, convert
-from shards.errors import UserError
+from shards.common.errors import UserError
+from shards.conversion.convert import Settings, convert
+from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.manifest import MANIFEST_NAME, Layout, read_manifest, shard_name
-from shards.sources.lmdb_source import LmdbSource
 from shards.verify import verify
 from shards.writer import KEYS_NAME, REJECTED_NAME
 from tests.shards_fixtures import contents, data_set, encoded, numbered, picture, run_shards, write_lmdb

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from shards.conversion.reports import FOLDER_NAME
 from shards.manifest import MANIFEST_NAME, read_manifest
-from shards.reports import FOLDER_NAME
 from shards.verify import verify
 from tests.shards_fixtures import ROOT, contents, encoded, error_of, numbered, picture, run_shards, write_lmdb
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from shards.destination import claim
-from shards.errors import UserError
+from shards.common.errors import UserError
+from shards.conversion.output_dir import claim
+from shards.conversion.reports import FOLDER_NAME, Part
 from shards.manifest import read_manifest
-from shards.reports import FOLDER_NAME, Part
 from tests.shards_fixtures import ROOT, contents, encoded, error_of, numbered, picture, run_shards, write_lmdb
 
 

@@ -22,7 +22,7 @@ from dist_dcgan.metrics.features import extract, real_features, to_pixels
 from dist_dcgan.run.checkpoint import Retention, load_newest, save_checkpoint
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.train_state import TrainState
-from shards.files import publish
+from shards.common.files import publish
 from tests.stability.recipes import RECIPES, Recipe, Trial
 from tests.stability.steps import Row, scale_rates, study_step, use_differentiable_batchnorm
 

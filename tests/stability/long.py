@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from shards.files import publish
+from shards.common.files import publish
 
 PRESETS = ("paper", "narrow")
 FAKES, REALS = 1000, 2000

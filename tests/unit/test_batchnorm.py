@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_dcgan.models import batchnorm
 from dist_dcgan.models.batchnorm import CrossRankBatchNorm, DirectBatchNorm, make_norm
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 FORWARD_OPERATIONS = 15
 """Of one forward on a GPU with half-precision input, one rank; one of them is an unused buffer of torch's own."""

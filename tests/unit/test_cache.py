@@ -28,7 +28,7 @@ from dist_dcgan.data.storage.location import Folder, Place
 from dist_dcgan.data.storage.opening import open_place
 from dist_dcgan.data.storage.remote import OtherFolder
 from dist_dcgan.distributed.world import World
-from shards.errors import OneRankError, UserError
+from shards.common.errors import OneRankError, UserError
 from tests.http_server import Answer, serve
 from tests.shards_fixtures import ROOT
 
@@ -180,7 +180,7 @@ def test_a_server_that_cuts_corrupts_and_stalls_is_asked_again(
 def test_a_server_that_only_stalls_is_given_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_SILENCE_SECONDS", 0.1)
     pauses: list[float] = []
-    monkeypatch.setattr("shards.transfer.sleep", pauses.append)
+    monkeypatch.setattr("shards.common.http.sleep", pauses.append)
     shard = (source / "shard-000000.tar").read_bytes()
     with serve(Answer((source / "manifest.json").read_bytes()), Answer(shard, hang=100)) as server:
         place = staged(server.address, tmp_path / "cache")
@@ -309,7 +309,7 @@ def test_a_server_that_asks_for_more_patience_than_ranks_have_is_given_up(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("shards.transfer.sleep", pauses.append)
+    monkeypatch.setattr("shards.common.http.sleep", pauses.append)
     busy = Answer(status=503, headers={"Retry-After": "120"})
     with serve(Answer((source / "manifest.json").read_bytes()), busy) as server:
         place = staged(server.address, tmp_path / "cache")

@@ -23,8 +23,8 @@ from dist_dcgan.config import CheckpointOptions
 from dist_dcgan.run.checkpoint import Retention, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from dist_dcgan.run.saver import Saver, Schedule, make_schedule
 from dist_dcgan.run.tensor_file import serialised
-from shards.errors import UserError
-from shards.files import atomic_file
+from shards.common.errors import UserError
+from shards.common.files import atomic_file
 from tests.commands import module, one_line_error, succeed
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from dist_dcgan import train as command
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
-from shards.command_line import run
-from shards.errors import OneRankError, UserError
+from shards.common.command_line import run
+from shards.common.errors import OneRankError, UserError
 
 
 def reader(data: Path) -> ShardReader:

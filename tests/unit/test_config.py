@@ -16,8 +16,8 @@ from dist_dcgan.config import (
     read_yaml,
     to_yaml,
 )
-from shards.command_line import build
-from shards.errors import UserError
+from shards.common.command_line import build
+from shards.common.errors import UserError
 
 
 def test_the_default_is_the_paper_stabilised() -> None:

@@ -20,7 +20,7 @@ from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.distributed.world import World
 from dist_dcgan.random_streams import stream_seed
-from shards.errors import OneRankError, UserError
+from shards.common.errors import OneRankError, UserError
 
 CPU = torch.device("cpu")
 

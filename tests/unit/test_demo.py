@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import demo
-from shards.bedroom import render_bedroom
-from shards.demo import write_demo
-from shards.errors import UserError
-from shards.workers import Tick
+from shards.common.errors import UserError
+from shards.common.workers import Tick
+from shards.demo import dataset as demo
+from shards.demo.bedroom import render_bedroom
+from shards.demo.dataset import write_demo
 
 IMAGES = demo.CHUNK + 6  # a full chunk and a part of one
 

@@ -22,7 +22,7 @@ from dist_dcgan.distributed.devices import agreed_device, set_up
 from dist_dcgan.distributed.peers import Peers, Place
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training.steps import is_out_of_memory
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 GPU = torch.device("cuda", 3)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dist_dcgan.training.steps import Metrics
-from shards.errors import UserError
+from shards.common.errors import UserError
 from tests.benchmarks.measuring import Products, images
 from tests.benchmarks.plain import PlainLoop
 from tests.gpu import graph

@@ -12,7 +12,7 @@ from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.training.graph import prepare_step, takes_graph
 from dist_dcgan.training.steps import is_out_of_memory
 from dist_dcgan.training.train_state import TrainState
-from shards.errors import UserError
+from shards.common.errors import UserError
 from tests.gpu.graph import prepare
 
 CONFIG = Config(width=4, global_batch=4)

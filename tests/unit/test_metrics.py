@@ -28,10 +28,10 @@ from dist_dcgan.metrics.distances import frechet_distance, kernel_distance, prec
 from dist_dcgan.metrics.extractors import FID_WEIGHTS, Extractor, load_extractor
 from dist_dcgan.metrics.features import read_images, real_features, scored_samples
 from dist_dcgan.metrics.quality import quality
-from shards.convert import convert
-from shards.demo import write_demo
-from shards.errors import UserError
-from shards.sources.lmdb_source import LmdbSource
+from shards.common.errors import UserError
+from shards.conversion.convert import convert
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.demo.dataset import write_demo
 from tests.distributed.test_metrics import mosaic_extractor, mosaics
 from tests.shards_fixtures import data_set, photographs
 

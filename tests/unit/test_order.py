@@ -19,7 +19,7 @@ from dist_dcgan.data.order import SampleOrder, rank_slots
 from dist_dcgan.data.storage.location import ShardFile
 from dist_dcgan.distributed.world import World
 from dist_dcgan.random_streams import permutation
-from shards.errors import UserError
+from shards.common.errors import UserError
 from shards.manifest import Layout, Manifest, ShardEntry, shard_name
 
 ROOT = Path(__file__).parents[2]

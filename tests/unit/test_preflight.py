@@ -30,7 +30,7 @@ from dist_dcgan.run.checkpoint import Retention, save_checkpoint
 from dist_dcgan.run.export import export_generator
 from dist_dcgan.training import graph
 from dist_dcgan.training.train_state import TrainState
-from shards.errors import UserError
+from shards.common.errors import UserError
 from tests.ranks import run_ranks
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -460,8 +460,8 @@ def test_a_rank_without_data_is_named_and_all_skip_alike(demo_shards: Path, tmp_
 
 
 def test_ranks_on_two_data_sets_are_named(demo_shards: Path, demo_lmdb: Path, tmp_path: Path) -> None:
-    from shards.convert import Settings, convert
-    from shards.sources.lmdb_source import LmdbSource
+    from shards.conversion.convert import Settings, convert
+    from shards.conversion.sources.lmdb_source import LmdbSource
 
     convert([LmdbSource(demo_lmdb)], tmp_path / "other", Settings(samples_per_shard=20), workers=1)
     found = run_ranks(2, with_data_of_its_own, demo_shards, tmp_path / "other", tmp_path / "run")[0]

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 from shards.__main__ import main
-from shards.archive import ArchiveError, unpack
-from shards.download import download
-from shards.errors import UserError
-from shards.lsun import CATEGORIES, lmdb_names
-from shards.transfer import Manner
+from shards.common.errors import UserError
+from shards.common.http import Manner
+from shards.lsun.archive import ArchiveError, unpack
+from shards.lsun.catalog import CATEGORIES, lmdb_names
+from shards.lsun.download import download
 from tests.http_server import Answer, Server, serve
 from tests.shards_fixtures import ROOT, contents, error_of, numbered, run_shards, write_lmdb
 
@@ -54,7 +54,7 @@ FOLDER = {f"{NAME}/{name}": content for name, content in FILES.items()}
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds waited between attempts, which no test waits for."""
     waited: list[float] = []
-    monkeypatch.setattr("shards.transfer.sleep", waited.append)
+    monkeypatch.setattr("shards.common.http.sleep", waited.append)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return waited
@@ -128,7 +128,7 @@ def test_a_server_that_ignores_ranges_and_always_cuts_is_given_up(tmp_path: Path
 
 
 def test_a_silent_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.transfer.DEFAULT", Manner(silence_seconds=0.2))
+    monkeypatch.setattr("shards.common.http.DEFAULT", Manner(silence_seconds=0.2))
     server = fetched(tmp_path, Answer(ZIP, hang=1 << 16), Answer(ZIP))
     assert server.ranges == [None, "bytes=65536-"]
 

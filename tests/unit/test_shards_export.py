@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import UserError
-from shards.export import ExportReport, export, extension_of, folder_of
-from shards.sources import lmdb_source
-from shards.sources.lmdb_pages import Place
-from shards.sources.lmdb_source import LmdbSource
+from shards.common.errors import UserError
+from shards.conversion.sources import lmdb_source
+from shards.conversion.sources.lmdb_pages import Place
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.lsun.export import ExportReport, export, extension_of, folder_of
 from tests.shards_fixtures import ROOT, contents, encoded, error_of, picture, run_shards, write_lmdb
 
 JPEG, WEBP, PNG = (encoded(picture(0), format) for format in ("JPEG", "WEBP", "PNG"))

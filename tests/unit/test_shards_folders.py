@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import UserError
-from shards.sources.folder_source import FolderSource
-from shards.sources.kinds import open_source
+from shards.common.errors import UserError
+from shards.conversion.sources.folder_source import FolderSource
+from shards.conversion.sources.kinds import open_source
 from tests.shards_fixtures import (
     convert_here,
     encoded,

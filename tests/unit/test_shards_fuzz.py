@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards import images
-from shards.errors import UserError
-from shards.images import ImageError, decode_image, prepare
-from shards.sources import tar_members
-from shards.sources.lmdb_source import LmdbSource
-from shards.sources.tar_source import TarSource
+from shards.common.errors import UserError
+from shards.conversion import images
+from shards.conversion.images import ImageError, decode_image, prepare
+from shards.conversion.sources import tar_members
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.conversion.sources.tar_source import TarSource
 from tests.shards_fixtures import encoded, entries_of, picture, within, write_lmdb, write_tar
 
 MORE = int(os.environ.get("DIST_DCGAN_FUZZ_EXAMPLES", 0))

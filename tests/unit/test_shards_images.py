@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from shards.images import MAX_PIXELS, ImageError, decode_image, decoder_version, prepare, to_ppm
+from shards.conversion.images import MAX_PIXELS, ImageError, decode_image, decoder_version, prepare, to_ppm
 from tests.shards_fixtures import encoded, picture
 
 

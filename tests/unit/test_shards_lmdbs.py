@@ -15,10 +15,10 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from shards.errors import UserError
-from shards.sources import lmdb_source
-from shards.sources.kinds import open_source
-from shards.sources.lmdb_source import LmdbSource
+from shards.common.errors import UserError
+from shards.conversion.sources import lmdb_source
+from shards.conversion.sources.kinds import open_source
+from shards.conversion.sources.lmdb_source import LmdbSource
 from tests.shards_fixtures import (
     contents,
     convert_here,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from shards.errors import UserError
-from shards.files import publish
+from shards.common.errors import UserError
+from shards.common.files import publish
 from shards.manifest import (
     MANIFEST_NAME,
     Layout,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from shards.progress import Progress
+from shards.common.progress import Progress
 
 
 def test_a_log_gets_plain_lines_every_ten_seconds_and_at_the_end(

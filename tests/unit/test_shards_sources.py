@@ -15,12 +15,12 @@ import lmdb
 import pytest
 import webdataset
 
-from shards.errors import UserError
-from shards.sources.entries import Selection, Source, Walk, read_keys
-from shards.sources.folder_source import FolderSource, key_of
-from shards.sources.kinds import open_source
-from shards.sources.lmdb_source import LmdbSource
-from shards.sources.tar_source import TarSource
+from shards.common.errors import UserError
+from shards.conversion.sources.entries import Selection, Source, Walk, read_keys
+from shards.conversion.sources.folder_source import FolderSource, key_of
+from shards.conversion.sources.kinds import open_source
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.conversion.sources.tar_source import TarSource
 from shards.writer import tar_header
 from tests.shards_fixtures import contents, entries_of, write_files, write_lmdb, write_tar
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import UserError
-from shards.sources import tar_source
-from shards.sources.tar_source import TarSource
+from shards.common.errors import UserError
+from shards.conversion.sources import tar_source
+from shards.conversion.sources.tar_source import TarSource
 from tests.shards_fixtures import (
     convert_here,
     encoded,

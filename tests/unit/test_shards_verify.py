@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import UserError
+from shards.common.errors import UserError
 from shards.manifest import Layout, Manifest, ShardEntry, shard_name, write_manifest
 from shards.verify import verify
 from shards.writer import tar_header

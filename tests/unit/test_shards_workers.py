@@ -10,8 +10,8 @@ from contextlib import closing
 
 import pytest
 
-from shards.errors import UserError
-from shards.workers import Tick, available_cores, map_in_order
+from shards.common.errors import UserError
+from shards.common.workers import Tick, available_cores, map_in_order
 
 
 class Counted:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.errors import UserError
-from shards.images import to_ppm
+from shards.common.errors import UserError
+from shards.conversion.images import to_ppm
 from shards.manifest import Layout, member_key
 from shards.reader import locate, read_sample
 from shards.writer import JsonLines, describe_key, tar_header, write_shard

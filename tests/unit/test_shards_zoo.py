@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from shards.images import ImageError, decode_image, prepare
-from shards.sources.lmdb_source import LmdbSource
+from shards.conversion.images import ImageError, decode_image, prepare
+from shards.conversion.sources.lmdb_source import LmdbSource
 from tests.shards_fixtures import (
     contents,
     convert_here,

@@ -15,7 +15,7 @@ from dist_dcgan.data.order import SampleOrder
 from dist_dcgan.data.prefetch import ClosedError, Supply
 from dist_dcgan.data.storage.location import FileState, ShardFile
 from dist_dcgan.distributed.node import Node
-from shards.errors import UserError
+from shards.common.errors import UserError
 from shards.manifest import Manifest
 from tests.unit.test_order import manifest
 

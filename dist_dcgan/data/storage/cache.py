@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from dist_dcgan.data.storage.location import ShardFile, checked, read_ahead, state_at
 from dist_dcgan.data.storage.remote import FailedError, Remote
-from shards.errors import OneRankError, UserError
+from shards.common.errors import OneRankError, UserError
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 
 Result = TypeVar("Result")

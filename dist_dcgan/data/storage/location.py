@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-from shards.errors import UserError
+from shards.common.errors import UserError
 from shards.manifest import Manifest, ShardEntry, check_files, read_manifest
 
 _CHUNK_BYTES = 1 << 20

@@ -8,7 +8,7 @@ from dist_dcgan.config import PlaceOptions
 from dist_dcgan.data.storage.cache import Cache
 from dist_dcgan.data.storage.location import Folder, Place
 from dist_dcgan.data.storage.remote import Command, OtherFolder, Remote, WebServer
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 
 def open_place(options: PlaceOptions) -> Place:

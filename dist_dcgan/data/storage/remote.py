@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 _SILENCE_SECONDS = 5.0
 _ATTEMPTS = 5
@@ -77,7 +77,7 @@ class WebServer:
 
     def fetch(self, name: str, path: Path, most_bytes: int) -> None:
         """Download the file."""
-        from shards.transfer import Manner, fetch  # only here: who trains from a folder needs no HTTP
+        from shards.common.http import Manner, fetch  # only here: who trains from a folder needs no HTTP
 
         manner = Manner(
             attempts=_ATTEMPTS,

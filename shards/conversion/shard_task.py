@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shards.images import ImageError, decode_image, prepare, to_ppm
+from shards.common.workers import Tick
+from shards.conversion.images import ImageError, decode_image, prepare, to_ppm
+from shards.conversion.reports import Reports, ShardReport, hash_of
+from shards.conversion.sources.entries import Entry, Source
 from shards.manifest import Layout, Preparation, member_key, shard_name
-from shards.reports import Reports, ShardReport, hash_of
-from shards.sources.entries import Entry, Source
-from shards.workers import Tick
 from shards.writer import describe_key, write_shard
 
 

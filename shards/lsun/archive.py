@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.files import check_room, sync_directory
-from shards.progress import Progress
+from shards.common.files import check_room, sync_directory
+from shards.common.progress import Progress
 
 _CHUNK_BYTES = 1 << 20
 

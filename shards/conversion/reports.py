@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import Field, ValidationError
 
-from shards.command_line import Options
-from shards.errors import UserError
-from shards.files import file_sha256, publish
+from shards.common.command_line import Options
+from shards.common.errors import UserError
+from shards.common.files import file_sha256, publish
 from shards.manifest import Origin, Preparation, ShardEntry
 
 FOLDER_NAME = "unfinished-conversion"

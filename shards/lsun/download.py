@@ -10,11 +10,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from shards.archive import ArchiveError, unpack
-from shards.errors import UserError
-from shards.files import sync_directory
-from shards.lsun import ADDRESS
-from shards.transfer import discard, fetch
+from shards.common.errors import UserError
+from shards.common.files import sync_directory
+from shards.common.http import discard, fetch
+from shards.lsun.archive import ArchiveError, unpack
+from shards.lsun.catalog import ADDRESS
 
 
 def download(name: str, out: Path, address: str = ADDRESS, keep_zip: bool = False) -> bool:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from shards.errors import UserError
-from shards.files import atomic_file
-from shards.images import ImageError
+from shards.common.errors import UserError
+from shards.common.files import atomic_file
+from shards.common.progress import Progress
+from shards.conversion.images import ImageError
+from shards.conversion.sources.lmdb_pages import Place
+from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.manifest import member_key
-from shards.progress import Progress
-from shards.sources.lmdb_pages import Place
-from shards.sources.lmdb_source import LmdbSource
 
 UNKNOWN = ".bin"
 """Extension of what is none of the formats that LSUN's readers expect."""

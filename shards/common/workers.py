@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shards.errors import UserError
-from shards.images import ImageError
-from shards.sources.entries import MAX_ENTRY_BYTES
-from shards.sources.plain_file import NotPlainError, open_plain
+from shards.common.errors import UserError
+from shards.conversion.images import ImageError
+from shards.conversion.sources.entries import MAX_ENTRY_BYTES
+from shards.conversion.sources.plain_file import NotPlainError, open_plain
 
 EXTENSIONS = frozenset({b".jpg", b".jpeg", b".png", b".webp", b".ppm"})
 """Names of images. What a file holds is told by its content: LSUN's JPEGs are exported as `.webp`."""

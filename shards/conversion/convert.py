@@ -7,16 +7,16 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from shards.destination import claim
-from shards.errors import UserError
-from shards.images import decoder_version
+from shards.common.errors import UserError
+from shards.common.progress import Progress
+from shards.common.workers import available_cores, map_in_order
+from shards.conversion.images import decoder_version
+from shards.conversion.merge import Rejects, existing, merge_claimed
+from shards.conversion.output_dir import claim
+from shards.conversion.reports import Part, PartRecord, Reports, chain_of
+from shards.conversion.shard_task import Run, ShardTask
+from shards.conversion.sources.entries import Selection, Source, Walk
 from shards.manifest import Layout, Manifest, Origin, Preparation
-from shards.merge import Rejects, existing, merge_claimed
-from shards.progress import Progress
-from shards.reports import Part, PartRecord, Reports, chain_of
-from shards.shard_task import Run, ShardTask
-from shards.sources.entries import Selection, Source, Walk
-from shards.workers import available_cores, map_in_order
 
 
 class Settings(NamedTuple):
@@ -62,7 +62,7 @@ def convert(sources: Sequence[Source], out: Path, settings: Settings = DEFAULTS,
 def convert_part(
     sources: Sequence[Source], out: Path, part: Part, settings: Settings = DEFAULTS, workers: int = 0
 ) -> None:
-    """Write the shards of one part of the same; `shards.merge.merge` completes the data set after the last."""
+    """Write the shards of one part of the same; `merge` completes the data set after the last."""
     with _claimed(sources, out, settings, part) as total:
         _write_part(sources, out, settings, part, total, workers)
 

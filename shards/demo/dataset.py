@@ -14,10 +14,10 @@ from typing import TypeAlias
 
 import lmdb
 
-from shards.bedroom import render_bedroom
-from shards.errors import UserError
-from shards.files import sync_directory
-from shards.workers import Tick, map_in_order
+from shards.common.errors import UserError
+from shards.common.files import sync_directory
+from shards.common.workers import Tick, map_in_order
+from shards.demo.bedroom import render_bedroom
 
 Record: TypeAlias = tuple[bytes, bytes]
 """An LMDB key and its value."""

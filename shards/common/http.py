@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from shards.command_line import Options
-from shards.errors import UserError
-from shards.files import check_room, publish
-from shards.progress import Progress
+from shards.common.command_line import Options
+from shards.common.errors import UserError
+from shards.common.files import check_room, publish
+from shards.common.progress import Progress
 
 _CONNECT_SECONDS = 15.0
 _LONGEST_WAIT_SECONDS = 60.0

@@ -6,7 +6,7 @@ from __future__ import annotations
 class UserError(Exception):
     """A mistake of the user: one line that names the thing, the value and the remedy.
 
-    Commands print it without a traceback and exit with status 2 (`shards.command_line.run`).
+    Commands print it without a traceback and exit with status 2 (`shards.common.command_line.run`).
     """
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shards.destination import claim_whole, clean_up, finish
-from shards.errors import UserError
+from shards.common.errors import UserError
+from shards.conversion.output_dir import claim_whole, clean_up, finish
+from shards.conversion.reports import Part, PartRecord, Reports, ShardReport, chain_of
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, write_manifest
-from shards.reports import Part, PartRecord, Reports, ShardReport, chain_of
 from shards.writer import KEYS_NAME, REJECTED_NAME, JsonLines
 
 _REASONS_SHOWN = 3

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError
-from shards.files import state_of
-from shards.images import ImageError
-from shards.sources.entries import MAX_ENTRY_BYTES
-from shards.sources.lmdb_pages import ChangedError, DamagedError, LmdbFile, OtherFormError, Place, Snapshot
-from shards.sources.plain_file import open_plain
+from shards.common.errors import UserError
+from shards.common.files import state_of
+from shards.conversion.images import ImageError
+from shards.conversion.sources.entries import MAX_ENTRY_BYTES
+from shards.conversion.sources.lmdb_pages import ChangedError, DamagedError, LmdbFile, OtherFormError, Place, Snapshot
+from shards.conversion.sources.plain_file import open_plain
 
 DATA_NAME = "data.mdb"
 

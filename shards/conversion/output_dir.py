@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from shards.errors import UserError
-from shards.files import check_room
+from shards.common.errors import UserError
+from shards.common.files import check_room
+from shards.conversion.reports import FOLDER_NAME, Part
 from shards.manifest import MANIFEST_NAME
-from shards.reports import FOLDER_NAME, Part
 from shards.writer import KEYS_NAME, REJECTED_NAME
 
 _OURS = re.compile(rf"(shard-\d{{6,}}\.tar|{KEYS_NAME}|{REJECTED_NAME}|{MANIFEST_NAME})(\.tmp)?")

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from shards.errors import UserError
+from shards.common.errors import UserError
 
 MAX_ENTRY_BYTES = 1 << 28
 """Encoded images are smaller; a larger entry is rejected before memory is spent on it."""

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shards.errors import UserError
-from shards.files import state_of
-from shards.images import ImageError
-from shards.sources.entries import MAX_ENTRY_BYTES
-from shards.sources.folder_source import is_image_name
-from shards.sources.plain_file import open_plain
-from shards.sources.tar_members import DamagedError, Member, members
+from shards.common.errors import UserError
+from shards.common.files import state_of
+from shards.conversion.images import ImageError
+from shards.conversion.sources.entries import MAX_ENTRY_BYTES
+from shards.conversion.sources.folder_source import is_image_name
+from shards.conversion.sources.plain_file import open_plain
+from shards.conversion.sources.tar_members import DamagedError, Member, members
 
 _TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
 """Compressed tars are among them: they are refused by name, not passed over."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
-from shards.errors import OneRankError, UserError
+from shards.common.errors import OneRankError, UserError
 
 
 class Options(BaseModel):

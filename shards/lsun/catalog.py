@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shards.command_line import nearest
-from shards.errors import UserError
+from shards.common.command_line import nearest
+from shards.common.errors import UserError
 
 ADDRESS = "http://dl.yf.io/lsun/scenes/"
 CATEGORIES = (

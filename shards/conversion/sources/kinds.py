@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shards.errors import UserError
-from shards.sources.entries import Source
-from shards.sources.folder_source import FolderSource, is_image_name
-from shards.sources.lmdb_source import DATA_NAME, LmdbSource
-from shards.sources.tar_source import TarSource, is_tar_name
+from shards.common.errors import UserError
+from shards.conversion.sources.entries import Source
+from shards.conversion.sources.folder_source import FolderSource, is_image_name
+from shards.conversion.sources.lmdb_source import DATA_NAME, LmdbSource
+from shards.conversion.sources.tar_source import TarSource, is_tar_name
 
 
 def open_source(path: Path) -> Source:
