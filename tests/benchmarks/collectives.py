@@ -23,7 +23,7 @@ from dist_dcgan.distributed.world import World
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.benchmarks.measuring import images
-from tests.operations import NORM_BACKWARD, NORM_FORWARD, Parts
+from tests.support.operations import NORM_BACKWARD, NORM_FORWARD, Parts
 
 GRADIENTS = "gradients"
 STEPS_TO_SETTLE = 2

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from dist_dcgan.distributed.peers import Peers, meet_in
 from dist_dcgan.distributed.world import process_group
 from shards.common.errors import OneRankError, UserError
-from tests.commands import environment, run
-from tests.ranks import run_ranks
+from tests.support.commands import environment, run
+from tests.support.ranks import run_ranks
 
 TIMEOUT = 5.0
 

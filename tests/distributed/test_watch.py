@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from dist_dcgan.distributed.peers import Peers
 from dist_dcgan.distributed.watch import Watch, grace_seconds
-from tests.commands import environment
+from tests.support.commands import environment
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 4

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from dist_dcgan.run.checkpoint import load_newest
-from tests.commands import metrics
 from tests.faults.harness import Flags, Outcome, golden, require_golden, run
 from tests.faults.rank import Fault
 from tests.faults.scenario import Bench, Scenario
+from tests.support.commands import metrics
 
 
 def numbers() -> Iterator[Scenario]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_dcgan.run.checkpoint import load_newest
-from tests.commands import environment, metrics
 from tests.faults.rank import Fault, to_environment
+from tests.support.commands import environment, metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS, CHECKPOINT_EVERY = 12, 4

@@ -17,7 +17,7 @@ from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.gpu.items import Context, Figures, need_norm
 from tests.gpu.training import constant_images, largest_difference, make_state, networks
-from tests.meta_device import Undistributed
+from tests.support.meta_device import Undistributed
 
 STEPS = 10
 

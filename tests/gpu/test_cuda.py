@@ -23,8 +23,8 @@ from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.models.batchnorm import CrossRankBatchNorm, DirectBatchNorm
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from tests.ranks import run_ranks
-from tests.support_primitives import primitives_stood_in
+from tests.support.primitives import primitives_stood_in
+from tests.support.ranks import run_ranks
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs CUDA")]

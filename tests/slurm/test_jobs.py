@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.commands import environment
 from tests.faults.harness import (
     CHECKPOINT_EVERY,
     ROOT,
@@ -22,8 +21,9 @@ from tests.faults.harness import (
 )
 from tests.faults.rank import Fault
 from tests.faults.scenario import Bench
-from tests.shards_fixtures import contents
 from tests.slurm.cluster import Cluster, missing
+from tests.support.commands import environment
+from tests.support.shards_fixtures import contents
 
 pytestmark = pytest.mark.system
 RANKS_PER_NODE = 2

@@ -1,7 +1,7 @@
 """One training step with every factor of the study, in one process, and what the study looks at in it.
 
 With the factors that the product has, it computes what `dist_dcgan.training.steps.train_step` computes (held by
-`tests/unit/test_stability.py`), so that what the study finds holds for the product.
+`tests/stability/test_study.py`), so that what the study finds holds for the product.
 """
 
 from __future__ import annotations

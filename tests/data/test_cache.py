@@ -1,0 +1,326 @@
+"""Staged shards are those of the manifest, wherever they come from and whatever happens on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_dcgan.config import Config, DataOptions, make_plan
+from dist_dcgan.data.loader import BatchLoader
+from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.data.storage import remote
+from dist_dcgan.data.storage.cache import Cache
+from dist_dcgan.data.storage.location import Folder, Place
+from dist_dcgan.data.storage.opening import open_place
+from dist_dcgan.data.storage.remote import OtherFolder
+from dist_dcgan.distributed.world import World
+from shards.common.errors import OneRankError, UserError
+from tests.support.http_server import Answer, serve
+from tests.support.shards_fixtures import ROOT
+
+WORLD = World(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def source(demo_shards: Path, tmp_path: Path) -> Path:
+    """A copy to damage: 96 images in 10 shards."""
+    return Path(shutil.copytree(demo_shards, tmp_path / "source"))
+
+
+@pytest.fixture
+def web(source: Path) -> Iterator[str]:
+    """The address of a web server of the same."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(source))) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def staged(location: Path | str, folder: Path, **options: Any) -> Place:
+    return open_place(DataOptions(path=location, cache_dir=folder, **options))
+
+
+def staged_from_everywhere(source: Path, web: str, tmp_path: Path) -> list[Place]:
+    """The data set as another folder, a web server and a command give it."""
+    return [
+        staged(source, tmp_path / "a"),
+        staged(web, tmp_path / "b"),
+        staged(f"pipe:cat {source}/{{}}", tmp_path / "c", allow_commands=True),
+    ]
+
+
+def all_pixels(place: Place) -> np.ndarray:
+    samples, size = place.manifest.samples, place.manifest.image_size
+    out = np.empty((samples, size, size, 3), dtype=np.uint8)
+    ShardReader(place).gather(np.arange(samples), out)
+    return out
+
+
+def loader(place: Place, **data: Any) -> BatchLoader:
+    config = Config(global_batch=8, max_steps=36, data={"window_shards": 2, **data})
+    return BatchLoader(place, config, make_plan(config, 1, place.manifest.samples), WORLD, 0)
+
+
+def test_a_data_set_is_the_same_from_everywhere(source: Path, web: str, tmp_path: Path) -> None:
+    expected = all_pixels(Folder(source))
+    for place in staged_from_everywhere(source, web, tmp_path):
+        assert np.array_equal(all_pixels(place), expected)
+        assert place.manifest == Folder(source).manifest
+
+
+def test_what_was_staged_before_is_used_and_checked(source: Path, tmp_path: Path) -> None:
+    expected = all_pixels(staged(source, tmp_path / "cache"))
+    files = sorted((tmp_path / "cache").glob("*.tar"))
+    assert len(files) == 10
+    damaged = files[3].read_bytes()
+    files[3].write_bytes(damaged[:700] + bytes([damaged[700] ^ 1]) + damaged[701:])
+    for path in source.glob("*.tar"):
+        if path.read_bytes() != damaged:
+            path.unlink()
+    assert np.array_equal(all_pixels(staged(source, tmp_path / "cache")), expected)
+
+
+def open_but_removed() -> set[str]:
+    found = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed by the loader's threads meanwhile
+            found.add(os.readlink(path))
+    return {name for name in found if name.endswith(".tar (deleted)")}
+
+
+def test_no_more_is_kept_than_the_budget_allows_and_the_order_stays(source: Path, tmp_path: Path) -> None:
+    shard_bytes = Folder(source).manifest.shards[0].bytes
+    budget = 8.5 * shard_bytes
+    place = staged(source, tmp_path / "cache", cache_gb=budget / 1e9)
+    taken, removed = [], []
+    with loader(Folder(source)) as expected, loader(place) as found:
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one.pixels, other.pixels)
+            taken.append(shard_bytes * len(list((tmp_path / "cache").glob("*.tar"))))
+            removed.append(len(open_but_removed()))
+    assert max(taken) == 8 * shard_bytes
+    assert max(removed) <= 4  # what is open of them still takes room
+
+
+def test_a_budget_below_what_is_in_use_is_refused(source: Path, tmp_path: Path) -> None:
+    place = staged(source, tmp_path / "cache", cache_gb=7.5 * Folder(source).manifest.shards[0].bytes / 1e9)
+    with pytest.raises(UserError, match=r"data\.cache_gb 0\.001\d* is too small: .* use more"):
+        loader(place)
+
+
+def test_a_shard_that_another_run_evicts_is_brought_again(source: Path, tmp_path: Path) -> None:
+    place = staged(source, tmp_path / "cache")
+    with loader(Folder(source)) as expected, loader(place) as found:
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one.pixels, other.pixels)
+            for path in (tmp_path / "cache").glob("*.tar"):
+                path.unlink(missing_ok=True)
+
+
+def test_a_shard_that_is_damaged_at_its_source_is_named(source: Path, web: str, tmp_path: Path) -> None:
+    with (source / "shard-000004.tar").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"X")
+    for place, name in ((staged(source, tmp_path / "a"), source), (staged(web, tmp_path / "b"), web)):
+        with loader(place) as batches, pytest.raises(OneRankError) as caught:
+            list(batches)
+        assert f"shard-000004.tar cannot be had from {name}: " in str(caught.value)
+        assert "sha256" in str(caught.value)
+        assert not list(tmp_path.glob("*/*.part*"))
+
+
+def test_a_shard_that_is_missing_at_its_source_is_named(source: Path, web: str, tmp_path: Path) -> None:
+    places = staged(source, tmp_path / "a"), staged(web, tmp_path / "b")
+    (source / "shard-000004.tar").unlink()
+    for place, message in zip(
+        places, ("no shard-000004.tar in", "shard-000004.tar: the server answers 404"), strict=True
+    ):
+        with pytest.raises(UserError, match=message):
+            place.ready(4)
+
+
+def test_a_server_that_cuts_corrupts_and_stalls_is_asked_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_SILENCE_SECONDS", 0.3)
+    manifest, shard = (source / "manifest.json").read_bytes(), (source / "shard-000000.tar").read_bytes()
+    answers = (
+        Answer(manifest),
+        Answer(shard, cut=5000),
+        Answer(b"X" * len(shard)),
+        Answer(shard, hang=9000),
+        Answer(shard),
+    )
+    with serve(*answers) as server:
+        place = staged(server.address, tmp_path / "cache")
+        assert place.ready(0).path.read_bytes() == shard
+
+
+def test_a_server_that_only_stalls_is_given_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_SILENCE_SECONDS", 0.1)
+    pauses: list[float] = []
+    monkeypatch.setattr("shards.common.http.sleep", pauses.append)
+    shard = (source / "shard-000000.tar").read_bytes()
+    with serve(Answer((source / "manifest.json").read_bytes()), Answer(shard, hang=100)) as server:
+        place = staged(server.address, tmp_path / "cache")
+        with pytest.raises(UserError, match=r"cannot get .*shard-000000\.tar: .* after 5 attempts"):
+            place.ready(0)
+    assert len(pauses) <= 6  # not all over again: ranks on other machines wait
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("cat {} && exit 3", "the command ends with status"),
+        ("sleep 30; cat {}", "the command prints nothing for 0.1 seconds"),
+        ("cat {}; exec >&-; sleep 30", "the command does not end"),
+        ("cat", "no {} in pipe:cat: it stands for a file's name"),
+    ],
+)
+def test_a_command_that_fails_is_named(
+    command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_SILENCE_SECONDS", 0.1)
+    with pytest.raises(UserError) as caught:
+        staged(f"pipe:{command}", tmp_path / "cache", allow_commands=True)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "pipe:cat {}", "cache_dir": "X"}, "runs a shell command: allow that with --data.allow-commands"),
+        ({"path": "http://example.org/data"}, "is not on this machine: say with --data.cache-dir where"),
+        ({"path": "s3://bucket/data", "cache_dir": "X"}, "give a folder, an address of http or https, or pipe:COMMAND"),
+        ({"path": "https://me:secret@example.org/data", "cache_dir": "X"}, "put them into ~/.netrc"),
+        ({"path": "nowhere"}, "no data set at nowhere: make one with"),
+        ({"path": "http://[::1/data", "cache_dir": "X"}, "http://[::1/data is no address: Invalid IPv6"),
+        ({"path": "x" * 5000}, "File name too long"),
+        ({"path": "pipe:cat {}\0", "cache_dir": "X", "allow_commands": True}, "a NUL in it"),
+    ],
+)
+def test_what_cannot_be_read_gets_one_line(
+    options: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        open_place(DataOptions.model_validate(options))
+    assert message in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_hold_the_cache_gets_one_line(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"the cache .*/file/cache cannot be used: Not a directory"):
+        staged(source, tmp_path / "file" / "cache")
+
+
+def test_what_a_killed_run_left_is_removed_and_what_a_running_one_writes_is_not(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    code = """
+import os, sys
+from pathlib import Path
+from dist_dcgan.data.storage.cache import Cache
+from dist_dcgan.data.storage.remote import OtherFolder
+cache = Cache(OtherFolder(Path(sys.argv[1])), Path(sys.argv[2]), 10**9)
+os.kill(os.getpid(), 9)
+"""
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(source), str(folder)], cwd=ROOT)
+    alive = Cache(OtherFolder(source), folder, 10**9)
+    dead, young, own = sorted(folder.glob("parts-*"), key=lambda path: path.stat().st_mtime_ns)
+    for path in (dead, own):
+        os.utime(path, (0, 0))
+    Cache(OtherFolder(source), folder, 10**9)
+    assert not dead.exists() and young.exists() and own.exists()
+    del alive
+    assert not own.exists()
+
+
+def test_files_of_others_are_neither_counted_nor_removed(source: Path, tmp_path: Path) -> None:
+    backup = tmp_path / "cache" / "backup.tar"
+    backup.parent.mkdir()
+    backup.write_bytes(bytes(10**7))
+    place = staged(source, backup.parent, cache_gb=0.002)
+    all_pixels(place)
+    assert backup.stat().st_size == 10**7 and len(list(backup.parent.glob("*.tar"))) == 11
+    with pytest.raises(UserError, match=r"holds a data set: give --data\.cache-dir a folder of its own"):
+        staged(source, source)
+    assert len(list(source.glob("*.tar"))) == 10
+
+
+def test_a_file_of_another_user_is_used_and_stays(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    expected = all_pixels(staged(source, tmp_path / "cache"))
+    place = staged(source, tmp_path / "cache", cache_gb=2e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", forbidden)
+        assert np.array_equal(all_pixels(place), expected)
+    (tmp_path / "cache" / f"{place.manifest.shards[0].sha256}.tar").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok: forbidden() if path.parent.name == "cache" else None)
+        place.ready(0)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 10
+
+
+def test_more_than_a_file_may_have_is_refused_before_it_fills_the_disk(source: Path, web: str, tmp_path: Path) -> None:
+    places = staged_from_everywhere(source, web, tmp_path)
+    with (source / "shard-000004.tar").open("ab") as file:
+        file.truncate(10**8)
+    for place, message in zip(places, ("has more than", "sends more than the", "prints more than"), strict=True):
+        with pytest.raises(UserError, match=message):
+            place.ready(4)
+
+
+def test_a_command_that_is_given_up_leaves_no_process(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_SILENCE_SECONDS", 0.1)
+    with pytest.raises(UserError, match="prints nothing"):
+        staged("pipe:sleep 31.4159 | cat {}", tmp_path / "cache", allow_commands=True)
+    assert "31.4159" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_server_that_asks_for_more_patience_than_ranks_have_is_given_up(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("shards.common.http.sleep", pauses.append)
+    busy = Answer(status=503, headers={"Retry-After": "120"})
+    with serve(Answer((source / "manifest.json").read_bytes()), busy) as server:
+        place = staged(server.address, tmp_path / "cache")
+        with pytest.raises(UserError, match=r"the server answers 503 .* attempts without progress; the same command"):
+            place.ready(0)
+    assert pauses == [8.0] * 4
+
+
+def test_a_manifest_that_does_not_come_at_once_is_asked_for_again(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "tried").touch()
+    command = f"test -e {tmp_path}/tried && rm {tmp_path}/tried || cat {source}/{{}}"
+    assert staged(f"pipe:{command}", tmp_path / "cache", allow_commands=True).manifest == Folder(source).manifest
+    with pytest.raises(OneRankError, match=r"manifest\.json cannot be had from pipe:false {}: the command ends with"):
+        staged("pipe:false {}", tmp_path / "cache", allow_commands=True)

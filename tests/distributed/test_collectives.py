@@ -1,0 +1,50 @@
+"""Metrics are averaged over the ranks in one reduction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dist_dcgan.distributed.collectives import average_across_ranks
+from dist_dcgan.distributed.world import process_group
+from tests.support.operations import OperationRecorder, Parts
+from tests.support.ranks import run_ranks
+
+STEPS = 10
+
+
+def rows_of(rank: int) -> list[dict[str, Tensor]]:
+    """Metrics of float64 training: scores are float32, losses float64."""
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        {
+            "score": torch.rand((), generator=generator),
+            "loss": torch.rand((), generator=generator, dtype=torch.float64),
+        }
+        for _ in range(STEPS)
+    ]
+
+
+def averaged() -> tuple[list[dict[str, float]], int]:
+    """Return the means and how many operations they cost."""
+    with process_group(60, "cpu") as world:
+        rows, recorder = rows_of(world.rank), OperationRecorder(Parts(""))
+        with recorder:
+            means = average_across_ranks(rows)
+        return means, sum(operation.launches for operation in recorder.operations)
+
+
+def test_means_over_two_ranks_are_exact_in_both_precisions() -> None:
+    first, second = run_ranks(2, averaged)
+    expected = [
+        {name: (float(mine[name]) + float(other[name])) / 2 for name in mine}
+        for mine, other in zip(rows_of(0), rows_of(1), strict=True)
+    ]
+    assert first == second
+    assert first[0] == expected
+
+
+def test_scalars_are_packed_before_they_are_converted() -> None:
+    means, operations = averaged()
+    assert means == [{name: float(value) for name, value in row.items()} for row in rows_of(0)]
+    assert operations < STEPS  # one by one, there would be a conversion for each of the scores

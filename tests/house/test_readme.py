@@ -1,0 +1,55 @@
+"""The README says what is true. `python -m tests.house.test_readme` writes its configuration table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from dist_dcgan.config import Config, preset_names
+
+README = Path(__file__).parents[2] / "README.md"
+TABLE = re.compile(r"(<!-- configuration:[^\n]*-->\n).*?(<!-- end of configuration -->)", re.DOTALL)
+
+
+def rows(model: BaseModel, prefix: str = "") -> Iterator[str]:
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from rows(value, f"{prefix}{name}.")
+            continue
+        extra = field.json_schema_extra
+        mark = " ↻" if isinstance(extra, dict) and extra.get("changeable") else ""
+        description = " ".join(str(field.description).split())
+        yield f"| `{prefix}{name}`{mark} | `{'none' if value is None else value}` | {description} |\n"
+
+
+def table() -> str:
+    return "| key | default | |\n|---|---|---|\n" + "".join(rows(Config()))
+
+
+def with_table(text: str) -> str:
+    return TABLE.sub(lambda match: match[1] + table() + match[2], text)
+
+
+def test_the_configuration_table_is_that_of_the_code() -> None:
+    text = README.read_text()
+    assert len(TABLE.findall(text)) == 1
+    assert with_table(text) == text, "run `python -m tests.house.test_readme`"
+
+
+def test_every_preset_is_described() -> None:
+    described = re.findall(r"^\| `(\w+)` \| (?!`)", README.read_text(), re.MULTILINE)
+    assert set(preset_names()) <= set(described)
+
+
+def test_every_file_that_is_linked_exists() -> None:
+    for readme in [README, *README.parent.glob("*/README.md"), README.parent / "tests/benchmarks/README.md"]:
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", readme.read_text()):
+            assert (readme.parent / link).exists(), f"{readme.name}: {link}"
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text()))

@@ -1,0 +1,525 @@
+"""Each check sees what it is for, names the rank that has it, and leaves nobody waiting and nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_dcgan.config import Config, Invocation, make_plan
+from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed.world import World, process_group
+from dist_dcgan.preflight import distributed_checks, machine, storage
+from dist_dcgan.preflight.results import Check, Finding, Subject, agree, attempt, examine_all
+from dist_dcgan.preflight.run_checks import checks, examine
+from dist_dcgan.run.checkpoint import Retention, save_checkpoint
+from dist_dcgan.run.export import export_generator
+from dist_dcgan.training import graph
+from dist_dcgan.training.train_state import TrainState
+from shards.common.errors import UserError
+from tests.support.ranks import run_ranks
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+KEY = "0123456789abcdef" * 3
+
+
+def config(**options: Any) -> Config:
+    return Config(width=4, global_batch=12, max_steps=20, wandb={"mode": "disabled"}, **options)
+
+
+def subject(world: World = ALONE, **options: Any) -> Subject:
+    return Subject(config(**options), Invocation(), world)
+
+
+def with_data(data: Path, world: World = ALONE, **options: Any) -> Subject:
+    made = subject(world, data={"path": data}, **options)
+    made.place = Folder(data)
+    made.plan = make_plan(made.config, world.world_size, made.place.manifest.samples)
+    return made
+
+
+def failure(check: Any, of: Subject) -> str:
+    found = attempt(Check("thing", check), of)
+    assert found is not None and found.level == "FAILED", found
+    return found.text
+
+
+# What all ranks make of what each has found.
+
+
+def test_the_worst_counts_and_its_ranks_are_named() -> None:
+    ok, bad = Finding("ok", "fine"), Finding("FAILED", "broken: mend it")
+    assert agree([ok, ok]) == ok
+    assert agree([None, ok]) == ok
+    assert agree([None, None]) is None
+    assert agree([ok, Finding("warning", "slow"), ok]) == Finding("warning", "rank 1: slow")
+    assert agree([ok, bad, Finding("warning", "slow"), bad]) == Finding("FAILED", "ranks 1, 3: broken: mend it")
+    assert agree([bad, bad]) == bad
+    assert agree([bad, Finding("FAILED", "lost")]) == Finding("FAILED", "rank 0: broken: mend it; rank 1: lost")
+    many = [ok, *(Finding("FAILED", f"number {number}") for number in range(5))]
+    assert agree(many) == Finding("FAILED", "rank 1: number 0; rank 2: number 1; rank 3: number 2; and 2 more")
+
+
+def test_the_rank_that_differs_from_most_is_named() -> None:
+    def having(torch_version: str) -> Finding:
+        return Finding("ok", "fine", {"python": "3", "torch": torch_version}, "install one")
+
+    assert agree([having("2.10"), having("2.10")]) == Finding("ok", "fine")
+    found = agree([having("2.9"), having("2.10"), having("2.10")])
+    assert found == Finding("FAILED", "torch differs: rank 0 has 2.9, rank 1 has 2.10: install one")
+    found = agree([having("2.9"), having("2.10")])
+    assert found == Finding("FAILED", "torch differs: rank 1 has 2.10, rank 0 has 2.9: install one")
+    found = agree([Finding("ok", "fine", {"torch": "2.9"}, "r"), Finding("ok", "fine", {"weight": "1"}, "r")])
+    assert found is not None and found.level == "FAILED"
+
+
+def test_what_needs_a_failed_check_is_skipped_and_the_rest_is_made() -> None:
+    def broken(_: Subject) -> Finding:
+        raise ZeroDivisionError("by\n nought")
+
+    def fine(_: Subject) -> Finding:
+        return Finding("ok", "fine")
+
+    made = [Check("a", broken), Check("b", fine, ("a",)), Check("c", fine, ("b",)), Check("d", fine)]
+    told: list[str] = []
+    found = examine_all([*made, Check("e", lambda _: None)], subject(), lambda thing, _: told.append(thing))
+    assert {thing: (finding.level, finding.text) for thing, finding in found.items()} == {
+        "a": ("FAILED", "ZeroDivisionError: by nought"),
+        "b": ("skipped", "it needs this first: a"),
+        "c": ("skipped", "it needs this first: b"),
+        "d": ("ok", "fine"),
+    }
+    assert told == ["a", "b", "c", "d"]
+
+
+def test_every_need_is_a_check_before() -> None:
+    before: set[str] = set()
+    for check in checks(ExitStack()):
+        assert set(check.needs) <= before
+        before.add(check.thing)
+
+
+# Software and machine.
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Versions that are put in the place of the real ones; an empty one is missing."""
+    versions: dict[str, str] = {}
+    real = metadata.version
+
+    def version(package: str) -> str:
+        if versions.get(package) == "":
+            raise metadata.PackageNotFoundError(package)
+        return versions.get(package) or real(package)
+
+    asked = ["numpy>=1.26", "pillow>=12.2", "pytest>=99; extra == 'test'", "torch-fidelity>=0.4; extra == 'eval'"]
+    asked.append("numpy>=99; sys_platform == 'plan9'")
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "requires", lambda package: asked)
+    return versions
+
+
+def test_a_requirement_below_its_floor_is_named_with_the_command(installed: dict[str, str]) -> None:
+    installed |= {"numpy": "1.26", "pillow": "12.2.1"}
+    assert machine.requirements(subject()) == Finding("ok", "2 packages, none below its floor")
+    installed |= {"numpy": "1.9.3"}
+    text = "numpy is 1.9.3, >=1.26 is needed: pip install -U 'numpy>=1.26'"
+    assert machine.requirements(subject()) == Finding("FAILED", text)
+    installed |= {"pillow": ""}
+    found = machine.requirements(subject())
+    assert found.text.endswith("; pillow is missing: pip install -U 'numpy>=1.26' 'pillow>=12.2'")
+
+
+def test_a_missing_extra_is_a_warning_that_says_what_is_lost(installed: dict[str, str]) -> None:
+    installed |= {"torch-fidelity": "0.4.0"}
+    assert machine.eval_extra(subject()).level == "ok"
+    installed |= {"torch-fidelity": ""}
+    found = machine.eval_extra(subject())
+    assert found.level == "warning"
+    assert found.text.startswith("torch-fidelity is missing, so no scores in training")
+    assert found.text.endswith("pip install -U 'dist_dcgan[eval]'")
+
+
+def test_without_the_distribution_its_requirements_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def requires(package: str) -> list[str]:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    assert machine.requirements(subject()).level == "warning"
+    assert machine.eval_extra(subject()).level == "ok"
+
+
+def test_a_python_below_its_floor_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.versions(subject()).level == "ok"
+    monkeypatch.setattr("platform.python_version", lambda: "3.9.1")
+    found = machine.versions(subject())
+    assert found.level == "FAILED"
+    assert "Python >=3.10 is needed" in found.text
+
+
+def test_another_checkout_is_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Path(machine.__file__).parents[1]
+    copy = Path(shutil.copytree(package, tmp_path / "dist_dcgan", ignore=shutil.ignore_patterns("__pycache__")))
+    before = machine.versions(subject()).same["the code of dist_dcgan"]
+    monkeypatch.setattr(machine, "__file__", str(copy / "preflight" / "machine.py"))
+    assert machine.versions(subject()).same["the code of dist_dcgan"] == before
+    (copy / "models" / "losses.py").write_text("# another\n")
+    assert machine.versions(subject()).same["the code of dist_dcgan"] != before
+
+
+def test_more_ranks_than_gpus_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    text = "4 ranks on this node, but 2 GPUs: use --nproc_per_node=2"
+    assert machine.devices(subject()) == Finding("FAILED", text)
+
+
+def test_more_threads_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert machine.threads(subject()) == Finding("ok", "2 ranks of 2 threads on 4 cores")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    found = machine.threads(subject())
+    assert (found.level, found.text.split("; ")[1]) == ("warning", "set OMP_NUM_THREADS=1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert machine.threads(subject()).text.endswith("; use --nproc_per_node=4")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux's /dev/shm")
+def test_small_shared_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for mib, level in ((65, "ok"), (64, "warning"), (1, "warning")):
+        usage = SimpleNamespace(total=mib << 20)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        found = machine.shared_memory(subject())
+        assert found is not None and found.level == level
+    assert "--shm-size=1g" in found.text
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert machine.shared_memory(subject()) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "variables", "files", "expected"),
+    [
+        ("disabled", {"WANDB_API_KEY": KEY}, {}, ("ok", "disabled")),
+        ("offline", {}, {}, ("ok", "offline")),
+        ("auto", {}, {}, ("ok", "disabled, no key")),
+        ("auto", {"WANDB_API_KEY": KEY}, {}, ("ok", "online, with the key of WANDB_API_KEY")),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, {}, ("ok", "disabled, as WANDB_MODE")),
+        ("online", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, {}, ("ok", "online, with")),
+        ("online", {}, {}, ("warning", "online, but no key")),
+        ("auto", {}, {".netrc": f"machine api.wandb.ai login user password {KEY}"}, ("ok", "online, with the key of")),
+        ("auto", {}, {".netrc": f"machine example.org login user password {KEY}"}, ("ok", "disabled, no key")),
+        (
+            "auto",
+            {"WANDB_BASE_URL": "https://example.org"},
+            {"_netrc": f"machine example.org login user password {KEY}"},
+            ("ok", "online, with the key of"),
+        ),
+        ("auto", {}, {".config/wandb/settings": f"[default]\napi_key = {KEY}\n"}, ("ok", "online, with the key of")),
+        ("auto", {}, {".config/wandb/settings": f"{KEY}", ".netrc": "machine"}, ("ok", "disabled, no key")),
+    ],
+)
+def test_the_mode_of_wandb_is_told_and_no_key_is(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    mode: str,
+    variables: dict[str, str],
+    files: dict[str, str],
+    expected: tuple[str, str],
+) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB")] + ["NETRC"]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": str(tmp_path), **variables}.items():
+        monkeypatch.setenv(name, value)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    found = machine.wandb(Subject(Config(wandb={"mode": mode}), Invocation(), ALONE))
+    assert found is not None
+    assert found.level == expected[0]
+    assert found.text.startswith(expected[1])
+    assert KEY not in found.text
+    assert machine.wandb(Subject(Config(), Invocation(), World(1, 1, 2, torch.device("cpu")))) is None
+
+
+# Data and disks.
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "fp64", "model": {"kernel_size": 5, "latent_dim": 7}}])
+def test_the_bytes_of_a_checkpoint_are_counted_exactly(options: dict[str, Any], tmp_path: Path) -> None:
+    made = config(**options)
+    with process_group(60, "cpu") as world:
+        state = TrainState(made, make_plan(made, 1, 100), world, 64)
+        tensors = state.tensors()
+        assert storage.checkpoint_bytes(made, 64) == sum(tensor.nbytes for tensor in tensors.values())
+        export_generator(tmp_path / "generator.safetensors", state.generator_ema, made, 64, 1)
+        path = save_checkpoint(tmp_path, tensors, state.values(), Retention(1))
+    written = sum(file.stat().st_size for file in path.iterdir())
+    assert 0 < written - storage.checkpoint_bytes(made, 64) < 30_000  # names, shapes and counters
+    exported = (tmp_path / "generator.safetensors").stat().st_size
+    assert 0 < exported - storage.export_bytes(made, 64) / 2 < 5_000
+
+
+@contextlib.contextmanager
+def free(count: int) -> Iterator[None]:
+    with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=count, total=count)):
+        yield
+
+
+def test_too_small_a_disk_fails_by_one_byte(demo_shards: Path, tmp_path: Path) -> None:
+    options = {"run_dir": tmp_path / "no" / "run", "checkpoint": {"keep": 2}}
+    of = with_data(demo_shards, **options)
+    each, exports = storage.checkpoint_bytes(of.config, 64), storage.export_bytes(of.config, 64)
+    with free(3 * each + exports):
+        assert storage.room(of) is not None
+    with free(3 * each + exports - 1):
+        text = failure(storage.room, of)
+    assert text.startswith(f"no room at {tmp_path}/no/run: 3 checkpoints of {each:,} bytes and the generator take")
+    assert text.endswith("use a smaller --checkpoint.keep, or another --run-dir")
+    forever = with_data(demo_shards, run_dir=tmp_path, checkpoint={"keep": 2, "keep_every_steps": 5})  # of 20 steps
+    with free(7 * each + exports):
+        assert storage.room(forever) is not None
+    with free(7 * each + exports - 1):
+        failure(storage.room, forever)
+    (tmp_path / "no" / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "no" / "run" / "checkpoints" / "there").write_bytes(bytes(1000))
+    with free(3 * each + exports - 1000):
+        assert storage.room(of) is not None
+    with free(3 * each + exports - 1001):
+        failure(storage.room, of)
+
+
+def test_a_cache_has_room_for_what_it_may_hold(demo_shards: Path, tmp_path: Path) -> None:
+    of = with_data(demo_shards)
+    assert storage.cache(of) is None
+    place = of.place
+    assert place is not None
+    total = sum(entry.bytes for entry in place.manifest.shards)
+    for gigabytes, required in ((1.0, total), (5e-4, 500_000)):
+        of = with_data(demo_shards)
+        of.config = config(data={"path": demo_shards, "cache_dir": tmp_path / "cache", "cache_gb": gigabytes})
+        with free(required):
+            assert storage.cache(of) is not None
+        with free(required - 1):
+            assert "a smaller --data.cache-gb" in failure(storage.cache, of)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_below_what_is_in_use_at_a_time_fails(demo_shards: Path, tmp_path: Path) -> None:
+    of = subject(data={"path": demo_shards, "cache_dir": tmp_path / "cache", "cache_gb": 1e-6})
+    with ExitStack() as stack:
+        assert storage.data_set(of, stack).level == "ok"
+        assert storage.plan(of).level == "ok"
+        assert "data.cache_gb 1e-06 is too small" in failure(storage.cache, of)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_locks_that_hold_nobody_off_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert storage.try_writing(tmp_path / "not" / "yet") == tmp_path
+    monkeypatch.setattr(storage, "FileLock", lambda *_, **__: contextlib.nullcontext())
+    with pytest.raises(UserError, match=f"file locks hold nobody off in {tmp_path}"):
+        storage.try_writing(tmp_path / "not" / "yet")
+    monkeypatch.setattr(storage, "FileLock", mock.Mock(side_effect=NotImplementedError))
+    with pytest.raises(UserError, match="there are no file locks"):
+        storage.try_writing(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_or_cannot_sync_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    text = failure(storage.writing, subject(run_dir=tmp_path / "run"))
+    assert text == f"run directory {tmp_path}/run cannot be used: No space left on device: name another with --run-dir"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_small_windows_are_told(demo_shards: Path) -> None:
+    of = with_data(demo_shards)
+    assert storage.shuffling(of) == Finding("ok", "among 96 images at a time (10 shards)")
+    of.config = config(data={"path": demo_shards, "window_shards": 2})
+    found = storage.shuffling(of)
+    assert found.level == "ok"
+    assert found.text.endswith("few batches of 12: a larger --data.window-shards shuffles better")
+
+
+# The ranks together.
+
+
+def examined(data: Path, run_dir: Path, timeout_seconds: float = 60) -> dict[str, Finding]:
+    made = config(data={"path": data}, run_dir=run_dir, distributed={"timeout_seconds": timeout_seconds})
+    return examine(made, Invocation(), lambda *_: None)
+
+
+def with_other_gradients(data: Path, run_dir: Path, rank: int) -> dict[str, Finding]:
+    """One rank's gradient differs in one element, by less than a comparison with tolerance would see."""
+    real = graph.train_step
+
+    def train_step(state: TrainState, images: torch.Tensor) -> Any:
+        metrics = real(state, images)
+        if state.world.rank == rank:
+            gradient = state.generator.layers[0].weight.grad
+            with torch.no_grad():
+                gradient[0, 0, 0, 0] *= 1 + 2**-22
+        return metrics
+
+    with mock.patch.object(graph, "train_step", train_step):
+        return examined(data, run_dir)
+
+
+def with_a_raw_discriminator(data: Path, run_dir: Path) -> dict[str, Finding]:
+    """Gradients of D are not reduced, as after a `.module` in the wrong place."""
+
+    class Raw(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+            self.no_sync = contextlib.nullcontext
+
+        def forward(self, images: torch.Tensor) -> Any:
+            return self.network(images)
+
+    def wrap(self: TrainState, network: nn.Module) -> nn.Module:
+        return Raw(network) if network is self.discriminator else real(self, network)
+
+    real = TrainState._wrap
+    with mock.patch.object(TrainState, "_wrap", wrap):
+        return examined(data, run_dir)
+
+
+def with_a_rank_that_fails(data: Path, run_dir: Path, rank: int) -> dict[str, Finding]:
+    """One rank has no memory for the step; the others wait for it in a collective."""
+    real = graph.train_step
+
+    def train_step(state: TrainState, images: torch.Tensor) -> Any:
+        if state.world.rank == rank:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return real(state, images)
+
+    with mock.patch.object(graph, "train_step", train_step):
+        return examined(data, run_dir, timeout_seconds=3)
+
+
+def with_data_of_its_own(data: Path, other: Path, run_dir: Path) -> dict[str, Finding]:
+    return examined(other if os.environ["RANK"] == "1" else data, run_dir)
+
+
+def levels(found: dict[str, Finding]) -> dict[str, str]:
+    return {thing: finding.level for thing, finding in found.items()}
+
+
+def test_a_rank_with_another_gradient_is_named(demo_shards: Path, tmp_path: Path) -> None:
+    results = run_ranks(3, with_other_gradients, demo_shards, tmp_path / "run", 1)
+    for found in results:
+        assert found["gradients"].level == "FAILED"
+        assert found["gradients"].text.startswith("the gradient of generator.layers.0.weight differs: rank 1 has ")
+        assert found["training step"].level == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gradients_that_are_not_reduced_are_found(demo_shards: Path, tmp_path: Path) -> None:
+    found = run_ranks(2, with_a_raw_discriminator, demo_shards, tmp_path / "run")[0]
+    assert found["gradients"].text.startswith("the gradient of discriminator.layers.0.weight differs: rank 1 has ")
+    assert found["parameters"].text.startswith("after a step, discriminator.layers.0.weight differs: rank 1 has ")
+
+
+def test_a_rank_that_fails_leaves_nobody_waiting(demo_shards: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    results = run_ranks(2, with_a_rank_that_fails, demo_shards, tmp_path / "run", 1)
+    assert time.monotonic() - started < 60
+    for found in results:
+        step = found["training step"]
+        assert step.level == "FAILED"
+        assert "rank 1: out of memory with 6 images per rank at width 4: use more ranks, or a smaller" in step.text
+        assert "rank 0: " in step.text
+        assert [found[thing].level for thing in ("gradients", "parameters", "scores")] == ["skipped"] * 3
+        assert found["writing"].level == "ok"
+
+
+def test_a_rank_without_data_is_named_and_all_skip_alike(demo_shards: Path, tmp_path: Path) -> None:
+    results = run_ranks(2, with_data_of_its_own, demo_shards, tmp_path / "none", tmp_path / "run")
+    assert levels(results[0]) == levels(results[1])
+    assert results[0]["data set"].text.startswith(f"rank 1: no data set at {tmp_path}/none: make one with")
+    assert results[0]["first shard"] == Finding("skipped", "it needs this first: data set")
+    assert results[0]["all-reduce"].level == "ok"
+
+
+def test_ranks_on_two_data_sets_are_named(demo_shards: Path, demo_lmdb: Path, tmp_path: Path) -> None:
+    from shards.conversion.convert import Settings, convert
+    from shards.conversion.sources.lmdb_source import LmdbSource
+
+    convert([LmdbSource(demo_lmdb)], tmp_path / "other", Settings(samples_per_shard=20), workers=1)
+    found = run_ranks(2, with_data_of_its_own, demo_shards, tmp_path / "other", tmp_path / "run")[0]
+    assert found["data set"].level == "FAILED"
+    assert found["data set"].text.startswith("the digest of the data set differs: rank 1 has ")
+    assert found["data set"].text.endswith("copy one data set to all nodes")
+
+
+def test_ranks_that_do_not_find_each_other_are_told_and_the_rest_is_checked(
+    demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("dist_dcgan.distributed.world.MEETING_SECONDS", 1.0)
+    found = examined(demo_shards, tmp_path / "run", timeout_seconds=1)
+    assert found["process group"].level == "FAILED"
+    assert found["process group"].text.startswith("2 ranks do not find each other at 127.0.0.1:0: ")
+    assert found["all-reduce"] == Finding("skipped", "it needs this first: process group")
+    assert found["training step"].level == "skipped"
+    assert [found[thing].level for thing in ("data set", "plan", "run directory", "room")] == ["ok"] * 4
+
+
+def test_a_sum_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with process_group(60, "cpu") as world:
+        assert distributed_checks.all_reduce(subject(world)).level == "ok"
+        monkeypatch.setattr(dist, "all_reduce", lambda content: content[5].add_(1))
+        text = failure(distributed_checks.all_reduce, subject(world))
+    assert text.startswith("1 of 256 sums over the ranks are wrong, such as 2.0 for 1.0: ")
+
+
+def test_gradients_that_are_missing_or_not_finite_are_named(demo_shards: Path) -> None:
+    with process_group(60, "cpu") as world:
+        of = with_data(demo_shards, world)
+        assert distributed_checks.training_step(of).level == "ok"
+        assert distributed_checks.gradients(of) == Finding("ok", "24 tensors", mock.ANY, mock.ANY)
+        assert of.state is not None
+        weight = of.state.discriminator.layers[2].weight
+        assert weight.grad is not None
+        weight.grad[0, 0, 0, 0] = float("nan")
+        text = "the gradient of discriminator.layers.2.weight is not finite: use --precision fp32"
+        assert distributed_checks.gradients(of) == Finding("FAILED", text)
+        weight.grad = None
+        assert distributed_checks.gradients(of).text.startswith("discriminator.layers.2.weight got no gradient")
+
+
+def test_a_fingerprint_is_of_the_values_whatever_their_strides() -> None:
+    values = torch.randn(2, 3, 4, 4)
+    assert distributed_checks.fingerprint(values) == distributed_checks.fingerprint(
+        values.to(memory_format=torch.channels_last)
+    )
+    assert distributed_checks.fingerprint(values) != distributed_checks.fingerprint(values + 1e-6)
+    assert distributed_checks.fingerprint(torch.tensor(1.0)) != distributed_checks.fingerprint(torch.tensor(2.0))
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "steps"), [("fp32", "cpu", 2), ("bf16", "cuda", 15), ("fp16", "cuda", 17)]
+)
+def test_the_step_that_is_timed_comes_after_the_warm_up(precision: str, device: str, steps: int) -> None:
+    state = mock.Mock(precision=precision, world=World(0, 0, 1, torch.device(device)))
+    assert distributed_checks._steps(state) == steps

@@ -1,0 +1,361 @@
+"""A checkpoint is whole or passed over, and nothing in it runs."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import pickle
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from filelock import FileLock
+
+from dist_dcgan.config import CheckpointOptions
+from dist_dcgan.run.checkpoint import Retention, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from dist_dcgan.run.saver import Saver, Schedule, make_schedule
+from dist_dcgan.run.tensor_file import serialised
+from shards.common.errors import UserError
+from shards.common.files import atomic_file
+from tests.support.commands import module, one_line_error, succeed
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+
+def tensors_of(step: int) -> dict[str, torch.Tensor]:
+    return {
+        "a": torch.full((2, 3, 4, 4), float(step)).contiguous(memory_format=torch.channels_last),
+        "b": torch.tensor(step),
+    }
+
+
+def values_of(step: int) -> dict[str, object]:
+    return {"step": step, "scaler_g": {"scale": 1.5}}
+
+
+def save(directory: Path, step: int, keep: int = 3, every: int | None = None) -> Path:
+    return save_checkpoint(directory, tensors_of(step), values_of(step), Retention(keep, every))
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    tensors, values = load_checkpoint(save(tmp_path, 7))
+    assert torch.equal(tensors["a"], torch.full((2, 3, 4, 4), 7.0))
+    assert (tensors["b"].item(), tensors["b"].dtype) == (7, torch.int64)
+    assert values == {"step": 7, "scaler_g": {"scale": 1.5}}
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 99_999_998, 99_999_999, 100_000_000):  # the last has a digit more
+        save(tmp_path, step)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step-99999998",
+        "step-99999999",
+        "step-100000000",
+    ]
+
+
+def test_one_just_written_stays_though_later_ones_are_there(tmp_path: Path) -> None:
+    for step in (7, 8, 9, 1, 2):
+        save(tmp_path, step, keep=2)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["1", "2", "8", "9"]
+
+
+def test_those_at_multiples_stay_for_good(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        save(tmp_path, step, keep=1, every=3)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "8"]
+
+
+class Disk(io.BufferedWriter):
+    """A file to which something happens on the way to the disk."""
+
+    def __init__(self, path: Path, room: int, lies: bool) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self._room, self._lies = room, lies
+
+    def write(self, content: Any) -> int:
+        self._room -= len(content)
+        if self._room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(bytes(content).replace(b"\0\0", b"\0\1", 1) if self._lies else content)
+
+
+def put_disk_under_checkpoints(monkeypatch: pytest.MonkeyPatch, room: int = MIB, lies: bool = False) -> None:
+    @contextmanager
+    def on_disk(path: Path) -> Iterator[Disk]:
+        with atomic_file(path), Disk(path.with_name(path.name + ".tmp"), room, lies) as file:
+            yield file
+
+    monkeypatch.setattr("dist_dcgan.run.checkpoint.atomic_file", on_disk)
+
+
+@pytest.mark.parametrize("room", [10, 300])  # the header is longer than the one, and shorter than the other
+def test_one_that_cannot_be_written_leaves_the_others_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    save(tmp_path, 1)
+    put_disk_under_checkpoints(monkeypatch, room)
+    with pytest.raises(UserError, match=r"step-00000002 cannot be written: No space left on device: mend that"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_one_whose_values_cannot_be_written_leaves_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dist_dcgan.run.checkpoint.publish", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        save(tmp_path, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_that_reads_otherwise_than_it_was_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_disk_under_checkpoints(monkeypatch, lies=True)
+    with pytest.raises(UserError, match="what was written is not what is read"):
+        save(tmp_path, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_streamed_file_is_that_of_the_library_to_the_byte(tmp_path: Path) -> None:
+    dtypes = (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.int32)
+    dtypes = (*dtypes, torch.float32, torch.float64, torch.int64)
+    tensors = {f"{name}.{dtype}": torch.arange(7).to(dtype) for dtype in dtypes for name in ("z", "a", 'é"')}
+    tensors |= {"scalar": torch.tensor(3), "empty": torch.empty(0, 4), "large": torch.randn(3, MIB // 8 + 5)}
+    images = torch.randn(2, 3, 4, 4)
+    expected = safetensors.torch.save(tensors | {"images": images})
+    tensors["images"] = images.contiguous(memory_format=torch.channels_last)
+    content = b"".join(serialised(tensors))
+    assert content == expected
+    (tmp_path / "file").write_bytes(content)
+    loaded = safetensors.torch.load_file(tmp_path / "file")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_no_large_copy_is_made_of_what_is_written(tmp_path: Path) -> None:
+    """One object of the whole file holds the interpreter lock while it is filled, and training stands still."""
+    tensors = {f"{index}": torch.ones(16 * MIB // 4) for index in range(3)}
+    tracemalloc.start()
+    try:
+        save_checkpoint(tmp_path, tensors, {"step": 1}, Retention(1))
+        assert tracemalloc.get_traced_memory()[1] < 4 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_written_beside_training_is_what_would_have_been_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*arguments: Any) -> Path:
+        assert stepped.wait(20)
+        return save_checkpoint(*arguments)
+
+    expected, live, stepped = save(tmp_path / "at once", 7), tensors_of(7), threading.Event()
+    monkeypatch.setattr("dist_dcgan.run.saver.save_checkpoint", late)
+    with Saver(tmp_path / "beside", Retention(3), CPU) as saver:
+        saver.save(live, values_of(7))
+        for tensor in live.values():  # the next step
+            tensor.zero_()
+        stepped.set()
+        saver.wait()
+    for name in ("tensors.safetensors", "values.json"):
+        assert (tmp_path / "beside" / expected.name / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_never_two_are_written_at_once_and_an_error_is_raised_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, most = [0], [0]
+
+    def slow(directory: Path, tensors: object, values: dict[str, int], retention: Retention) -> Path:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.1)
+        running[0] -= 1
+        if values["step"] == 3:
+            raise UserError("no room")
+        return directory
+
+    monkeypatch.setattr("dist_dcgan.run.saver.save_checkpoint", slow)
+    with Saver(tmp_path, Retention(3), CPU) as saver:
+        for step in (1, 2, 3):
+            saver.save({}, {"step": step})
+        while not saver.failed:
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="no room"):
+            saver.save({}, {"step": 4})
+        assert not saver.failed
+    assert most == [1]
+
+
+def test_the_copies_of_all_checkpoints_lie_in_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[list[int]] = []
+
+    def note(directory: Path, tensors: dict[str, torch.Tensor], *_: object) -> Path:
+        places.append([tensor.data_ptr() for tensor in tensors.values()])
+        return directory
+
+    monkeypatch.setattr("dist_dcgan.run.saver.save_checkpoint", note)
+    with Saver(tmp_path, Retention(3), CPU) as saver:
+        for step in (1, 2):
+            live = tensors_of(step)
+            saver.save(live, values_of(step))
+            saver.wait()
+    assert places[0] == places[1]
+    assert not set(places[0]) & {tensor.data_ptr() for tensor in live.values()}
+
+
+def test_on_a_gpu_the_writing_thread_waits_for_the_copies_and_training_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls of CUDA are noted, with the thread that makes them; the tensors are on the CPU."""
+    calls: list[tuple[str, bool]] = []
+
+    def note(name: str) -> None:
+        calls.append((name, threading.current_thread() is threading.main_thread()))
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking
+
+        def record(self) -> None:
+            note("record")
+
+        def synchronize(self) -> None:
+            note("synchronize")
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: note(f"use {device}"))
+    with Saver(tmp_path, Retention(3), torch.device("cuda", 3)) as saver:
+        for step in (1, 2):
+            saver.save(tensors_of(step), values_of(step))
+            saver.wait()
+    for calls_of_thread, expected in (
+        ([name for name, main in calls if main], ["record", "record"]),
+        ([name for name, main in calls if not main], ["use cuda:3", "synchronize", "synchronize"]),
+    ):
+        assert calls_of_thread == expected
+    assert load_newest(tmp_path) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_checkpoint_from_a_gpu_holds_what_was_there_although_the_next_step_goes_on(tmp_path: Path) -> None:
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    live = {"a": torch.ones(4, 3, 512, 512, device=device).contiguous(memory_format=torch.channels_last)}
+    live |= {"b": torch.tensor(1, device=device)}
+    with torch.cuda.device(device), Saver(tmp_path, Retention(3), device) as saver:
+        for step in (1, 2, 3):
+            saver.save(live, {"step": step})
+            for tensor in live.values():  # the next step, queued on the same stream
+                tensor.add_(1)
+        assert all(buffer.is_pinned() for buffer in saver._buffers.values())
+    for path in list_checkpoints(tmp_path):
+        tensors, values = load_checkpoint(path)
+        assert all(bool((tensor == values["step"]).all()) for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cpu", {}, Schedule(None, (1000,))),
+        ("cuda", {}, Schedule(600.0, ())),
+        ("cuda", {"every_steps": 5}, Schedule(None, (5,))),
+        ("cpu", {"every_minutes": 0.5}, Schedule(30.0, ())),
+        ("cpu", {"every_minutes": 2, "every_steps": 7}, Schedule(120.0, (7,))),
+        ("cuda", {"keep_every_steps": 50}, Schedule(600.0, (50,))),
+    ],
+)
+def test_checkpoints_are_due_as_asked_and_else_as_suits_the_device(
+    device: str, options: dict[str, Any], expected: Schedule
+) -> None:
+    assert make_schedule(CheckpointOptions(**options), torch.device(device)) == expected
+
+
+def test_one_is_due_at_each_multiple_and_those_to_be_kept_are_written_too() -> None:
+    schedule = make_schedule(CheckpointOptions(every_steps=4, keep_every_steps=6), CPU)
+    assert [step for step in range(1, 13) if schedule.due_at(step)] == [4, 6, 8, 12]
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "values.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / name
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        changed = bytes([content[middle] ^ 1])
+        path.write_bytes(content[:middle] + (changed + content[middle + 1 :] if damage == "flip" else b""))
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert found[1]["step"] == 1
+    assert "step-00000002 is passed over" in capsys.readouterr().err
+
+
+def test_an_unfinished_checkpoint_is_none_and_is_swept_by_the_next(tmp_path: Path) -> None:
+    left = tmp_path / "step-00000002.tmp"
+    left.mkdir()
+    (left / "tensors.safetensors").write_bytes(b"half")
+    assert load_newest(tmp_path) is None
+    (tmp_path / "step-00000009.tmp").mkdir()
+    save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_pickle_in_its_place_does_not_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "pwned",)  # type: ignore[return-value]
+
+    path = save(tmp_path, 1)
+    for name in ("tensors.safetensors", "values.json"):
+        (path / name).write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(UserError, match=r"none of the 1 checkpoints in .* is sound"):
+            load_newest(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_inspect_lists_what_is_sound(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoints", 1)
+    values = save(tmp_path / "checkpoints", 2) / "values.json"
+    values.write_text(json.dumps(json.loads(values.read_text()) | {"values": {"step": 3}}))
+    lines = succeed(module("dist_dcgan.run.checkpoint", "inspect", tmp_path)).stdout.splitlines()
+    assert lines[0].startswith("step-00000001: sound, step 1, 2 tensors")
+    assert lines[1].startswith("step-00000002: DAMAGED, values.json does not match its checksum")
+
+
+def test_verify_fails_where_one_is_damaged_and_prune_keeps_the_newest_sound_one(tmp_path: Path) -> None:
+    command = "dist_dcgan.run.checkpoint"
+    for step in (1, 2, 3):
+        save(tmp_path / "checkpoints", step)
+    assert succeed(module(command, "verify", tmp_path)).stdout.count("sound") == 3
+    (tmp_path / "checkpoints" / "step-00000003" / "tensors.safetensors").write_bytes(b"")
+    assert "1 of the 3 checkpoints" in one_line_error(module(command, "verify", tmp_path))
+    with FileLock(tmp_path / "run.lock"):
+        assert "is in use: wait for the run to end" in one_line_error(module(command, "prune", tmp_path))
+    succeed(module(command, "prune", tmp_path))
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+
+
+def test_inspect_of_something_else_says_so(tmp_path: Path) -> None:
+    assert "no checkpoints in" in one_line_error(module("dist_dcgan.run.checkpoint", "inspect", tmp_path))

@@ -1,0 +1,615 @@
+"""Downloads against a real server that cuts, lies and changes its mind: the right folder, or one line and no folder."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards.__main__ import main
+from shards.common.errors import UserError
+from shards.common.http import Manner
+from shards.lsun.archive import ArchiveError, unpack
+from shards.lsun.catalog import CATEGORIES, lmdb_names
+from shards.lsun.download import download
+from tests.support.http_server import Answer, Server, serve
+from tests.support.shards_fixtures import ROOT, contents, error_of, numbered, run_shards, write_lmdb
+
+NAME = "tower_val_lmdb"
+FILES = {"data.mdb": random.Random(0).randbytes(200_000), "lock.mdb": b"lock"}
+
+
+def zip_bytes(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def lsun_zip(files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """An archive as LSUN publishes them."""
+    return zip_bytes({f"{NAME}/": b""} | {f"{NAME}/{name}": content for name, content in files.items()}, compression)
+
+
+ZIP = lsun_zip(FILES)
+FOLDER = {f"{NAME}/{name}": content for name, content in FILES.items()}
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds waited between attempts, which no test waits for."""
+    waited: list[float] = []
+    monkeypatch.setattr("shards.common.http.sleep", waited.append)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return waited
+
+
+def fetched(out: Path, *answers: Answer) -> Server:
+    """Download from a server that answers so; require exactly the right folder, and nothing beside it."""
+    with serve(*answers) as server:
+        assert download(NAME, out, server.address)
+    assert contents(out) == FOLDER
+    assert [path.name for path in out.iterdir()] == [NAME]
+    return server
+
+
+def refused(out: Path, *answers: Answer) -> tuple[Server, str]:
+    """Require a refusal and no final name; return the server and the line, with ADDRESS for the archive's."""
+    with serve(*answers) as server, pytest.raises(UserError) as caught:
+        download(NAME, out, server.address)
+    assert not (out / NAME).exists() and not (out / f"{NAME}.zip").exists() and not (out / f"{NAME}.tmp").exists()
+    line = str(caught.value)
+    assert "\n" not in line
+    return server, line.replace(f"{server.address}{NAME}.zip", "ADDRESS")
+
+
+def part(out: Path) -> Path:
+    return out / f"{NAME}.zip.part"
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let the disk fail where a file would grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# The transfer
+
+
+def test_one_request_brings_the_folder(tmp_path: Path, waits: list[float]) -> None:
+    server = fetched(tmp_path / "new" / "folder", Answer(ZIP))
+    assert [(request.path, request.range, request.served) for request in server.requests] == [
+        (f"/scenes/{NAME}.zip", None, len(ZIP))
+    ]
+    assert waits == []
+
+
+def test_a_connection_cut_again_and_again_goes_on_where_it_was(tmp_path: Path, waits: list[float]) -> None:
+    server = fetched(tmp_path, *[Answer(ZIP, cut=17_000)] * 11, Answer(ZIP))
+    assert server.ranges == [None, *(f"bytes={17_000 * i}-" for i in range(1, 12))]
+    assert server.served == len(ZIP)  # not a byte twice
+    assert waits == [1.0] * 11  # more cuts than attempts are allowed: each brought something
+
+
+def test_a_server_that_ignores_ranges_starts_again(tmp_path: Path) -> None:
+    server = fetched(tmp_path, Answer(ZIP, cut=150_000), Answer(ZIP, ranges=False))
+    assert server.ranges == [None, "bytes=150000-"]
+    assert server.served == 150_000 + len(ZIP)
+
+
+def test_a_server_that_ignores_ranges_and_always_cuts_is_given_up(tmp_path: Path, waits: list[float]) -> None:
+    server, line = refused(tmp_path, Answer(ZIP, cut=9_000, ranges=False))
+    assert line == (
+        "cannot get ADDRESS: the connection was cut, after 8 attempts without progress; "
+        "9,000 bytes are kept, the same command goes on"
+    )
+    assert len(server.requests) == 9  # the first made progress
+
+
+def test_a_silent_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.common.http.DEFAULT", Manner(silence_seconds=0.2))
+    server = fetched(tmp_path, Answer(ZIP, hang=1 << 16), Answer(ZIP))
+    assert server.ranges == [None, "bytes=65536-"]
+
+
+def test_errors_of_the_server_are_waited_out(tmp_path: Path, waits: list[float]) -> None:
+    fetched(tmp_path, Answer(status=500), Answer(status=503), Answer(ZIP))
+    assert waits == [1.0, 2.0]
+
+
+def test_a_server_that_fails_for_ever_is_given_up(tmp_path: Path, waits: list[float]) -> None:
+    server, line = refused(tmp_path, Answer(status=500))
+    assert line == (
+        "cannot get ADDRESS: the server answers 500 (Internal Server Error), after 8 attempts without progress; "
+        "the same command tries again"
+    )
+    assert len(server.requests) == 8
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0]
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "waited"),
+    [("7", 7.0), ("99999999", 300.0), ("Thu, 01 Jan 1970 00:00:00 GMT", 1.0), ("soon", 1.0), ("9" * 400, 300.0)],
+)
+def test_a_busy_server_says_how_long_to_wait(
+    tmp_path: Path, waits: list[float], retry_after: str, waited: float
+) -> None:
+    fetched(tmp_path, Answer(status=429, headers={"Retry-After": retry_after}), Answer(ZIP))
+    assert waits == [waited]
+
+
+def test_a_missing_file_is_told_at_once(tmp_path: Path, waits: list[float]) -> None:
+    server, line = refused(tmp_path, Answer(status=404))
+    assert line == "cannot get ADDRESS: the server answers 404 (Not Found); check the address"
+    assert len(server.requests) == 1 and waits == []
+
+
+def test_nobody_there_is_told_with_the_cause(tmp_path: Path) -> None:
+    with serve() as server:
+        pass
+    with pytest.raises(UserError, match=r"cannot get http://127.*: Connection refused, after 8 attempts"):
+        download(NAME, tmp_path, server.address)
+
+
+def test_a_length_that_never_comes_is_given_up_and_what_came_is_kept(tmp_path: Path) -> None:
+    longer = Answer(ZIP + b"more", cut=100_000)
+    silent = Answer(ZIP + b"more", cut=0)
+    _, line = refused(tmp_path, longer, silent)
+    assert line == (
+        "cannot get ADDRESS: the connection was cut, after 8 attempts without progress; "
+        "100,000 bytes are kept, the same command goes on"
+    )
+    assert part(tmp_path).read_bytes() == ZIP[:100_000]
+
+
+def test_another_call_goes_on_with_what_was_kept(tmp_path: Path) -> None:
+    refused(tmp_path, Answer(ZIP, cut=100_000), Answer(status=404))
+    assert fetched(tmp_path, Answer(ZIP)).ranges == ["bytes=100000-"]
+
+
+def test_a_length_announced_too_short_is_damage(tmp_path: Path) -> None:
+    _, line = refused(tmp_path, Answer(ZIP, headers={"Content-Length": "150000"}))
+    assert line == (
+        "ADDRESS cannot be used: it is damaged, or no zip file (File is not a zip file); "
+        "it was removed, and the same command downloads it again"
+    )
+    assert not part(tmp_path).exists()
+    assert fetched(tmp_path, Answer(ZIP)).ranges == [None]
+
+
+def test_more_than_announced_is_never_written(tmp_path: Path) -> None:
+    longer = Answer(ZIP * 2, headers={"Content-Length": None, "Content-Range": f"bytes 9000-{len(ZIP) - 1}/{len(ZIP)}"})
+    with largest_file(len(ZIP)):
+        server = fetched(tmp_path, Answer(ZIP, cut=9_000), longer, Answer(ZIP))
+    assert server.ranges == [None, "bytes=9000-", None]
+
+
+def test_a_range_that_ends_early_without_an_error_is_gone_on_with(tmp_path: Path) -> None:
+    short = Answer(ZIP, cut=50_000, headers={"Content-Length": None})
+    server = fetched(tmp_path, Answer(ZIP, cut=9_000), short, Answer(ZIP))
+    assert server.ranges == [None, "bytes=9000-", "bytes=59000-"] and server.served == len(ZIP)
+
+
+@pytest.mark.parametrize("if_range", [True, False])
+def test_a_file_that_changed_is_brought_anew(tmp_path: Path, if_range: bool) -> None:
+    old = bytes(len(ZIP))
+    changed = Answer(ZIP, headers={"ETag": '"two"'}, if_range=if_range)
+    server = fetched(tmp_path, Answer(old, cut=150_000), changed)
+    assert server.ranges == [None, "bytes=150000-", *([] if if_range else [None])]
+
+
+def test_a_length_that_changed_is_another_file(tmp_path: Path) -> None:
+    server = fetched(tmp_path, Answer(bytes(len(ZIP) + 1), cut=150_000), Answer(ZIP))
+    assert server.ranges == [None, "bytes=150000-", None]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"ETag": None},
+        {"ETag": 'W/"one"'},  # a weak one allows other bytes
+    ],
+)
+def test_without_a_validator_nothing_is_continued(tmp_path: Path, headers: dict[str, str | None]) -> None:
+    server = fetched(tmp_path, Answer(bytes(len(ZIP)), cut=150_000, headers=headers), Answer(ZIP, headers=headers))
+    assert server.ranges == [None, None]
+
+
+def test_a_date_is_a_validator_where_there_is_no_etag(tmp_path: Path) -> None:
+    headers: dict[str, str | None] = {"ETag": None, "Last-Modified": "Mon, 01 Jan 2018 00:00:00 GMT"}
+    server = fetched(tmp_path, Answer(ZIP, cut=150_000, headers=headers), Answer(ZIP, headers=headers))
+    assert server.served == len(ZIP)
+
+
+@pytest.mark.parametrize(
+    "content_range",
+    [f"bytes 149999-{len(ZIP) - 1}/{len(ZIP)}", f"bytes 150000-{len(ZIP) - 1}/{len(ZIP) + 1}", "nonsense", None],
+)
+def test_another_range_than_asked_for_is_not_used(tmp_path: Path, content_range: str | None) -> None:
+    wrong = Answer(ZIP, headers={"Content-Range": content_range})
+    server = fetched(tmp_path, Answer(ZIP, cut=150_000), wrong, Answer(ZIP))
+    assert server.ranges == [None, "bytes=150000-", None]
+
+
+def test_another_range_for_ever_is_given_up(tmp_path: Path) -> None:
+    wrong = {"Content-Range": f"bytes 0-{len(ZIP) - 1}/{len(ZIP)}"}
+    server, line = refused(tmp_path, Answer(ZIP, cut=9_000, headers=wrong))
+    assert "after 8 attempts without progress; " in line
+    assert len(server.requests) == 9
+
+
+def test_an_unknown_length_ends_with_the_connection(tmp_path: Path) -> None:
+    assert fetched(tmp_path, Answer(ZIP, headers={"Content-Length": None})).served == len(ZIP)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_all_there_but_of_unknown_length_is_asked_for(tmp_path: Path, changed: bool) -> None:
+    held = ZIP + b"x" if changed else ZIP
+    part(tmp_path).write_bytes(held)
+    part(tmp_path).with_name(f"{NAME}.zip.part.json").write_text('{"validator": "\\"one\\"", "total": null}')
+    server = fetched(tmp_path, Answer(ZIP))
+    assert server.ranges == [f"bytes={len(held)}-", *([None] if changed else [])]
+
+
+@pytest.mark.parametrize("known", ["", "{", '{"validator": 1, "total": "x"}', '{"validator": null, "total": 9}'])
+def test_a_part_of_unknown_origin_is_replaced(tmp_path: Path, known: str) -> None:
+    part(tmp_path).write_bytes(bytes(1000))
+    part(tmp_path).with_name(f"{NAME}.zip.part.json").write_text(known)
+    assert fetched(tmp_path, Answer(ZIP)).ranges == [None]
+
+
+def test_a_claimed_encoding_changes_no_byte(tmp_path: Path) -> None:
+    fetched(tmp_path, Answer(ZIP, headers={"Content-Encoding": "gzip"}))
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_redirects_are_followed(tmp_path: Path, status: int) -> None:
+    server = fetched(tmp_path, Answer(status=status, headers={"Location": "/elsewhere?file=../x"}), Answer(ZIP))
+    assert server.requests[1].path == "/elsewhere?file=../x"
+
+
+@pytest.mark.parametrize(
+    "location", ["file:///etc/passwd", "ftp://127.0.0.1/x.zip", "http://[", "\xff\xfe://x", "?again"]
+)
+def test_redirects_elsewhere_are_refused(tmp_path: Path, location: str, waits: list[float]) -> None:
+    _, line = refused(tmp_path, Answer(status=302, headers={"Location": location}))
+    assert line.startswith("cannot get ADDRESS: ") and line.endswith("; check the address")
+    assert waits == []
+
+
+# The disk
+
+
+def test_room_is_needed_for_the_archive_and_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=2 * len(ZIP) - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    _, line = refused(tmp_path, Answer(ZIP))
+    assert line == (
+        f"no room at {tmp_path}: {NAME}.zip, unpacked, takes about {2 * len(ZIP):,} bytes, "
+        f"{2 * len(ZIP) - 1:,} are free"
+    )
+    assert not part(tmp_path).exists()
+    free = free._replace(free=2 * len(ZIP))
+    fetched(tmp_path, Answer(ZIP))
+
+
+def test_room_is_checked_again_before_unzipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = lsun_zip({"data.mdb": bytes(1 << 20)}, zipfile.ZIP_DEFLATED)
+    free = shutil.disk_usage(tmp_path)._replace(free=(1 << 20) - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    _, line = refused(tmp_path, Answer(zeros))
+    assert line == (f"no room at {tmp_path}: the images of {NAME}.zip.part take 1,048,576 bytes, 1,048,575 are free")
+    assert part(tmp_path).read_bytes() == zeros
+
+
+def test_a_disk_that_fails_is_told_and_what_came_is_kept(tmp_path: Path) -> None:
+    with largest_file(100_000):
+        _, line = refused(tmp_path, Answer(ZIP))
+    assert line == f"cannot write to {tmp_path}: File too large"
+    assert fetched(tmp_path, Answer(ZIP)).ranges == ["bytes=100000-"]
+
+
+def test_a_file_in_place_of_the_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"^cannot write to {tmp_path}/file: File exists$"):
+        download(NAME, tmp_path / "file", "http://127.0.0.1:1/")
+
+
+# The archive
+
+
+def member(name: str, mode: int = stat.S_IFREG | 0o644) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.create_system, info.external_attr = 3, mode << 16
+    return info
+
+
+def with_extra(extra: zipfile.ZipInfo, content: bytes = b"evil") -> bytes:
+    """LSUN's archive with one member more."""
+    buffer = io.BytesIO(ZIP)
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "a") as archive:
+        warnings.simplefilter("ignore")  # of two members of one name
+        archive.writestr(extra, content)
+    return buffer.getvalue()
+
+
+def patched(archive: bytes, local: int, central: int, value: bytes) -> bytes:
+    """`archive` with other bytes in the headers of its first file, at these offsets into them."""
+    changed = bytearray(archive)
+    for signature, offset in ((b"PK\x03\x04", local), (b"PK\x01\x02", central)):
+        header = archive.index(signature)
+        changed[header + offset : header + offset + len(value)] = value
+    return bytes(changed)
+
+
+ONE_FILE = zip_bytes({f"{NAME}/data.mdb": FILES["data.mdb"]})
+DEFLATED = zip_bytes({f"{NAME}/data.mdb": bytes(200_000)}, zipfile.ZIP_DEFLATED)
+FOREIGN = f"which is no file of {NAME}"
+
+
+@pytest.mark.parametrize(
+    ("archive", "reason"),
+    [
+        (with_extra(member("../evil")), f"it holds '../evil', {FOREIGN}"),
+        (with_extra(member(f"{NAME}/../../evil")), f"it holds '{NAME}/../../evil', {FOREIGN}"),
+        (with_extra(member("/tmp/evil")), f"it holds '/tmp/evil', {FOREIGN}"),
+        (with_extra(member("..\\evil")), f"it holds '..\\\\evil', {FOREIGN}"),
+        (with_extra(member(f"{NAME}/data.mdb/x")), f"it holds '{NAME}/data.mdb/x', {FOREIGN}"),
+        (with_extra(member(f"{NAME}/notes\n\x1b[2J")), f"it holds '{NAME}/notes\\n\\x1b[2J', {FOREIGN}"),
+        (with_extra(member("bedroom_val_lmdb/data.mdb")), f"it holds 'bedroom_val_lmdb/data.mdb', {FOREIGN}"),
+        (with_extra(member(f"{NAME}/data.mdb")), f"it holds '{NAME}/data.mdb', which it held before"),
+        (zip_bytes({f"{NAME}/lock.mdb": b""}), f"it holds no {NAME}/data.mdb"),
+        (zip_bytes({}), f"it holds no {NAME}/data.mdb"),
+        (
+            patched(ONE_FILE, 6, 8, b"\x01\x00"),
+            f"it holds '{NAME}/data.mdb', which is encrypted",
+        ),
+        (
+            zip_bytes({f"{NAME}/data.mdb0evil": b""}).replace(b"mdb0", b"mdb\x00"),
+            f"it holds '{NAME}/data.mdb\\x00evil', {FOREIGN}",
+        ),
+        (patched(ONE_FILE, 8, 10, b"\x0c\x00"), f"it holds '{NAME}/data.mdb', which is neither stored nor deflated"),
+        (
+            patched(ONE_FILE, 14, 16, b"\x00\x00\x00\x00"),
+            f"it is damaged, or no zip file (Bad CRC-32 for file '{NAME}/data.mdb')",
+        ),
+        (
+            ONE_FILE[:1000] + bytes([ONE_FILE[1000] ^ 1]) + ONE_FILE[1001:],
+            f"it is damaged, or no zip file (Bad CRC-32 for file '{NAME}/data.mdb')",
+        ),
+        (
+            patched(DEFLATED, 22, 24, (100).to_bytes(4, "little")),  # declares less than it unpacks to
+            f"it is damaged, or no zip file (Bad CRC-32 for file '{NAME}/data.mdb')",
+        ),
+        (
+            patched(DEFLATED, 22, 24, (300_000).to_bytes(4, "little")),  # declares more
+            f"{NAME}/data.mdb has 200,000 bytes, not the 300,000 that it declares",
+        ),
+        (ZIP[:-30], "it is damaged, or no zip file (File is not a zip file)"),
+        (b"<html>not here</html>", "it is damaged, or no zip file (File is not a zip file)"),
+        (b"", "it is damaged, or no zip file (File is not a zip file)"),
+    ],
+)  # fmt: skip
+def test_an_unsound_archive_is_refused_whole(tmp_path: Path, archive: bytes, reason: str) -> None:
+    out = tmp_path / "deep" / "er" / "out"
+    _, line = refused(out, Answer(archive))
+    assert line == f"ADDRESS cannot be used: {reason}; it was removed, and the same command downloads it again"
+    assert list(contents(tmp_path)) == [f"deep/er/out/{NAME}.lock"]
+    fetched(out, Answer(ZIP))
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFDIR, stat.S_IFCHR])
+def test_only_regular_files_are_unpacked(tmp_path: Path, kind: int) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(member(f"{NAME}/data.mdb", kind | 0o777), b"/etc/passwd")
+    _, line = refused(tmp_path, Answer(buffer.getvalue()))
+    assert f"it holds '{NAME}/data.mdb', which is a link or a device; " in line
+
+
+def test_a_lying_size_writes_no_more_than_it_declares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bomb: 200,000 bytes that declare to be 100."""
+    (tmp_path / "bomb.zip").write_bytes(patched(DEFLATED, 22, 24, (100).to_bytes(4, "little")))
+    largest = 0
+
+    def kept(folder: Path, **_: object) -> None:
+        nonlocal largest
+        largest = (folder / "data.mdb").stat().st_size
+
+    monkeypatch.setattr("shutil.rmtree", kept)
+    with pytest.raises(ArchiveError):
+        unpack(tmp_path / "bomb.zip", NAME, tmp_path / "folder")
+    assert largest <= 100
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)  # hundreds of times
+    data = b"some data " * 20
+    archive = lsun_zip({"data.mdb": data, "lock.mdb": b""}, zipfile.ZIP_DEFLATED)
+    sound = sum(
+        unpacks_soundly(tmp_path, archive[:i] + bytes([archive[i] ^ (1 << i % 8)]) + archive[i + 1 :], data)
+        for i in range(len(archive))
+    )
+    assert 0.1 < sound / len(archive) < 0.6  # a date, an attribute
+
+
+def unpacks_soundly(tmp_path: Path, archive: bytes, data: bytes) -> bool:
+    """Unpack what is damaged; require the right data or a refusal, and say which it was."""
+    folder = tmp_path / "folder"
+    (tmp_path / "damaged.zip").write_bytes(archive)
+    try:
+        unpack(tmp_path / "damaged.zip", NAME, folder)
+    except (ArchiveError, UserError):
+        assert not folder.exists()
+        return False
+    assert contents(folder) in ({"data.mdb": data, "lock.mdb": b""}, {"data.mdb": data})
+    shutil.rmtree(folder)
+    return True
+
+
+# Again, and at once
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    fetched(tmp_path, Answer(ZIP))
+    part(tmp_path).write_bytes(b"left by a kill just before the end")
+    with serve(Answer(status=500)) as server:
+        assert not download(NAME, tmp_path, server.address)
+    assert server.requests == []
+    assert [path.name for path in tmp_path.iterdir()] == [NAME] and contents(tmp_path) == FOLDER
+
+
+def test_a_folder_of_something_else_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / "mine").touch()
+    with pytest.raises(UserError, match=rf"^{tmp_path / NAME} is in the way: it holds no data.mdb; remove it$"):
+        download(NAME, tmp_path, "http://127.0.0.1:1/")
+    assert (tmp_path / NAME / "mine").exists()
+
+
+def test_the_archive_is_kept_where_that_is_asked_for_and_used_again(tmp_path: Path) -> None:
+    with serve(Answer(ZIP)) as server:
+        download(NAME, tmp_path, server.address, keep_zip=True)
+        assert contents(tmp_path) == FOLDER | {f"{NAME}.zip": ZIP}
+        shutil.rmtree(tmp_path / NAME)
+        download(NAME, tmp_path, server.address)
+    assert contents(tmp_path) == FOLDER | {f"{NAME}.zip": ZIP}
+    assert len(server.requests) == 1
+
+
+def test_a_damaged_archive_of_somebody_else_is_not_removed(tmp_path: Path) -> None:
+    kept = tmp_path / f"{NAME}.zip"
+    kept.write_bytes(ZIP[:100_000])
+    with pytest.raises(UserError) as caught:
+        download(NAME, tmp_path, "http://127.0.0.1:1/")
+    assert str(caught.value) == (
+        f"{kept} cannot be used: it is damaged, or no zip file (File is not a zip file); "
+        "remove it, and the same command downloads it"
+    )
+    assert kept.read_bytes() == ZIP[:100_000] and not (tmp_path / NAME).exists()
+
+
+# The command
+
+
+def test_names_of_the_archives() -> None:
+    assert lmdb_names(["bedroom"]) == ["bedroom_train_lmdb", "bedroom_val_lmdb"]
+    assert lmdb_names(["kitchen", "tower", "kitchen"], "train") == ["kitchen_train_lmdb", "tower_train_lmdb"]
+    assert lmdb_names(["test"]) == lmdb_names(["test"], "val") == ["test_lmdb"]
+    assert len(lmdb_names(["all"])) == 21 and lmdb_names(["all"])[-1] == "test_lmdb"
+    assert lmdb_names(["all"], "val") == [f"{category}_val_lmdb" for category in CATEGORIES]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["tower", "bedrom"], "unknown category 'bedrom'; did you mean bedroom? (--list prints them all)"),
+        (["../tower"], "unknown category '../tower'; did you mean tower? (--list prints them all)"),
+        ([], "no category given: name some, or test or all (--list prints them)"),
+        (["tower", "--address", "ftp://x"], "address: URL scheme should be 'http' or 'https', got 'ftp://x'"),
+        (["tower", "--split", "test"], "split: input should be 'train' or 'val', got 'test'"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_downloaded(tmp_path: Path, words: list[str], line: str) -> None:
+    with serve(Answer(ZIP)) as server, pytest.raises(UserError) as caught:
+        main(["download", "--address", server.address, "--out", str(tmp_path / "out"), *words])
+    assert str(caught.value) == line
+    assert server.begun == 0 and not (tmp_path / "out").exists()
+
+
+def test_the_categories_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["download", "--list"])
+    assert capsys.readouterr().out.splitlines() == list(CATEGORIES)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A real LMDB of 6 images, with zeros behind it, so that it takes a while to unzip and little to send."""
+    source = write_lmdb(tmp_path_factory.mktemp("large") / "source", numbered(6))
+    return {name: content + bytes(96 << 20 if name == "data.mdb" else 0) for name, content in contents(source).items()}
+
+
+def start(*words: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "shards", *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def killed_when() -> Iterator[Callable[..., None]]:
+    """Start a command and kill it, without a chance to tidy up, as soon as a condition holds."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def kill_when(condition: Callable[[], bool], *words: object, meanwhile: Callable[[], Any] = lambda: None) -> None:
+        processes.append(start(*words))
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert processes[-1].poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        meanwhile()
+        processes[-1].kill()
+        processes[-1].wait()
+
+    yield kill_when
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_command_goes_on_and_only_one_runs_at_a_time(
+    tmp_path: Path, large: dict[str, bytes], killed_when: Callable[..., None]
+) -> None:
+    archive = lsun_zip(large, zipfile.ZIP_DEFLATED)
+    folder, unzipping = tmp_path / NAME, tmp_path / f"{NAME}.tmp" / "data.mdb"
+    with serve(Answer(archive, hang=80_000), Answer(archive)) as server:
+        words = ("download", "tower", "--split", "val", "--out", tmp_path, "--address", server.address)
+        second: list[str] = []
+
+        def run_second() -> None:
+            second.append(error_of(run_shards(*words)))
+
+        killed_when(lambda: part(tmp_path).exists() and part(tmp_path).stat().st_size == 1 << 16, *words,
+                    meanwhile=run_second)  # fmt: skip
+        assert second == [f"another process is downloading {folder}: wait for it, or give another --out"]
+        assert not folder.exists()
+
+        killed_when(lambda: unzipping.exists() and unzipping.stat().st_size > 0, *words)
+        assert unzipping.stat().st_size < len(large["data.mdb"]) and not folder.exists()
+        assert server.ranges == [None, "bytes=65536-"]
+        assert server.served == 80_000 + len(archive) - (1 << 16)
+
+        done = run_shards(*words)
+        assert (done.returncode, done.stdout) == (0, f"6 images at {folder}\n"), done.stderr
+        assert contents(folder) == large and [path.name for path in tmp_path.iterdir()] == [NAME]
+        assert len(server.requests) == 2  # the archive was complete
+
+        done = run_shards(*words)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"6 images already at {folder}\n", "")
+
+
+def test_a_folder_copied_incompletely_is_not_taken_for_whole(tmp_path: Path, large: dict[str, bytes]) -> None:
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / "data.mdb").write_bytes(large["data.mdb"][:9000])
+    with pytest.raises(UserError, match=r"data.mdb has 9000 bytes of \d+: an incomplete copy"):
+        main(["download", "tower", "--split", "val", "--out", str(tmp_path), "--address", "http://127.0.0.1:1"])
+    assert os.listdir(tmp_path) == [NAME]

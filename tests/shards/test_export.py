@@ -1,0 +1,328 @@
+"""`export`: every value of an LMDB as a file with its bytes, below one folder, whatever the keys are."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shards.common.errors import UserError
+from shards.conversion.sources import lmdb_source
+from shards.conversion.sources.lmdb_pages import Place
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.lsun.export import ExportReport, export, extension_of, folder_of
+from tests.support.shards_fixtures import ROOT, contents, encoded, error_of, picture, run_shards, write_lmdb
+
+JPEG, WEBP, PNG = (encoded(picture(0), format) for format in ("JPEG", "WEBP", "PNG"))
+JUNK = b"no picture"
+SMALL = {b"image0001": JPEG, b"image0002": WEBP, b"image0003": PNG, b"image0004": JUNK, b"image0005": JPEG}
+
+HOSTILE = [
+    b"../x",
+    b"../../../../../../../../tmp/escaped",
+    b"/etc/x",
+    b"..",
+    b".",
+    b" ",
+    b"\0",
+    b"a\0b",
+    b"a/b",
+    b"name.jpg",
+    b"line\nbreak",
+    b"\xff\xfe",
+    "ä".encode(),
+    b"k" * 91,
+    b"k" * 511,
+    b"/" * 500,
+    b"-rf",
+    b"~",
+    b"$HOME",
+]
+
+
+def exported(tmp_path: Path, entries: dict[bytes, bytes], flat: bool = False, limit: int | None = None) -> ExportReport:
+    """Write `entries` as an LMDB, where that is not done yet, and export it to `tmp_path`/out."""
+    if not (tmp_path / "source").exists():
+        write_lmdb(tmp_path / "source", entries)
+    with LmdbSource(tmp_path / "source") as source:
+        return export(source, tmp_path / "out", flat=flat, limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("0123456789", "0/1/2/3/4/5"), ("abcdef", "a/b/c/d/e/f"), ("ab", "a/b"), ("-", "-"), ("a_-Z09q", "a/_/-/Z/0/9")],
+)
+def test_a_name_goes_to_the_folders_of_its_first_six_characters(name: str, folder: str) -> None:
+    assert folder_of(name, flat=False) == Path(folder)
+    assert folder_of(name, flat=True) == Path()
+
+
+@pytest.mark.parametrize(
+    ("content", "extension"),
+    [
+        (JPEG, ".jpg"),
+        (WEBP, ".webp"),
+        (PNG, ".png"),
+        (JUNK, ".bin"),
+        (b"", ".bin"),
+        (b"RIFF\0\0\0\0WAVE", ".bin"),
+        (JPEG[:2], ".bin"),
+    ],
+)
+def test_the_extension_follows_the_content(content: bytes, extension: str) -> None:
+    assert extension_of(content) == extension
+
+
+def test_every_value_becomes_a_file_in_the_layout_of_lsun(tmp_path: Path) -> None:
+    report = exported(tmp_path, SMALL | {b"k": PNG})
+    assert report == ExportReport(Counter({".jpg": 2, ".webp": 1, ".png": 2, ".bin": 1}))
+    assert contents(tmp_path / "out") == {
+        "i/m/a/g/e/0/image0001.jpg": JPEG,
+        "i/m/a/g/e/0/image0002.webp": WEBP,
+        "i/m/a/g/e/0/image0003.png": PNG,
+        "i/m/a/g/e/0/image0004.bin": JUNK,
+        "i/m/a/g/e/0/image0005.jpg": JPEG,
+        "k/k.png": PNG,
+    }
+
+
+def test_flat_puts_all_files_in_one_folder(tmp_path: Path) -> None:
+    exported(tmp_path, SMALL, flat=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "image0001.jpg",
+        "image0002.webp",
+        "image0003.png",
+        "image0004.bin",
+        "image0005.jpg",
+    ]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 6, 100])
+def test_a_limit_takes_the_first_in_key_order_and_more_may_follow(tmp_path: Path, limit: int) -> None:
+    assert exported(tmp_path, SMALL, flat=True, limit=limit).extensions.total() == min(limit, 5)
+    names = [f"image000{i}" for i in range(1, min(limit, 5) + 1)]
+    assert sorted(Path(name).stem for name in contents(tmp_path / "out")) == names
+    assert exported(tmp_path, SMALL, flat=True).present == min(limit, 5)
+    assert sorted(contents(tmp_path / "out").values()) == sorted(SMALL.values())
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_hostile_keys_become_their_sha1_and_stay_below_the_folder(tmp_path: Path, flat: bool) -> None:
+    entries = {key: JPEG + key for key in HOSTILE}
+    report = exported(tmp_path, entries, flat=flat)
+    assert report == ExportReport(Counter({".jpg": len(HOSTILE)}), renamed=len(HOSTILE) - 1)
+    names = {key: "-rf" if key == b"-rf" else hashlib.sha1(key).hexdigest() for key in HOSTILE}
+    assert contents(tmp_path / "out") == {
+        str(folder_of(name, flat) / f"{name}.jpg"): entries[key] for key, name in names.items()
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_empty_values_are_exported_too(tmp_path: Path) -> None:
+    exported(tmp_path, {b"empty": b""}, flat=True)
+    assert contents(tmp_path / "out") == {"empty.bin": b""}
+    assert exported(tmp_path, {}, flat=True).present == 1
+
+
+@pytest.mark.parametrize("key", [b"../x", b"\xff"])  # one before its SHA-1 in key order, one behind
+def test_two_keys_that_would_share_a_name_are_an_error(tmp_path: Path, key: bytes) -> None:
+    twin = hashlib.sha1(key).hexdigest().encode()
+    with pytest.raises(UserError) as caught:
+        exported(tmp_path, {key: JPEG, twin: PNG})
+    source = tmp_path / "source"
+    assert str(caught.value) == f"keys {key!r} and {twin!r} of {source} would share a name: rename one of them"
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Inode and time of every file and folder: whether anything was written, and not only what."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
+
+
+def test_an_export_over_a_complete_one_changes_nothing(tmp_path: Path) -> None:
+    exported(tmp_path, SMALL)
+    before = snapshot(tmp_path / "out")
+    assert exported(tmp_path, SMALL).present == 5
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_bytes(b"somebody's")
+    exported(tmp_path, SMALL, flat=True)
+    assert contents(tmp_path / "out")["notes.txt"] == b"somebody's"
+    assert len(contents(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("content", [b"somebody's", WEBP + b"longer", WEBP[:-1] + b"?", WEBP[:50] + b"\0?"])
+def test_a_file_of_other_bytes_is_never_overwritten(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "image0002.webp"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        exported(tmp_path, SMALL, flat=True)
+    assert str(caught.value) == (
+        f"{path} exists and is not what key b'image0002' holds: move it away, or give another --out"
+    )
+    assert path.read_bytes() == content
+
+
+def test_a_folder_or_a_link_in_the_place_of_a_file_stays(tmp_path: Path) -> None:
+    (tmp_path / "out" / "image0001.jpg").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"image0001.jpg exists and is not what key"):
+        exported(tmp_path, SMALL, flat=True)
+    (tmp_path / "out" / "image0001.jpg").rmdir()
+    (tmp_path / "out" / "image0001.jpg").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"image0001.jpg exists and is not what key"):
+        exported(tmp_path, SMALL, flat=True)
+
+
+@pytest.mark.parametrize("left", [b"", JPEG[:1], JPEG[:100], JPEG[:100] + bytes(10), bytes(len(JPEG)), JPEG[:-1]])
+def test_what_a_power_failure_left_is_completed(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "image0001.jpg").write_bytes(left)
+    assert exported(tmp_path, SMALL, flat=True).present == 0
+    assert contents(tmp_path / "out")["image0001.jpg"] == JPEG
+
+
+def test_a_half_written_temporary_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "image0002.webp.tmp").write_bytes(WEBP[:70])
+    exported(tmp_path, SMALL, flat=True)
+    assert "image0002.webp.tmp" not in contents(tmp_path / "out")
+
+
+MANY = {hashlib.sha1(b"%d" % i).hexdigest().encode(): JPEG + b"%d" % i for i in range(3000)}
+
+
+def test_a_killed_export_goes_on_with_the_same_command(tmp_path: Path) -> None:
+    out, values = tmp_path / "out", {key.decode(): value for key, value in MANY.items()}
+    source = write_lmdb(tmp_path / "source", MANY)
+    process = subprocess.Popen([sys.executable, "-m", "shards", "export", source, "--out", out], cwd=ROOT)
+    while sum(1 for _ in out.glob("*/*/*/*/*/*/*.jpg")) < 20:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait(10) == -signal.SIGKILL
+    left = {name: value for name, value in contents(out).items() if not name.endswith(".tmp")}
+    assert 20 <= len(left) < len(MANY)
+    assert all(value == values[Path(name).stem] for name, value in left.items())  # whole, each of them
+    assert run_shards("export", source, "--out", out).stdout == (
+        f"3,000 files at {out}: 3,000 .jpg; {len(left):,} were there already\n"
+    )
+    assert {Path(name).name: value for name, value in contents(out).items()} == {
+        f"{name}.jpg": value for name, value in values.items()
+    }
+
+
+@pytest.mark.parametrize("finished", [0, 3])
+def test_a_kill_between_writing_and_renaming_leaves_no_half_file(tmp_path: Path, finished: int) -> None:
+    source, out = write_lmdb(tmp_path / "source", SMALL), tmp_path / "out"
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from shards.__main__ import main
+replace, count = Path.replace, 0
+def killed_replace(path, target):
+    global count
+    if count == {finished}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count += 1
+    replace(path, target)
+Path.replace = killed_replace
+main(sys.argv[1:])
+"""
+    words = ["export", str(source), "--out", str(out), "--flat"]
+    assert subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT).returncode == -signal.SIGKILL
+    names = ["image0001.jpg", "image0002.webp", "image0003.png", "image0004.bin"]
+    assert sorted(contents(out)) == [*names[:finished], names[finished] + ".tmp"]
+    assert exported(tmp_path, SMALL, flat=True).present == finished
+    assert sorted(contents(out)) == [*names, "image0005.jpg"]
+    assert sorted(contents(out).values()) == sorted(SMALL.values())
+
+
+def test_keys_are_read_as_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one pass over the keys and then another: memory and the time to the first file stay small."""
+    ahead = []
+
+    class Watched(LmdbSource):
+        def walk(self) -> Iterator[tuple[bytes, Place]]:
+            for taken, entry in enumerate(super().walk()):
+                ahead.append(taken - len(list((tmp_path / "out").glob("*.*"))))
+                yield entry
+
+    write_lmdb(tmp_path / "source", SMALL)
+    with Watched(tmp_path / "source") as source:
+        export(source, tmp_path / "out", flat=True)
+    assert ahead == [0] * 5
+
+
+def test_a_value_too_large_to_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmdb_source, "MAX_ENTRY_BYTES", 10)
+    with pytest.raises(UserError, match=rf"^cannot export key b'key' of {tmp_path}/source: too large: 11 bytes$"):
+        exported(tmp_path, {b"key": bytes(11)})
+
+
+def test_one_export_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match=f"another export is writing to {tmp_path}/out: wait, or give another --out"):
+        exported(tmp_path, SMALL)
+    os.close(descriptor)
+    assert exported(tmp_path, SMALL).present == 0
+
+
+def test_the_command_says_how_many_of_which_kind(tmp_path: Path) -> None:
+    source, out = write_lmdb(tmp_path / "source", SMALL | {b"a b": JPEG}), tmp_path / "out"
+    process = run_shards("export", source, "--out", out, "--flat")
+    kinds = "3 .jpg, 1 .webp, 1 .png, 1 .bin (unknown content)"
+    assert (process.returncode, process.stdout) == (
+        0,
+        f"6 files at {out}: {kinds}; 1 named by the SHA-1 of their key\n",
+    )
+    assert process.stderr.startswith("export: 100% 6/6 [")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere", "--out", "OUT"], "no LMDB at nowhere: no such directory"),
+        (["SOURCE"], "the following arguments are required: --out"),
+        (["SOURCE", "--out", "OUT", "--limit", "0"], "limit: input should be greater than or equal to 1, got '0'"),
+        (["SOURCE", "--out", "OUT", "--limit", "x"], "limit: input should be a valid integer"),
+        (["SOURCE", "--out", "OUT", "--flatt"], "unknown option --flatt; did you mean --flat?"),
+        (["SOURCE", "--out", "FILE"], "is a file: give a folder"),
+        (["SOURCE", "--out", "FILE/below"], "file/below (Not a directory): mend that and give the same command again"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(tmp_path: Path, words: list[str], message: str) -> None:
+    write_lmdb(tmp_path / "source", SMALL)
+    (tmp_path / "file").write_bytes(b"somebody's")
+    before = contents(tmp_path)
+    places = {"SOURCE": "source", "OUT": "out", "FILE": "file", "FILE/below": "file/below"}
+    error = error_of(run_shards("export", *[tmp_path / places[word] if word in places else word for word in words]))
+    assert message in error
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    large = b"\xff\xd8\xff" + bytes(range(256)) * 600
+    source, out = write_lmdb(tmp_path / "source", SMALL | {b"image0003b": large}), tmp_path / "out"
+    command = f"ulimit -f 100; exec {sys.executable} -m shards export {source} --out {out} --flat"  # 100 KiB a file
+    process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.splitlines()[1:] == [
+        f"error: cannot write {out} (File too large): mend that and give the same command again, or another --out"
+    ]
+    assert sorted(contents(out)) == ["image0001.jpg", "image0002.webp", "image0003.png"]
+    assert exported(tmp_path, {}, flat=True).present == 3

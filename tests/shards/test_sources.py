@@ -1,0 +1,282 @@
+"""Walking and reading sources: every entry once, in order and lazily; and one line for every unusable source."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import tarfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+import webdataset
+
+from shards.common.errors import UserError
+from shards.conversion.sources.entries import Selection, Source, Walk, read_keys
+from shards.conversion.sources.folder_source import FolderSource, key_of
+from shards.conversion.sources.kinds import open_source
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.conversion.sources.tar_source import TarSource
+from shards.writer import tar_header
+from tests.support.shards_fixtures import contents, entries_of, write_files, write_lmdb, write_tar
+
+ENTRIES = {b"%03d" % i: bytes([i % 256]) * (i * 37) for i in range(1, 101)}
+
+
+def count_of(path: Path) -> int:
+    with LmdbSource(path) as source:
+        return source.entries()
+
+
+@pytest.mark.parametrize("length", [1, 7, 50, 99, 100, 101, 4096])
+def test_runs_together_give_every_entry_once_in_key_order(tmp_path: Path, length: int) -> None:
+    with LmdbSource(write_lmdb(tmp_path / "source", ENTRIES)) as source:
+        runs = list(Walk([source], Selection()).runs(length))
+        read = [(entry.key, source.read(entry.key, entry.place)) for run in runs for entry in run]
+    assert read == sorted(ENTRIES.items())
+    assert {len(run) for run in runs[:-1]} <= {length} and len(runs) == -(-100 // length)
+
+
+def test_arbitrary_keys_and_empty_values_come_back(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    entries = {rng.randbytes(rng.randint(1, 511)): rng.randbytes(rng.choice([0, 1, 5000])) for _ in range(60)}
+    with LmdbSource(write_lmdb(tmp_path / "source", entries)) as source:
+        assert entries_of(source) == sorted(entries.items())
+
+
+def test_entries_are_read_while_the_walk_goes_on(tmp_path: Path) -> None:
+    with LmdbSource(write_lmdb(tmp_path / "source", ENTRIES)) as source:
+        walk = source.walk()
+        key, place = next(walk)
+        assert source.read(key, place) == ENTRIES[key]
+        assert len(list(walk)) == 99
+
+
+def test_a_pickled_source_opens_its_own_environment(tmp_path: Path) -> None:
+    with LmdbSource(write_lmdb(tmp_path / "source", ENTRIES)) as source:
+        assert source.entries() == 100
+        data = pickle.dumps(source)
+    with pickle.loads(data) as copy:
+        assert copy.entries() == 100
+
+
+def test_reading_changes_nothing_on_the_disk(tmp_path: Path) -> None:
+    path = write_lmdb(tmp_path / "source", ENTRIES)
+    (path / "lock.mdb").unlink()
+    before = contents(path)
+    assert count_of(path) == 100
+    assert contents(path) == before
+
+
+def test_describe_names_the_folder_without_its_place(tmp_path: Path) -> None:
+    with LmdbSource(write_lmdb(tmp_path / "source", ENTRIES)) as source:
+        assert source.describe() == {"kind": "lmdb", "name": "source"}
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"no LMDB at {tmp_path}/nowhere: no such directory"):
+        count_of(tmp_path / "nowhere")
+
+
+def test_a_folder_above_an_lmdb_says_which_one_to_give(tmp_path: Path) -> None:
+    write_lmdb(tmp_path / "unzipped" / "bedroom_lmdb", ENTRIES)
+    for given in (tmp_path, tmp_path / "unzipped"):
+        with pytest.raises(UserError, match=f"but {tmp_path}/unzipped/bedroom_lmdb does: give that folder"):
+            count_of(given)
+
+
+def test_a_folder_with_an_archive_says_to_unzip_it(tmp_path: Path) -> None:
+    (tmp_path / "bedroom_train_lmdb.zip").touch()
+    with pytest.raises(UserError, match=r"no data.mdb in it; unzip .*/bedroom_train_lmdb.zip"):
+        count_of(tmp_path)
+
+
+def test_an_archive_says_to_unzip_it(tmp_path: Path) -> None:
+    path = tmp_path / "bedroom_train_lmdb.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("bedroom_train_lmdb/data.mdb", b"")
+    with pytest.raises(UserError, match="is a file, not the folder of an LMDB: unzip it first"):
+        count_of(path)
+
+
+def test_the_data_file_itself_asks_for_its_folder(tmp_path: Path) -> None:
+    path = write_lmdb(tmp_path / "source", ENTRIES) / "data.mdb"
+    with pytest.raises(UserError, match=r"give the folder that holds data.mdb"):
+        count_of(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 5000, bytes(8192)])
+def test_a_data_file_of_another_kind_is_an_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "data.mdb").write_bytes(content)
+    with pytest.raises(UserError, match=r"is not an LMDB|cannot read the LMDB"):
+        count_of(tmp_path)
+
+
+def test_an_empty_lmdb_is_an_error(tmp_path: Path) -> None:
+    lmdb.open(str(tmp_path / "source")).close()
+    with pytest.raises(UserError, match="is empty: it has no entries"):
+        count_of(tmp_path / "source")
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.9, 0.999])
+def test_an_incomplete_copy_is_an_error_and_no_crash(tmp_path: Path, kept: float) -> None:
+    data = write_lmdb(tmp_path / "source", ENTRIES) / "data.mdb"
+    whole = data.read_bytes()
+    data.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(UserError, match=f"has {int(kept * len(whole))} bytes of {len(whole)}: an incomplete copy"):
+        count_of(tmp_path / "source")
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("image.jpg", "image"),
+        ("image.v2.jpg", "image.v2"),
+        ("class/image.jpg", "class/image"),
+        ("a/b/c/abcd.webp", "abcd"),
+        ("0/1.png", "0/1"),
+        ("a/b/other.jpg", "a/b/other"),
+        ("ab/c/abc.jpg", "ab/c/abc"),
+        ("a/a.jpg", "a"),
+    ],
+)
+def test_the_key_of_a_file_is_its_path_but_for_folders_that_spell_its_name(path: str, key: str) -> None:
+    assert key_of(path.encode()) == key.encode()
+
+
+def test_a_folder_is_walked_in_the_order_of_names_whatever_the_order_of_their_making(tmp_path: Path) -> None:
+    names = ["b/2.jpg", "b/10.png", "a.jpg", "c.WEBP", "B.ppm", "b.jpeg", "b/c/1.jpg"]
+    made = [write_files(tmp_path / str(i), dict.fromkeys(order, b"")) for i, order in enumerate((names, names[::-1]))]
+    walks = [list(FolderSource(path).walk()) for path in made]
+    expected = ["B.ppm", "a.jpg", "b/10.png", "b/2.jpg", "b/c/1.jpg", "b.jpeg", "c.WEBP"]
+    assert [place.decode() for _, place in walks[0]] == expected
+    assert walks[0] == walks[1]
+
+
+def test_what_is_no_image_by_its_name_is_counted(tmp_path: Path) -> None:
+    files = {"a.jpg": b"1", "notes.txt": b"", "b/labels.json": b"", "b/data.pickle": b"", ".thumbnails/a.jpg": b""}
+    source = FolderSource(write_files(tmp_path, files))
+    for _ in range(2):  # a second walk counts anew
+        assert entries_of(source) == [(b"a", b"1")]
+        assert source.ignored == 4
+
+
+TAR_NAMES = ["a.jpg", "b.left.png", "dir.x/c.JPEG", "./d.webp", "e/f/g.ppm", "h.i.j.jpg", "../k.jpg", "/l.jpg"]
+
+
+def test_names_are_split_as_webdataset_splits_them(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {name: name.encode() for name in TAR_NAMES})
+    found = entries_of(TarSource(path))
+    assert found == [(webdataset.tariterators.base_plus_ext(name)[0].encode(), name.encode()) for name in TAR_NAMES]
+    assert all(key for key, _ in found)
+
+
+def test_a_folder_of_tars_is_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("2", "10", "1"):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}-{i}.jpg": b"%d" % i for i in range(2)} | {f"{name}.cls": b"0"})
+    write_files(tmp_path, {".hidden.tar": b"no tar", "README.md": b""})
+    source = open_source(tmp_path)
+    assert isinstance(source, TarSource)
+    assert [key for key, _ in entries_of(source)] == [b"1-0", b"1-1", b"10-0", b"10-1", b"2-0", b"2-1"]
+    assert source.ignored == 3
+    assert entries_of(pickle.loads(pickle.dumps(source))) == entries_of(source)
+
+
+def test_several_sources_come_one_after_the_other(tmp_path: Path) -> None:
+    sources: list[Source] = [
+        TarSource(write_tar(tmp_path / "a.tar", {"x.jpg": b"1", "y.jpg": b"2"})),
+        LmdbSource(write_lmdb(tmp_path / "b", {b"x": b"3"})),
+        FolderSource(write_files(tmp_path / "c", {"x.jpg": b"4"})),
+    ]
+    walk = Walk(sources, Selection())
+    found = [(e.source, e.key, sources[e.source].read(e.key, e.place)) for run in walk.runs(2) for e in run]
+    assert found == [(0, b"x", b"1"), (0, b"y", b"2"), (1, b"x", b"3"), (2, b"x", b"4")]
+    assert walk.taken == [2, 1, 1]
+
+
+def keys_of_runs(sources: list[Source], selection: Selection, length: int = 10) -> tuple[list[list[bytes]], Walk]:
+    walk = Walk(sources, selection)
+    return [[entry.key for entry in run] for run in walk.runs(length)], walk
+
+
+def test_excluding_leaves_the_runs_full_and_comes_before_the_limit(tmp_path: Path) -> None:
+    with LmdbSource(write_lmdb(tmp_path / "source", ENTRIES)) as source:
+        left_out = {b"001", b"005", b"030", b"777"}
+        kept = [key for key in sorted(ENTRIES) if key not in left_out]
+        runs, walk = keys_of_runs([source], Selection(exclude=frozenset(left_out)))
+        assert runs == [kept[i : i + 10] for i in range(0, 97, 10)]
+        assert (walk.excluded, walk.taken) == (3, [97])
+        runs, walk = keys_of_runs([source], Selection(exclude=frozenset(left_out), limit=25))
+        assert runs == [kept[:10], kept[10:20], kept[20:25]]
+        assert (walk.excluded, walk.taken) == (2, [25])
+
+
+def test_keys_are_excluded_with_or_without_the_number_of_their_source(tmp_path: Path) -> None:
+    sources: list[Source] = [FolderSource(write_files(tmp_path / n, {"x.jpg": b"", "y.jpg": b""})) for n in "ab"]
+    assert keys_of_runs(sources, Selection(exclude=frozenset({b"x"})))[0] == [[b"y", b"y"]]
+    assert keys_of_runs(sources, Selection(exclude=frozenset({b"1_x"})))[0] == [[b"x", b"y", b"y"]]
+    assert keys_of_runs(sources[:1], Selection(exclude=frozenset({b"0_x"})))[0] == [[b"x", b"y"]]
+
+
+def test_a_list_of_keys_may_have_windows_lines_blanks_and_any_bytes(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(b"one\r\n\n  two\nthree \n\xff\xfe")
+    assert {b"one", b"two", b"three", b"three ", b"\xff\xfe"} <= read_keys(tmp_path / "keys")
+    assert b"" not in read_keys(tmp_path / "keys")
+    with pytest.raises(UserError, match=f"^cannot read {tmp_path}/nowhere: No such file or directory$"):
+        read_keys(tmp_path / "nowhere")
+
+
+def many_members(path: Path, count: int) -> Path:
+    path.write_bytes(b"".join(tar_header(f"{i:06d}", 0) for i in range(count)) + bytes(1024))
+    return path
+
+
+def many_values(path: Path, count: int) -> Path:
+    return write_lmdb(path, {b"%06d" % i: b"value" for i in range(count)})
+
+
+class Watched:
+    """A source that counts how far it was walked."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.walked = source, 0
+
+    def walk(self) -> Iterator[tuple[bytes, Any]]:
+        for found in self.source.walk():
+            self.walked += 1
+            yield found
+
+
+@pytest.mark.parametrize("write", [many_members, many_values])
+def test_the_first_run_comes_before_the_walk_ends(write: Callable[[Path, int], Path], tmp_path: Path) -> None:
+    watched = Watched(open_source(write(tmp_path / "many.tar", 5000)))
+    runs = Walk([watched], Selection()).runs(100)  # type: ignore[list-item]  # a walk does not read
+    assert len(next(runs)) == 100 and watched.walked == 100
+    assert sum(map(len, runs)) == 4900
+
+
+def peak_of(walk: Callable[[], object]) -> int:
+    """Bytes of memory that a walk holds at most at a time."""
+    tracemalloc.start()
+    walk()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("write", [many_members, many_values])
+def test_the_memory_of_a_walk_does_not_grow(write: Callable[[Path, int], Path], tmp_path: Path) -> None:
+    def walk(path: Path) -> Callable[[], object]:
+        return lambda: sum(1 for _ in open_source(path).walk())
+
+    few, many = (peak_of(walk(write(tmp_path / f"{count}.tar", count))) for count in (1000, 10_000))
+    assert many < few + 50_000
+
+
+def test_python_s_own_walk_of_a_tar_would_grow(tmp_path: Path) -> None:
+    with tarfile.open(many_members(tmp_path / "many.tar", 3000)) as tar:
+        assert peak_of(tar.getmembers) > 1_000_000

@@ -1,0 +1,206 @@
+"""Shard files: their bytes, their names, and what happens when writing fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.common.errors import UserError
+from shards.conversion.images import to_ppm
+from shards.manifest import Layout, member_key
+from shards.reader import locate, read_sample
+from shards.writer import JsonLines, describe_key, tar_header, write_shard
+from tests.support.shards_fixtures import data_set, picture
+
+LAYOUT = Layout(16)
+
+
+def samples(*keys: str) -> Iterator[tuple[str, bytes]]:
+    return iter([(key, to_ppm(picture(i, 16, 16))) for i, key in enumerate(keys)])
+
+
+def test_header_is_ustar_without_time_and_owner() -> None:
+    header = tar_header("a" * 90, 12_301)
+    member = tarfile.TarInfo.frombuf(header, "ascii", "strict")
+    assert len(header) == 512 and header[257:265] == b"ustar\x0000"
+    assert (member.name, member.size, member.mode) == ("a" * 90 + ".ppm", 12_301, 0o644)
+    assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+
+
+def test_the_bytes_of_a_shard_are_pinned(tmp_path: Path) -> None:
+    # A change here makes shards of one version differ from those of the next: raise FORMAT_VERSION with it.
+    grey = iter([("a", LAYOUT.ppm_header + bytes(768)), ("b", LAYOUT.ppm_header + b"\x80" * 768)])
+    entry = write_shard(tmp_path / "shard-000000.tar", LAYOUT, grey)
+    assert entry is not None
+    assert entry.sha256 == "cadb22c44af4a71738220b86235b3d48a6fc1ede901262edf63f75e52a8d25e3"
+
+
+def test_a_shard_is_as_long_and_hashes_as_its_entry_says(tmp_path: Path) -> None:
+    path = tmp_path / "shard-000000.tar"
+    entry = write_shard(path, LAYOUT, samples("a", "b", "c"))
+    content = path.read_bytes()
+    assert entry is not None and (entry.name, entry.samples) == (path.name, 3)
+    assert entry.bytes == len(content) == LAYOUT.shard_bytes(3) == 3 * 1536 + 1024
+    assert entry.sha256 == hashlib.sha256(content).hexdigest()
+    assert content[-1024:] == bytes(1024)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_tarfile_reads_every_member_at_its_stride(tmp_path: Path) -> None:
+    path = tmp_path / "shard-000000.tar"
+    write_shard(path, LAYOUT, samples("a", "b", "c"))
+    with tarfile.open(path) as archive:
+        members = archive.getmembers()
+        read = [archive.extractfile(member).read() for member in members]  # type: ignore[union-attr]
+    assert [(m.name, m.offset) for m in members] == [("a.ppm", 0), ("b.ppm", 1536), ("c.ppm", 3072)]
+    assert read == [ppm for _, ppm in samples("a", "b", "c")]
+
+
+def test_read_sample_gives_key_and_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "shard-000000.tar"
+    write_shard(path, LAYOUT, samples("a", "b", "c"))
+    for index, key in enumerate("abc"):
+        found, pixels = read_sample(path, LAYOUT, index)
+        assert found == key and pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
+        assert np.array_equal(pixels, np.asarray(picture(index, 16, 16)))
+
+
+@pytest.mark.parametrize("index", [-1, 3, 4, 1000])
+def test_read_sample_outside_the_shard_is_an_error(tmp_path: Path, index: int) -> None:
+    write_shard(tmp_path / "shard-000000.tar", LAYOUT, samples("a", "b", "c"))
+    with pytest.raises(UserError):
+        read_sample(tmp_path / "shard-000000.tar", LAYOUT, index)
+
+
+def test_read_sample_of_another_image_size_is_an_error(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shard-000000.tar", LAYOUT, samples("a", "b", "c"))
+    with pytest.raises(UserError, match="no intact sample 0"):
+        read_sample(tmp_path / "shard-000000.tar", Layout(17), 0)
+
+
+def test_read_sample_of_a_cut_shard_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "shard-000000.tar"
+    write_shard(path, LAYOUT, samples("a", "b"))
+    path.write_bytes(path.read_bytes()[: 2 * 1536 - 300])
+    assert read_sample(path, LAYOUT, 0)[0] == "a"
+    with pytest.raises(UserError, match="no intact sample 1"):
+        read_sample(path, LAYOUT, 1)
+    with pytest.raises(UserError, match=r"cannot read shard .*: No such file"):
+        read_sample(tmp_path / "nowhere.tar", LAYOUT, 0)
+
+
+def test_locate_counts_through_the_shards(tmp_path: Path) -> None:
+    _, manifest = data_set(tmp_path, 10, 4)
+    places = [locate(manifest, position) for position in range(10)]
+    assert places == [(f"shard-{i // 4:06d}.tar", i % 4) for i in range(10)]
+    with pytest.raises(IndexError):
+        locate(manifest, 10)
+
+
+def test_two_samples_of_one_name_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="b"):
+        write_shard(tmp_path / "shard-000000.tar", LAYOUT, samples("a", "b", "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_samples_make_no_shard(tmp_path: Path) -> None:
+    assert write_shard(tmp_path / "shard-000000.tar", LAYOUT, iter([])) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_source_leaves_nothing(tmp_path: Path) -> None:
+    def failing() -> Iterator[tuple[str, bytes]]:
+        yield from samples("a", "b")
+        raise RuntimeError("the source broke")
+
+    with pytest.raises(RuntimeError, match="the source broke"):
+        write_shard(tmp_path / "shard-000000.tar", LAYOUT, failing())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", [b"a", b"0123456789abcdef" * 2, b"A-Z_9", b"x" * 90, b"-", b"__meta__"])
+def test_plain_keys_keep_their_name(key: bytes) -> None:
+    assert member_key(key) == key.decode()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b"a.b",
+        b"a.b.c",
+        b".hidden",
+        b"folder/name",
+        b"../up",
+        b"x" * 91,
+        b"y" * 200,
+        b"a b",
+        b"a\n",
+        b"\n",
+        b"\0",
+        b"\xff\xfe",
+        "schön".encode(),
+        b"a" * 511,
+    ],
+)
+def test_other_keys_become_their_sha1(key: bytes) -> None:
+    assert member_key(key) == hashlib.sha1(key).hexdigest()
+
+
+def test_any_key_keeps_the_stride_and_reads_back(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    keys = [rng.randbytes(rng.randint(1, 511)) for _ in range(50)] + [b"a.b", b"a.c", b"k" * 200, b"plain"]
+    names = [member_key(key) for key in keys]
+    path = tmp_path / "shard-000000.tar"
+    write_shard(path, LAYOUT, samples(*names))
+    assert path.stat().st_size == LAYOUT.shard_bytes(len(keys))
+    assert [read_sample(path, LAYOUT, index)[0] for index in range(len(keys))] == names
+    with tarfile.open(path) as archive:
+        assert archive.getnames() == [f"{name}.ppm" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("key", "described"),
+    [(b"a.b", {"key": "a.b"}), ("schön".encode(), {"key": "schön"}), (b"\xff\x00", {"key_hex": "ff00"})],
+)
+def test_keys_are_described_as_text_where_they_are_text(key: bytes, described: dict[str, str]) -> None:
+    assert describe_key(key) == described
+
+
+def test_json_lines_appear_only_when_published(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    with JsonLines(path) as lines:
+        lines.extend([{"key": "schön\n"}])
+        lines.extend([{"key": "b"}])
+        assert not path.exists()
+        assert lines.publish() == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"key": "schön\n"}, {"key": "b"}]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_lines_without_a_line_make_no_file(tmp_path: Path) -> None:
+    (tmp_path / "keys.jsonl").write_text("of an earlier conversion")
+    with JsonLines(tmp_path / "keys.jsonl") as lines:
+        lines.extend([])
+        assert lines.publish() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_lines_that_are_not_published_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), JsonLines(tmp_path / "keys.jsonl") as lines:
+        lines.extend([{"key": "a"}])
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["a", "k" * 90, "0123456789abcdef" * 2, "A-Z_z"])
+def test_headers_are_those_of_tarfile(key: str) -> None:
+    member = tarfile.TarInfo(f"{key}.ppm")
+    member.size = 12301
+    assert tar_header(key, 12301) == member.tobuf(tarfile.USTAR_FORMAT)

@@ -1,0 +1,106 @@
+"""What is not finite on one rank skips the step on all; half precision on CPU autocast, as it would be on GPUs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dist_dcgan.config import Config, make_plan
+from dist_dcgan.distributed.world import process_group
+from dist_dcgan.run.checkpoint import load_newest
+from dist_dcgan.training import steps
+from dist_dcgan.training.train_state import TrainState
+from tests.support.commands import metrics, succeed, train_command
+from tests.support.ranks import run_ranks
+
+NETWORKS = ("generator.", "discriminator.", "generator_ema.")
+
+
+def steps_with_overflow(network: str, precision: str, factor: float) -> dict[str, Any]:
+    """Three steps; in the second, rank 1's loss of `network` is multiplied by `factor`."""
+    config = Config(width=4, global_batch=4, precision=precision)
+    with process_group(60, "cpu") as world:
+        state = TrainState(config, make_plan(config, 2, 100), world, 64)
+        if precision == "fp16":
+            for scaler in (state.scaler_g, state.scaler_d):
+                scaler.load_state_dict(scaler.state_dict() | {"scale": 8.0})
+        loss_name = {"g": "generator_loss", "d": "discriminator_loss_fake"}[network]
+        loss = getattr(steps, loss_name)
+
+        def broken_on_rank_1(logits: Tensor, form: str) -> Tensor:
+            return loss(logits, form) * (factor if world.rank == 1 else 1)
+
+        record = []
+        for step in range(3):
+            torch.manual_seed(10 * step + world.rank)
+            real = (torch.rand(2, 3, 64, 64, dtype=state.dtype) * 2 - 1).contiguous(memory_format=torch.channels_last)
+            replacement = broken_on_rank_1 if step == 1 else loss
+            with mock.patch.object(steps, loss_name, replacement):
+                steps.train_step(state, real)
+            tensors = {name: tensor.clone().numpy() for name, tensor in state.tensors().items()}
+            scales = {"scale_g": state.scaler_g.get_scale(), "scale_d": state.scaler_d.get_scale()}
+            record.append({"tensors": tensors, **scales})
+        return {"steps": record, "step": state.step}
+
+
+def changed(before: dict[str, Any], after: dict[str, Any], prefix: str) -> bool:
+    """Whether a trained value differs; batch-norm statistics belong to the forward pass and move anyway."""
+    names = [name for name in before["tensors"] if name.startswith(prefix) and name.endswith(("weight", "bias"))]
+    assert names
+    return any((before["tensors"][name] != after["tensors"][name]).any() for name in names)
+
+
+@pytest.mark.parametrize("network", ["g", "d"])
+@pytest.mark.parametrize(
+    ("precision", "factor", "scales"),
+    [
+        ("fp16", math.inf, [8, 4, 4]),
+        ("bf16", math.nan, [1, 1, 1]),
+        ("fp32", math.nan, [1, 1, 1]),
+        ("fp64", math.inf, [1, 1, 1]),
+    ],
+)
+def test_what_is_not_finite_on_one_rank_skips_the_step_on_all(
+    network: str, precision: str, factor: float, scales: list[float]
+) -> None:
+    ranks = run_ranks(2, steps_with_overflow, network, precision, factor)
+    hit, other = {"g": ("generator.", "discriminator."), "d": ("discriminator.", "generator.")}[network]
+    for outcome in ranks:
+        first, second, third = outcome["steps"]
+        assert not changed(first, second, hit)
+        assert changed(first, second, other)
+        assert changed(first, second, "generator_ema.") == (network == "d")
+        assert [step[f"scale_{network}"] for step in outcome["steps"]] == scales
+        assert [step["scale_d" if network == "g" else "scale_g"] for step in outcome["steps"]] == scales[:1] * 3
+        assert all(changed(second, third, prefix) for prefix in NETWORKS)
+        assert outcome["step"] == 3
+    for name, tensor in ranks[0]["steps"][2]["tensors"].items():
+        assert np.isfinite(tensor).all(), name
+        assert (tensor == ranks[1]["steps"][2]["tensors"][name]).all(), name
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_trains_and_resumes(demo_shards: Path, tmp_path: Path, precision: str) -> None:
+    flags = ["--data", demo_shards, "--width", 8, "--global-batch", 16, "--precision", precision]
+    flags += ["--log.every-steps", 1, "--wandb", "disabled"]
+    succeed(train_command(2, *flags, "--run-dir", tmp_path / "whole", "--max-steps", 4))
+    for steps_so_far in (2, 4):
+        succeed(train_command(2, *flags, "--run-dir", tmp_path / "parts", "--max-steps", steps_so_far))
+    losses = [[row["loss/d"] for row in metrics(tmp_path / run)] for run in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+    whole, parts = (load_newest(tmp_path / run / "checkpoints") for run in ("whole", "parts"))
+    assert whole is not None and parts is not None
+    assert all(torch.isfinite(tensor).all() for tensor in parts[0].values())
+    for scaler in ("scaler_g", "scaler_d"):
+        assert parts[1][scaler] == whole[1][scaler]
+        assert (whole[1][scaler]["scale"] == 1) == (precision == "bf16")
+    if precision == "fp16":  # the first scale overflows in D, so that there is something to lose
+        assert whole[1]["scaler_d"]["scale"] < 65536

@@ -1,0 +1,77 @@
+"""Scores and warnings while training runs, as people start it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.commands import environment, metrics, run, succeed, train_command
+from tests.support.commands import module as python
+
+SCORED = ["--quality.every-images", 160, "--quality.fakes", 20, "--quality.reals", 24, "--wandb", "disabled"]
+DEBUG = ["--preset", "debug", *SCORED]
+KID = "quality/kid_efficientnet_lite0"
+GENERATOR_WINS = ["--optimizer.lr-d", 1e-9, "--optimizer.lr-g", 1e-2, "--quality.extractor", "none", "--max-steps", 60]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment with a cache of features of its own."""
+    return environment() | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+
+
+def scores(run_dir: Path) -> list[dict[str, Any]]:
+    return [row for row in metrics(run_dir) if KID in row]
+
+
+def test_the_loop_scores_and_keeps_the_best_generator(demo_shards: Path, tmp_path: Path, cache: dict[str, str]) -> None:
+    flags = [*DEBUG, "--data", demo_shards, "--run-dir", tmp_path / "run", "--max-steps", 40, "--ema.ramp-up", 0.5]
+    done = succeed(train_command(1, *flags), env=cache)
+    rows = scores(tmp_path / "run")
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    assert all(row["quality/fakes"] == 20 and row["quality/reals"] == 24 for row in rows)
+    assert "kid_efficientnet_lite0 " in done.stderr
+    best = min(rows, key=lambda row: row[KID])
+    description = json.loads((tmp_path / "run" / "generator_best.json").read_text())
+    assert (description["step"], description["scores"][KID]) == (best["step"], best[KID])
+    succeed(python("dist_dcgan.sample", tmp_path / "run", "--best", "--out", tmp_path / "best.png"))
+    # A run that goes on knows how good the best was: nothing is better than a distance below any other.
+    values_file = tmp_path / "run" / "generator_best.json"
+    before = values_file.read_bytes()
+    flags[flags.index("--max-steps") + 1] = 41
+    succeed(train_command(1, *flags), env=cache)
+    assert values_file.read_bytes() == before
+
+
+def test_two_ranks_score_like_one(demo_shards: Path, tmp_path: Path, cache: dict[str, str]) -> None:
+    flags = [*DEBUG, "--data", demo_shards, "--max-steps", 10, "--precision", "fp64"]
+    for ranks in (1, 2):
+        succeed(train_command(ranks, *flags, "--run-dir", tmp_path / str(ranks)), env=cache)
+    (one,), (two,) = scores(tmp_path / "1"), scores(tmp_path / "2")
+    for name in (name for name in one if name.startswith("quality/")):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_collapse_stops_every_rank_where_that_is_asked(demo_shards: Path, tmp_path: Path, ranks: int) -> None:
+    flags = [*DEBUG, *GENERATOR_WINS, "--data", demo_shards, "--run-dir", tmp_path / "run", "--on-collapse", "stop"]
+    done = run(train_command(ranks, *flags))
+    assert done.returncode == (2 if ranks == 1 else 1), done.stderr  # torchrun has a status of its own
+    lines = done.stderr.splitlines()
+    told = next(
+        index for index, line in enumerate(lines) if line.startswith("warning: the generator has won, since step")
+    )
+    assert "what it is:" in lines[told + 1] and "what to try:" in lines[told + 2]
+    assert sum(line.startswith("error: training is stopped at step") for line in lines) == 1
+    assert metrics(tmp_path / "run")[-1]["alert"].startswith("the generator has won")
+
+
+def test_a_collapse_only_warns_by_default(demo_shards: Path, tmp_path: Path) -> None:
+    flags = [*DEBUG, *GENERATOR_WINS, "--data", demo_shards, "--run-dir", tmp_path / "run"]
+    done = succeed(train_command(1, *flags))
+    assert done.stderr.count("warning: the generator has won") == 1
+    assert metrics(tmp_path / "run")[-1]["step"] == 60
+    assert (tmp_path / "run" / "curves.png").is_file()
