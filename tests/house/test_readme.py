@@ -10,7 +10,11 @@ from pydantic import BaseModel
 
 from dist_dcgan.config import Config, preset_names
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+ROOMS = ("dist_dcgan", "launch", "shards", "tests")
+READMES = [README, *(page for room in ROOMS for page in sorted((ROOT / room).rglob("README.md")))]
+CONFIGURATION = ROOT / "dist_dcgan" / "presets" / "README.md"
 TABLE = re.compile(r"(<!-- configuration:[^\n]*-->\n).*?(<!-- end of configuration -->)", re.DOTALL)
 
 
@@ -35,7 +39,7 @@ def with_table(text: str) -> str:
 
 
 def test_the_configuration_table_is_that_of_the_code() -> None:
-    text = README.read_text()
+    text = CONFIGURATION.read_text()
     assert len(TABLE.findall(text)) == 1
     assert with_table(text) == text, "run `python -m tests.house.test_readme`"
 
@@ -45,11 +49,25 @@ def test_every_preset_is_described() -> None:
     assert set(preset_names()) <= set(described)
 
 
-def test_every_file_that_is_linked_exists() -> None:
-    for readme in [README, *README.parent.glob("*/README.md"), README.parent / "tests/benchmarks/README.md"]:
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", readme.read_text()):
-            assert (readme.parent / link).exists(), f"{readme.name}: {link}"
+def test_every_link_leads_somewhere() -> None:
+    for readme in READMES:
+        for path, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", readme.read_text()):
+            target = (readme.parent / path) if path else readme
+            assert target.exists(), f"{readme.relative_to(ROOT)}: {path}"
+            assert not heading or heading in anchors(target.read_text()), (
+                f"{readme.relative_to(ROOT)}: {path}#{heading}"
+            )
+
+
+def anchors(text: str) -> set[str]:
+    """The names by which links reach the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_front_page_stays_short() -> None:
+    assert len(README.read_text().splitlines()) <= 170
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    CONFIGURATION.write_text(with_table(CONFIGURATION.read_text()))
