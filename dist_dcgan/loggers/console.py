@@ -17,13 +17,15 @@ class ConsoleLogger:
     """One line of progress: live on a terminal; elsewhere plain lines, at most one a second."""
 
     def __init__(self, plan: Plan, step: int) -> None:
-        self._plan, self._first_step, self._started = plan, step, time.perf_counter()
+        self._plan, self._first_step, self._step, self._seconds = plan, step, step, 0.0
         self._last_line = float("-inf")
         self._bar = tqdm(total=plan.total_steps, initial=step, unit="step") if sys.stderr.isatty() else None
 
     def metrics(self, row: Row) -> None:
         """Show the row."""
         step = int(row["step"])
+        self._seconds += row["time/step"] * (step - self._step)
+        self._step = step
         text = (
             f"{row['images_seen'] / 1000:.1f} kimg  {row['throughput/images_per_second']:.1f} images/s  "
             f"loss D {row['loss/d']:.3f} G {row['loss/g']:.3f}  "
@@ -39,7 +41,7 @@ class ConsoleLogger:
         if step < self._plan.total_steps and now - self._last_line < 1:
             return
         self._last_line = now
-        per_step = (now - self._started) / (step - self._first_step)
+        per_step = self._seconds / (step - self._first_step)
         left = tqdm.format_interval((self._plan.total_steps - step) * per_step)
         share = 100 * step / self._plan.total_steps
         print(f"{share:5.1f}%  step {step}/{self._plan.total_steps}  {text}  ETA {left}", file=sys.stderr, flush=True)

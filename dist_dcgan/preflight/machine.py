@@ -62,7 +62,7 @@ def eval_extra(subject: Subject) -> Finding:
     if not below:
         return Finding("ok", "installed")
     lost = "no scores in training, no best generator, no dist_dcgan.evaluate"
-    return Finding("warning", f"{'; '.join(below.values())}, so {lost}: pip install -U '{_PACKAGE}[eval]'")
+    return Finding("warning", f"{'; '.join(below.values())}, so {lost}: pip install -U -e '.[eval]'")
 
 
 def devices(subject: Subject) -> Finding:

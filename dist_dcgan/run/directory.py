@@ -9,7 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dist_dcgan.config import Config, differences, from_command_line, read_yaml, to_yaml
+from dist_dcgan.distributed.collectives import from_rank_zero
 from shards.common.command_line import build
 from shards.common.command_line import run as run_command
 from shards.common.errors import UserError
@@ -74,6 +75,14 @@ class RunDirectory:
     def stopped(self) -> Path:
         """Marker of a run that a signal ended before its last step: a launcher starts it again."""
         return self.path / "STOPPED"
+
+
+@contextmanager
+def claimed_for_all(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
+    """Have rank 0 hold the folder for all ranks as `claimed` does; its UserError is raised on all of them."""
+    with ExitStack() as held:
+        from_rank_zero(lambda: held.enter_context(claimed(run, config, resume)))
+        yield
 
 
 @contextmanager

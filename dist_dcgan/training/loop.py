@@ -17,16 +17,17 @@ from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.loggers.composite import make_logger
 from dist_dcgan.loggers.pictures import draw_curves
 from dist_dcgan.run.checkpoint import Retention, load_newest
-from dist_dcgan.run.directory import RunDirectory, claimed, record, require_same_run
+from dist_dcgan.run.directory import RunDirectory, claimed_for_all, record, require_same_run
 from dist_dcgan.run.export import export_generator
 from dist_dcgan.run.saver import Saver, make_schedule
 from dist_dcgan.training.ema import recompute_statistics
 from dist_dcgan.training.graph import prepare_step, training_stream
 from dist_dcgan.training.meter import Meter
 from dist_dcgan.training.quality import QualityMeter
-from dist_dcgan.training.reporting import log_samples, report
+from dist_dcgan.training.reporting import log_samples, watch
 from dist_dcgan.training.stopping import StepAgreement
 from dist_dcgan.training.train_state import TrainState
+from dist_dcgan.training.watchdog import was_skipped
 from shards.manifest import Manifest
 
 
@@ -46,7 +47,7 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         digest = manifest.digest()
         require_same(digest, f"the data set at {config.data.path}")
         run = RunDirectory(config.run_dir)
-        from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
+        stack.enter_context(claimed_for_all(run, config, resume_mode))
 
         # Build networks and optimizers, warm them up, go on from the newest checkpoint.
         stack.enter_context(training_stream(world.device))
@@ -71,14 +72,19 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
             assert batch.step == state.step
             meter.add(take_step(to_images(batch, state.dtype)))
             last = state.step == plan.total_steps
-            scores = quality.read()
+            with meter.paused():
+                scores = quality.read()
             if saver.failed:
                 agreement.request_stop()
             stopping, save_is_due = agreement.agreed()
             saving = last or stopping or save_is_due or schedule.due_at(state.step)
             logging = last or scores or state.step % config.log.every_steps == 0 or state.step == 1
             if saving or logging:
-                report(logger, state, run, meter.read(), scores if logging else None)
+                rows = meter.read()
+                state.skipped_steps += sum(map(was_skipped, rows))
+                if logging:
+                    logger.metrics(rows[-1] | {"steps/skipped": state.skipped_steps} | scores)
+                watch(logger, state, run, rows)
             if last or state.passed(config.log.samples_every_images):
                 log_samples(logger, state)
             if saving:

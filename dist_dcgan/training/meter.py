@@ -1,12 +1,14 @@
 """What the steps since the last reading measured, how fast they went, and how much of the time they waited for data.
 
-`time/data_wait` is the share of the time in which training waited for a batch, `time/shard_checks` that in which the
-thread was busy that checks and stages shards beside it.
+`time/data_wait` is the share of the time in which training waited for a batch, `time/shard_checks` the share in which
+the thread that checks and stages shards was busy. Scores are not part of the time.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.distributed.collectives import average_across_ranks
@@ -21,6 +23,13 @@ class Meter:
         self._state, self._batches = state, batches
         self._pending: list[Metrics] = []
         self._seconds, self._waited, self._supplying = time.perf_counter(), batches.waited, batches.supplying
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out: speed is that of training."""
+        began = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began
 
     def add(self, metrics: Metrics) -> None:
         """Take the metrics of a step; nothing waits for the device."""

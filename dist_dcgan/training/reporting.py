@@ -1,4 +1,4 @@
-"""What a run tells of its steps and its images, and what ends it when they went wrong."""
+"""What a run logs beside metrics: alerts of the watchdog, which may end it, and grids of samples."""
 
 from __future__ import annotations
 
@@ -10,21 +10,14 @@ from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training.dump import write_dump
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.train_state import TrainState
-from dist_dcgan.training.watchdog import was_skipped
 from shards.common.errors import UserError
 
 
-def report(
-    logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[str, float]], scores: dict[str, float] | None
-) -> None:
-    """Count and watch the steps since the last report; log the last of them, with its scores, where there are any.
+def watch(logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[str, float]]) -> None:
+    """Have the watchdog look at the metrics of some steps, a row each, and log what it finds.
 
-    Raises UserError, on all ranks, where a collapse is found and the configuration says to stop, or nothing is done any
-    more.
+    Raises UserError on all ranks if it finds a collapse and the configuration says to stop, or if all steps are skipped.
     """
-    state.skipped_steps += sum(was_skipped(row) for row in rows)
-    if scores is not None:
-        logger.metrics(rows[-1] | {"steps/skipped": state.skipped_steps} | scores)
     for collapse in state.watchdog.observe(rows):
         logger.alert(state.step, str(collapse))
         if collapse.rule.fatal:

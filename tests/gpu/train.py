@@ -99,7 +99,7 @@ def told(context: Context, run_dir: Path) -> Figures:
 
 
 def distances(rows: Sequence[Row]) -> list[tuple[int, float, float]]:
-    """Return images seen, seconds of training, scores included, and kernel distance of each score."""
+    """Return images seen, seconds of training without scores, and kernel distance of each score."""
     found = []
     for row, seconds in zip(rows, seconds_of(rows), strict=True):
         names = [name for name in row if name.startswith("quality/kid") and not name.endswith("_std")]

@@ -152,7 +152,7 @@ def test_a_missing_extra_is_a_warning_that_says_what_is_lost(installed: dict[str
     found = machine.eval_extra(subject())
     assert found.level == "warning"
     assert found.text.startswith("torch-fidelity is missing, so no scores in training")
-    assert found.text.endswith("pip install -U 'dist_dcgan[eval]'")
+    assert found.text.endswith("pip install -U -e '.[eval]'")
 
 
 def test_without_the_distribution_its_requirements_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
