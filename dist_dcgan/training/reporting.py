@@ -16,7 +16,7 @@ from shards.common.errors import UserError
 def watch(logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[str, float]]) -> None:
     """Have the watchdog look at the metrics of some steps, a row each, and log what it finds.
 
-    Raises UserError on all ranks if it finds a collapse and the configuration says to stop, or if all steps are skipped.
+    Raises UserError on all ranks if it finds a collapse and the configuration says to stop, or all steps are skipped.
     """
     for collapse in state.watchdog.observe(rows):
         logger.alert(state.step, str(collapse))
