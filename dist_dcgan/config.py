@@ -37,7 +37,7 @@ class PlaceOptions(Options):
     """Where a data set lies."""
 
     path: Location = _changeable(Path("data/bedroom_train"))
-    """Folder or address (http, https) of shards that `python -m shards convert` wrote (`--data` for short)."""
+    """Folder or address (http, https) of shards that `python -m shards convert` wrote."""
     cache_dir: Path | None = _changeable(None)
     """Folder on a disk of each machine to which shards are staged: for an address, or a slow file system."""
     cache_gb: float = _changeable(50.0, gt=0, allow_inf_nan=False)
@@ -165,7 +165,7 @@ class Config(Options):
     """All that a run computes. The defaults are the `paper` preset."""
 
     data: DataOptions = DataOptions()
-    """Data."""
+    """Where the images come from, and in which order."""
     run_dir: Path = _changeable(Path("runs/default"))
     """Folder of the run: configuration, metrics, samples, checkpoints, exported generator."""
     width: int = Field(128, ge=1)
@@ -189,25 +189,25 @@ class Config(Options):
     cuda_graph: bool | None = _changeable(None)
     """Launch a step as one CUDA graph, which saves the host's time; none: if there is one GPU."""
     model: ModelOptions = ModelOptions()
-    """Networks."""
+    """What the networks look like."""
     noise: NoiseOptions = NoiseOptions()
-    """Instance noise."""
+    """Noise on the images that the discriminator sees."""
     optimizer: OptimizerOptions = OptimizerOptions()
-    """Optimizers."""
+    """Adam, for both networks."""
     ema: EmaOptions = EmaOptions()
-    """Weight averaging."""
+    """The averaged generator, which is sampled, scored and exported."""
     log: LogOptions = LogOptions()
-    """Logging."""
+    """What is logged, and how often."""
     quality: QualityOptions = QualityOptions()
-    """Scores."""
+    """Scores while training."""
     on_collapse: Literal["warn", "stop"] = _changeable("warn")
     """What to do where the watchdog finds that training went wrong."""
     wandb: WandbOptions = WandbOptions()
     """Weights & Biases."""
     checkpoint: CheckpointOptions = CheckpointOptions()
-    """Checkpoints."""
+    """Checkpoints: when, and how many are kept."""
     distributed: DistributedOptions = DistributedOptions()
-    """Ranks."""
+    """How the ranks work together."""
 
     @model_validator(mode="after")
     def _one_batch(self) -> Config:
@@ -232,15 +232,20 @@ class Invocation(Options):
 
 
 class _CommandLine(Config, Invocation):
-    """Every flag of `dist_dcgan.train` and `dist_dcgan.doctor`."""
+    """All flags of training, which the doctor takes as well."""
 
 
 SHORT_FLAGS = {"--data": "--data.path", "--wandb": "--wandb.mode"}
 
 
-def from_command_line(argv: Sequence[str], prog: str = "python -m dist_dcgan.train") -> tuple[Config, Invocation]:
-    """Resolve the preset or file and the flags of `argv`; raises UserError for whatever is wrong in them."""
-    flags = parse_flags(_CommandLine, argv, prog, SHORT_FLAGS)
+def from_command_line(
+    argv: Sequence[str], prog: str = "python -m dist_dcgan.train", about: str | None = None
+) -> tuple[Config, Invocation]:
+    """Resolve the preset or file and the flags of `argv`; raises UserError if any of them is wrong.
+
+    `about` is what `--help` says of the command.
+    """
+    flags = parse_flags(_CommandLine, argv, prog, SHORT_FLAGS, about)
     invocation = build(Invocation, {name: flags.pop(name) for name in Invocation.model_fields if name in flags})
     if invocation.preset is not None and invocation.config is not None:
         raise UserError(f"--preset {invocation.preset} and --config {invocation.config} exclude each other: give one")

@@ -1,7 +1,8 @@
-"""Look whether a run will train here, before it is started: one line per check, nothing stays on any disk.
+"""Check whether a run will train here, before it is started. Takes the flags of training; leaves nothing on disk.
 
-python -m dist_dcgan.doctor [flags of dist_dcgan.train]
-torchrun --nproc_per_node=8 -m dist_dcgan.doctor [flags of dist_dcgan.train]
+python -m dist_dcgan.doctor --data data/bedroom_train
+torchrun --nproc_per_node=8 -m dist_dcgan.doctor --data data/bedroom_train --run-dir runs/bedrooms
+COMMAND=doctor sbatch --nodes=2 launch/train.sbatch --data data/bedroom_train
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from shards.common.errors import UserError
 
 def main(argv: Sequence[str]) -> None:
     """Examine and print; raises UserError where a check failed."""
-    config, invocation = from_command_line(argv, "python -m dist_dcgan.doctor")
+    config, invocation = from_command_line(argv, "python -m dist_dcgan.doctor", __doc__)
     found = examine(config, invocation, show)
     failed = [thing for thing, finding in found.items() if finding.level == "FAILED"]
     if failed:

@@ -1,7 +1,8 @@
 """Score the generator of a run against a data set.
 
-python -m dist_dcgan.evaluate RUN_DIR --data DIR
-torchrun --nproc_per_node=8 -m dist_dcgan.evaluate RUN_DIR --data DIR
+python -m dist_dcgan.evaluate runs/default --data data/bedroom_train
+torchrun --nproc_per_node=8 -m dist_dcgan.evaluate runs/default --data data/bedroom_train --json
+python -m dist_dcgan.evaluate runs/default --data data/bedroom_train --nearest 5 --out nearest.png
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Evaluate(Options):
 
 def main(argv: Sequence[str]) -> None:
     """Score and print."""
-    options = build(Evaluate, parse_flags(Evaluate, argv, "python -m dist_dcgan.evaluate", SHORT_FLAGS))
+    options = build(Evaluate, parse_flags(Evaluate, argv, "python -m dist_dcgan.evaluate", SHORT_FLAGS, __doc__))
     check_sheet(options)
     run_directory = RunDirectory(options.run_dir)
     generator, description = load_generator(run_directory.best if options.best else run_directory.generator)

@@ -1,6 +1,8 @@
 """Draw a grid of images from the averaged generator of a run, on any machine.
 
-python -m dist_dcgan.sample RUN_DIR --out X.png
+python -m dist_dcgan.sample runs/default --out bedrooms.png
+python -m dist_dcgan.sample runs/default --out bedrooms.png --num 16 --seed 7
+python -m dist_dcgan.sample runs/default --out bedrooms.png --best
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Sample(Options):
 
 def main(argv: Sequence[str]) -> None:
     """Write the grid and say where it is."""
-    options = build(Sample, parse_flags(Sample, argv, "python -m dist_dcgan.sample"))
+    options = build(Sample, parse_flags(Sample, argv, "python -m dist_dcgan.sample", about=__doc__))
     check_png(options.out)
     run_directory = RunDirectory(options.run_dir)
     generator, description = load_generator(run_directory.best if options.best else run_directory.generator)

@@ -1,7 +1,8 @@
-"""Train DCGAN.
+"""Train DCGAN on a data set of shards; started again with the same flags, continue the run.
 
-torchrun --nproc_per_node=8 -m dist_dcgan.train
-python -m dist_dcgan.train --world-size 1
+python -m dist_dcgan.train --world-size 1 --data data/bedroom_train
+torchrun --nproc_per_node=8 -m dist_dcgan.train --data data/bedroom_train --run-dir runs/bedrooms
+python -m dist_dcgan.train --world-size 1 --preset narrow --max-steps 10000 --dry-run
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from shards.manifest import Manifest
 
 def main(argv: Sequence[str]) -> None:
     """Train, or with --dry-run print what would be trained."""
-    config, invocation = from_command_line(argv)
+    config, invocation = from_command_line(argv, about=__doc__)
     place = open_place(config.data)
     manifest = place.manifest
     require_image_size(manifest.image_size, str(config.data.path))

@@ -67,7 +67,7 @@ def takes_graph(state: TrainState) -> bool:
     """Return whether steps are replays of a graph; raises UserError if they were to be on a CPU."""
     wanted, device = state.config.cuda_graph, state.world.device
     if wanted and device.type == "cpu":
-        raise UserError("--cuda-graph true needs a GPU: leave it out")
+        raise UserError("--cuda-graph needs a GPU: leave it out")
     if wanted is None:  # over several GPUs nobody has seen it run
         return device.type == "cuda" and state.world.world_size == 1
     return wanted

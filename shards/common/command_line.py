@@ -6,6 +6,7 @@ misspelt flag or key, one line instead of a report, and exit status 2.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import io
 import os
@@ -32,12 +33,16 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_flags(
-    model: type[BaseModel], argv: Sequence[str], prog: str, short: Mapping[str, str] | None = None
+    model: type[BaseModel],
+    argv: Sequence[str],
+    prog: str,
+    short: Mapping[str, str] | None = None,
+    about: str | None = None,
 ) -> dict[str, Any]:
     """Return what `argv` sets of `model`, nested by field and not yet validated.
 
-    `short` maps a flag to the longer one that it stands for. Raises UserError for an unknown flag or a
-    missing value; `--help` prints and exits.
+    `short` maps a flag to the longer one that it stands for. `--help` prints `about`, by default the docstring of the
+    model, and all flags, and exits. Raises UserError for an unknown flag or a missing value.
     """
     source: CliSettingsSource[Any] = CliSettingsSource(
         model,  # type: ignore[arg-type]  # any pydantic model serves; the annotation asks for BaseSettings
@@ -49,6 +54,7 @@ def parse_flags(
         cli_avoid_json=True,
         cli_hide_none_type=True,
     )
+    _arrange_help(source.root_parser, short or {}, about)
     try:
         return dict(source(args=_expand(argv, short or {}))())
     except SettingsError as error:
@@ -125,6 +131,21 @@ def _expand(argv: Sequence[str], short: Mapping[str, str]) -> list[str]:
         flag, equals, value = word.partition("=")
         expanded.append(short.get(flag, flag) + equals + value)
     return expanded
+
+
+def _arrange_help(parser: argparse.ArgumentParser, short: Mapping[str, str], about: str | None) -> None:
+    """Begin the help with what the command does; name flags as people type them, and groups by what they are about."""
+    words = [str(action.metavar) for action in parser._actions if not action.option_strings]
+    parser.usage = " ".join([parser.prog, *words, "[OPTIONS]"])
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    if about is not None:
+        parser.description = about.strip()
+    for action in parser._actions:
+        names = [flag for flag, longer in short.items() if longer in action.option_strings]
+        action.option_strings = [*names, *action.option_strings]
+    for group in parser._action_groups:
+        if group.description:
+            group.title, group.description = group.description.rstrip("."), None
 
 
 def _explain_flags(message: str, flags: Iterable[str]) -> str:

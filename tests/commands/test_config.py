@@ -165,3 +165,15 @@ def test_a_data_set_is_a_path_or_an_address() -> None:
         assert Config(data={"path": address}).data.path == address
     with pytest.raises(UserError, match=r"data\.path"):
         build(Config, {"data": {"path": 5}})
+
+
+def test_help_begins_with_what_the_command_does_and_names_flags_as_people_type_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        from_command_line(["--help"], about="Do it.\n\nexample --data DIR")
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert text.startswith("usage: python -m dist_dcgan.train [OPTIONS]\n\nDo it.\n\nexample --data DIR\n\n")
+    assert "  --data {Path,str}, --data.path {Path,str}\n" in text
+    assert "\nAdam, for both networks:\n  --optimizer.lr-g float" in text

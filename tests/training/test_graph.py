@@ -56,7 +56,7 @@ def test_a_graph_is_taken_on_one_gpu_or_if_asked_for() -> None:
 
 
 def test_a_graph_on_a_cpu_is_refused() -> None:
-    with process_group(60), pytest.raises(UserError, match="--cuda-graph true needs a GPU: leave it out"):
+    with process_group(60), pytest.raises(UserError, match="--cuda-graph needs a GPU: leave it out"):
         prepare_step(state_of(Config(width=4, global_batch=4, cuda_graph=True)), 64)
 
 
