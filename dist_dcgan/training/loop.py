@@ -49,14 +49,14 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         run = RunDirectory(config.run_dir)
         stack.enter_context(claimed_for_all(run, config, resume_mode))
 
-        # Build networks and optimizers, warm them up, go on from the newest checkpoint.
+        # Build networks and optimizers, warm up, load the newest checkpoint.
         stack.enter_context(training_stream(world.device))
         state = TrainState(config, plan, world, manifest.image_size)
         take_step = prepare_step(state, manifest.image_size)
         resume(state, run, digest)
         state.wandb_run_id = state.wandb_run_id or from_rank_zero(lambda: secrets.token_hex(4))
 
-        # Open what training writes and reads, and wait, maybe for minutes, until all ranks have data and can score.
+        # Open what training writes and reads; wait until all ranks have data and can score, which may take minutes.
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
         saver = stack.enter_context(Saver(run.checkpoints, retention, world.device))
         logger = stack.enter_context(closing(make_logger(config, plan, world, run, state.step, state.wandb_run_id)))
@@ -92,12 +92,12 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
             if stopping:
                 break
 
-        # Leave the generator and the curves.
+        # Export the generator and draw the curves.
         from_rank_zero(lambda: finish(state, run, saver, manifest), world.patient)
 
 
 def resume(state: TrainState, run: RunDirectory, digest: str) -> None:
-    """Load the newest sound checkpoint, where there is one: rank 0 reads it and tells the others."""
+    """Load the newest sound checkpoint, if there is one: rank 0 reads it and broadcasts it."""
 
     def read() -> dict[str, Any] | None:
         found = load_newest(run.checkpoints)
@@ -115,15 +115,15 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> None:
 
 
 def save(state: TrainState, saver: Saver, digest: str) -> None:
-    """Begin to write a checkpoint; raises UserError, on all ranks, where the one before could not be written."""
+    """Begin to write a checkpoint; raises UserError on all ranks if the one before could not be written."""
     values = state.values() | {"manifest_digest": digest, "config": to_values(state.config)}
     from_rank_zero(lambda: saver.save(state.tensors(), values))
 
 
 def finish(state: TrainState, run: RunDirectory, saver: Saver, manifest: Manifest) -> None:
-    """Wait for the last checkpoint and write the averaged generator and the curves, on rank 0.
+    """On rank 0, wait for the last checkpoint, export the averaged generator and draw the curves.
 
-    A run that stops before its end leaves a marker.
+    Also write a marker file if the run was stopped before its last step.
     """
     saver.wait()
     if state.step < state.plan.total_steps:

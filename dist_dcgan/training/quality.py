@@ -54,7 +54,7 @@ class QualityMeter:
     def __init__(
         self, state: TrainState, reader: ShardReader, run: RunDirectory, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Load the extractor; raises UserError where its package or weights are missing."""
+        """Load the extractor; raises UserError if its package or weights are missing."""
         self._state, self._reader, self._run = state, reader, run
         options = state.config.quality
         reached = state.plan.total_steps * state.plan.global_batch >= options.every_images
@@ -63,9 +63,9 @@ class QualityMeter:
         self._time = TimeShare(share, clock)
 
     def read(self) -> dict[str, float]:
-        """Return the scores, equal on all ranks, if the last step passed a multiple of `every_images`; else none.
+        """Return the scores, equal on all ranks, if the last step passed a multiple of `every_images`.
 
-        None either if the generator is not finite, or if scores would take more than their share of the time.
+        Empty otherwise, and if the generator is not finite or scores would take more than their share of the time.
         """
         state = self._state
         if self._extractor is None or not state.passed(state.config.quality.every_images):
@@ -77,7 +77,7 @@ class QualityMeter:
         return self._score(self._extractor)
 
     def _score(self, extractor: Extractor) -> dict[str, float]:
-        """Return the scores; whatever ranks wait for here, they wait for in the patient group."""
+        """Return the scores; ranks wait for each other in the slow group, whose timeout is long."""
         state, options = self._state, self._state.config.quality
 
         def draw(slots: range) -> Tensor:
@@ -100,7 +100,7 @@ class QualityMeter:
             return {}, state.best_kid
         scores = {f"quality/{name}": value for name, value in found.items()}
         kid = scores[f"quality/{kid_name(extractor)}"]
-        if not kid < (float("inf") if state.best_kid is None else state.best_kid):  # not where it is NaN either
+        if not kid < (float("inf") if state.best_kid is None else state.best_kid):  # also false for NaN
             return scores, state.best_kid
         try:
             size = self._reader.manifest.image_size
@@ -124,7 +124,7 @@ def _load(options: QualityOptions, world: World) -> Extractor | None:
 
 
 def _installed() -> bool:
-    """Return whether the packages of the `eval` extra are there; says so where they are not."""
+    """Return whether the packages of the `eval` extra are installed; warns if not."""
     missing = missing_packages()
     if missing:
         warn(f"images are not scored for want of {', '.join(missing)}: {INSTALL} brings what is missing")
