@@ -1,5 +1,4 @@
-"""The shard format and its tools: an LMDB of images becomes WebDataset tar shards under one manifest.
+"""The shard format and its tools: convert encoded images to WebDataset tar shards with one manifest.
 
-Nothing here imports torch, so that data can be prepared on machines without it. `README.md` defines the
-format.
+No module imports torch, so data can be prepared on machines without it. `README.md` defines the format.
 """

@@ -1,4 +1,4 @@
-"""Prepare data for training: python -m shards COMMAND ..."""
+"""Command line of the data tools: python -m shards COMMAND ..."""
 
 from __future__ import annotations
 
@@ -30,80 +30,80 @@ PROG = "python -m shards"
 
 
 class DownloadOptions(Options):
-    """Bring LSUN's scenes from their publisher, unzipped; after a cut or a kill the same command goes on."""
+    """Download and unzip LSUN's scene LMDBs; if interrupted, rerun the same command to resume."""
 
     categories: CliPositionalArg[list[str]] = Field(default=[])
     """Categories, `test` for the test set, or `all`."""
     out: Path = Path("data")
-    """Folder to put the LMDBs in."""
+    """Output folder for the LMDBs."""
     split: Literal["train", "val"] | None = None
     """Only this split of each category; both by default."""
     address: HttpUrl = HttpUrl(ADDRESS)
-    """Where the archives lie, for a mirror."""
+    """Base URL of the archives; change it to use a mirror."""
     keep_zip: bool = False
-    """Keep each archive beside its folder."""
+    """Keep each zip archive next to its unzipped folder."""
     list_categories: bool = Field(False, alias="list")
-    """Print the categories and do nothing else."""
+    """Print the categories and exit."""
 
 
 class DemoOptions(Options):
-    """Write an LMDB of rendered bedrooms, in LSUN's format, to try everything without a download."""
+    """Write an LMDB of rendered bedrooms in LSUN's format, to try the tools without a download."""
 
     out: Path
-    """Folder to write the LMDB to."""
+    """Output folder for the LMDB."""
     images: int = Field(4000, ge=1)
-    """Number of pictures."""
+    """Number of images."""
     seed: int = Field(0, ge=0)
-    """Another seed gives other pictures."""
+    """Random seed of the images."""
     workers: int = Field(0, ge=0, le=1024)
-    """Worker processes; 0 means one for each available core."""
+    """Worker processes; 0 means one per available core."""
 
 
 class ConvertOptions(Options):
-    """Turn images into WebDataset shards under one manifest; after a kill the same command goes on."""
+    """Convert images to WebDataset shards with one manifest; if interrupted, rerun the same command to resume."""
 
     sources: CliPositionalArg[list[Path]] = Field(min_length=1)
-    """What to convert: LMDBs as LSUN publishes them, folders of images, tars or folders of tars."""
+    """What to convert: LMDBs as published by LSUN, folders of images, tars or folders of tars."""
     out: Path
-    """Folder to write the data set to, new or empty."""
+    """Output folder for the data set, new or empty."""
     image_size: int = Field(64, ge=8, le=1024)
-    """Pixels a side."""
+    """Width and height of the converted images, in pixels."""
     samples_per_shard: int = Field(4096, ge=1)
-    """Source entries that go into one shard."""
+    """Source entries per shard."""
     fast: bool = False
-    """Decode JPEGs at the reduced scale that leaves the filter twice the size: nearly twice as fast, other pixels."""
+    """Decode JPEGs at the smallest scale of at least twice the image size: nearly twice as fast, different pixels."""
     max_images: int | None = Field(None, ge=1)
-    """Take only the first so many entries."""
+    """Convert at most this many entries, the first ones."""
     exclude: Path | None = None
-    """File of keys to leave out, one a line."""
+    """File with keys to leave out, one per line."""
     damaged: Literal["skip", "fail"] = "skip"
-    """What to do with an image that cannot be decoded: list it in rejected.jsonl, or end there."""
+    """If an image cannot be decoded: skip it and list it in rejected.jsonl, or fail."""
     max_rejected: float = Field(0.001, ge=0, le=1)
     """Fraction of the entries that may be skipped before the conversion fails."""
     workers: int = Field(0, ge=0, le=1024)
-    """Worker processes; 0 means one for each available core. The bytes written do not depend on it."""
+    """Worker processes; 0 means one per available core. The bytes written do not depend on it."""
     part: str = Field("1/1", pattern=r"^[1-9]\d{0,4}/[1-9]\d{0,4}$")
-    """Convert only part I of N (I/N), as one task of a job array; `merge` completes the data set after the last."""
+    """Convert only part I of N (I/N), as one task of a job array; run `merge` after the last part."""
 
 
 class MergeOptions(Options):
-    """Complete a data set whose parts have all been converted."""
+    """Complete a data set after all of its parts have been converted."""
 
     directory: CliPositionalArg[Path]
-    """Folder that the parts were written to."""
+    """Output folder of the parts."""
 
 
 class ExportOptions(Options):
-    """Write the images of an LMDB as files, byte for byte, in the folders of LSUN's own export."""
+    """Write the images of an LMDB as files, byte for byte, in the folder layout of LSUN's own export."""
 
     source: CliPositionalArg[Path]
     """Folder of the LMDB, as unzipped from LSUN's archive."""
     out: Path
-    """Folder to write to. Files that are there already with the same bytes stay; others are never replaced."""
+    """Output folder. Existing files with the same bytes are kept; others are never replaced."""
     flat: bool = False
-    """All files in one folder, not in folders of their names' first six characters."""
+    """Write all files to one folder, not to nested folders named by their first six characters."""
     limit: int | None = Field(None, ge=1)
-    """Export only so many, the first in key order."""
+    """Export at most this many images, the first in key order."""
 
 
 class VerifyOptions(Options):
@@ -112,7 +112,7 @@ class VerifyOptions(Options):
     directory: CliPositionalArg[Path]
     """Folder of the data set."""
     workers: int = Field(0, ge=0, le=1024)
-    """Worker processes; 0 means one for each available core."""
+    """Worker processes; 0 means one per available core."""
 
 
 class PreviewOptions(Options):
@@ -123,17 +123,17 @@ class PreviewOptions(Options):
     out: Path
     """PNG file to write."""
     num: int = Field(64, ge=1, le=10_000)
-    """Number of images, evenly spread over the data set."""
+    """Number of images, evenly spaced over the data set."""
 
 
 def download_command(options: DownloadOptions) -> None:
-    """Bring one LMDB after the other, and say of each that it is there."""
+    """Download the LMDBs one by one and print the location of each."""
     if options.list_categories:
         print("\n".join(CATEGORIES))
         return
     if not options.categories:
         raise UserError("no category given: name some, or test or all (--list prints them)")
-    from shards.lsun.download import download  # here, as HTTP takes as long to import as all the rest
+    from shards.lsun.download import download  # here: requests takes as long to import as the rest
 
     for name in lmdb_names(options.categories, options.split):
         is_new = download(name, options.out, str(options.address), options.keep_zip)
@@ -149,7 +149,7 @@ def demo_command(options: DemoOptions) -> None:
 
 
 def convert_command(options: ConvertOptions) -> None:
-    """Convert, and say what came of it."""
+    """Convert and print a summary."""
     number, of = map(int, options.part.split("/"))
     if number > of:
         raise UserError(f"--part {options.part}: the first number counts from 1 to the second")
@@ -174,19 +174,19 @@ def convert_command(options: ConvertOptions) -> None:
 
 
 def merge_command(options: MergeOptions) -> None:
-    """Merge, and say what came of it."""
+    """Merge and print a summary."""
     print(_converted(merge(options.directory), options.directory))
 
 
 def export_command(options: ExportOptions) -> None:
-    """Export, and say how many of which kind."""
+    """Export and print the number of files by type."""
     with LmdbSource(options.source) as source:
         report = export(source, **options.model_dump(exclude={"source"}))
     print(f"{report.extensions.total():,} files at {options.out}: {_kinds(report)}")
 
 
 def verify_command(options: VerifyOptions) -> None:
-    """Print every problem on stdout; damage is a UserError, so that the exit status is 2."""
+    """Print the problems on stdout; raise UserError if there are any, so that the exit status is 2."""
     manifest, problems = verify(options.directory, options.workers)
     for problem in problems:
         print(problem)
@@ -197,13 +197,13 @@ def verify_command(options: VerifyOptions) -> None:
 
 
 def preview_command(options: PreviewOptions) -> None:
-    """Draw the contact sheet."""
+    """Write the contact sheet."""
     count = preview(options.directory, options.out, options.num)
     print(f"{count:,} images of {options.directory} on {options.out}")
 
 
 class Command(NamedTuple):
-    """What a command word stands for."""
+    """Options and function of a command."""
 
     options: type[Options]
     function: Callable[[Any], None]
@@ -221,12 +221,12 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command that the first word names; without one, or with --help, list them."""
+    """Run the command named by the first argument; without one, or with --help, list the commands."""
     try:
         _run_command(argv)
     except BrokenPipeError:
         raise
-    except OSError as error:  # of a path too long, say, or one that only another user may read
+    except OSError as error:  # for example a path that is too long or not readable
         where = error.filename or "the output"
         raise UserError(f"cannot use {where} ({error.strerror or error}): give another place") from None
 
@@ -266,5 +266,5 @@ def _overview() -> str:
     return "\n".join([f"usage: {PROG} COMMAND ...", "", *lines, "", f"{PROG} COMMAND --help explains its options."])
 
 
-if __name__ == "__main__":  # a worker process imports this module, too
+if __name__ == "__main__":  # spawned workers import this module, too
     run(main)

@@ -1,7 +1,7 @@
 """The shard format: names, sizes, offsets and the manifest that lists the shards of a data set.
 
-A data set is `DIR/manifest.json` beside `shard-NNNNNN.tar`. Every shard is a plain USTAR archive of
-`<key>.ppm` members that all have the same size, so that sample `i` lies at a computable offset.
+A data set is a folder with `manifest.json` and `shard-NNNNNN.tar` files. Every shard is a plain USTAR archive
+of `<key>.ppm` members of equal size, so the offset of sample `i` can be computed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PLAIN_KEY = re.compile(rb"[A-Za-z0-9_-]{1,90}")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the bytes of a sample lie in a shard, for one image size (pixels a side)."""
+    """Byte layout of a shard for one image size (pixels per side)."""
 
     image_size: int
 
@@ -55,12 +55,12 @@ class Layout:
 
     @property
     def stride(self) -> int:
-        """Bytes from one sample to the next: tar header, file, padding to whole blocks; 13,312 at 64x64."""
+        """Bytes per sample: tar header, file, padding to whole blocks; 13,312 at 64x64."""
         return TAR_BLOCK + -(-self.member_bytes // TAR_BLOCK) * TAR_BLOCK
 
     @property
     def pixel_offset(self) -> int:
-        """Offset of the first pixel in a sample's stride."""
+        """Offset of the first pixel from the start of its sample."""
         return TAR_BLOCK + len(self.ppm_header)
 
     def shard_bytes(self, samples: int) -> int:
@@ -69,10 +69,10 @@ class Layout:
 
 
 def member_key(key: bytes) -> str:
-    """Return the name that `key` has in a shard: itself where it is plain, else its SHA-1 in hex.
+    """Return the name of `key` in a shard: the key itself if it is plain, else its SHA-1 in hex.
 
-    Plain means 1 to 90 of letters, digits, `_` and `-`: a dot would split the name in webdataset, and longer
-    or other names need extra tar blocks, which would break the constant stride.
+    A plain key is 1 to 90 letters, digits, `_` and `-`: webdataset splits names at dots, and longer or other
+    names need extra tar blocks, which would break the constant stride.
     """
     return key.decode() if _PLAIN_KEY.fullmatch(key) else hashlib.sha1(key).hexdigest()
 
@@ -83,14 +83,14 @@ def shard_name(index: int) -> str:
 
 
 class ShardEntry(Options):
-    """What the manifest says of one shard."""
+    """Manifest entry of one shard."""
 
     name: str = Field(pattern=r"^shard-\d{6,}\.tar$")
-    """File name beside the manifest."""
+    """File name, in the manifest's folder."""
     samples: int = Field(ge=1)
     """Images in the shard."""
     bytes: int = Field(ge=1)
-    """Size of the file."""
+    """Size of the file in bytes."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of the file, in hex."""
 
@@ -99,53 +99,53 @@ class Origin(Options):
     """One source of a data set."""
 
     kind: Literal["lmdb", "folder", "tar"]
-    """What it is."""
+    """Type of the source."""
     name: str
-    """Name of its file or folder."""
+    """File or folder name, without its path."""
     entries: int = Field(ge=0)
     """Entries taken from it, rejected ones included."""
 
 
 class Preparation(Options):
-    """How the pixels were made from the source's images."""
+    """How the source images were converted to pixels."""
 
     crop: str = "center-square"
     """Crop before resizing."""
     filter: str = "lanczos"
     """Resampling filter."""
     decoding: Literal["full", "reduced"] = "full"
-    """Whether JPEGs were decoded in full, or by `--fast` at the reduced scale that leaves the filter twice the size."""
+    """JPEGs decoded at full scale or, with `--fast`, at the smallest scale of at least twice the image size."""
     decoder: str = ""
-    """Library that decoded the images, with its version."""
+    """Decoding libraries with their versions."""
 
 
 class Manifest(Options):
-    """A data set: its shards, what they were made from and how. Lists no keys; those are in the shards."""
+    """A data set: its shards, their sources and preparation. The keys are only in the shards."""
 
     format: str = FORMAT
     """Always `dist_dcgan-shards`."""
     format_version: int = FORMAT_VERSION
     """Version of the shard format."""
     order_version: int = ORDER_VERSION
-    """Version of the rule that orders the samples in training."""
+    """Version of the sample order in training."""
     image_size: int = Field(ge=8, le=1024)
-    """Pixels a side."""
+    """Width and height of the images, in pixels."""
     samples_per_shard: int = Field(ge=1)
-    """Source entries that went into each shard but the last; a shard holds fewer where some were rejected."""
+    """Source entries per shard, except the last; a shard has fewer samples if some were rejected."""
     sources: tuple[Origin, ...] = Field(min_length=1)
-    """What the images came from, in order."""
+    """Sources of the images, in order."""
     preparation: Preparation = Preparation()
-    """How the pixels were made."""
+    """How the images were converted to pixels."""
     rejected: int = Field(0, ge=0)
-    """Source entries that are no usable images; `rejected.jsonl` says which and why."""
+    """Source entries that are not usable images; `rejected.jsonl` lists them with the reasons."""
     excluded: int = Field(0, ge=0)
-    """Source entries left out by request."""
+    """Source entries left out by `--exclude`."""
     exclude_sha256: str | None = None
-    """SHA-256, in hex, of the sorted keys that were to be left out, a line each."""
+    """SHA-256, in hex, of the sorted keys given to `--exclude`, one per line."""
     max_images: int | None = None
-    """Most entries that were to be taken."""
+    """Value of `--max-images`."""
     lists: Mapping[str, str] = {}
-    """SHA-256, in hex, of the lists beside the manifest."""
+    """SHA-256, in hex, of `keys.jsonl` and `rejected.jsonl`, if present, by name."""
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
     """The shards in order."""
 
@@ -164,28 +164,28 @@ class Manifest(Options):
 
     @property
     def samples(self) -> int:
-        """Images in all shards."""
+        """Number of images in all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def layout(self) -> Layout:
-        """Where the bytes of a sample lie."""
+        """Byte layout of the shards."""
         return Layout(self.image_size)
 
     def digest(self) -> str:
-        """Return the identity of the data set: SHA-256, in hex, over the canonical JSON of its fields."""
+        """Return the identity of the data set: SHA-256, in hex, of the canonical JSON of its fields."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Publish the manifest as the last file of a data set: whole or not at all, and durable."""
+    """Write the manifest atomically and durably; it must be the last file written of a data set."""
     content = manifest.model_dump(mode="json") | {"samples": manifest.samples, "digest": manifest.digest()}
     publish(directory / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check the manifest of the data set in `directory`; raises UserError, never anything else."""
+    """Read and check the manifest of the data set in `directory`; the only error raised is UserError."""
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
         raise UserError(f"no data set at {directory}: no such directory (python -m shards convert makes one)")
@@ -217,7 +217,7 @@ def _damaged(path: Path, why: object) -> UserError:
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
-    """Check that every shard is there, in the manifest's size; raises UserError naming the first other."""
+    """Raise UserError for the first shard that is missing or whose size differs from the manifest."""
     for shard in manifest.shards:
         path = directory / shard.name
         size = path.stat().st_size if path.is_file() else None

@@ -1,4 +1,4 @@
-"""A contact sheet: what a data set looks like at a glance."""
+"""Write a contact sheet of a data set."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from shards.reader import locate, read_sample
 
 
 def preview(directory: Path, out: Path, num: int = 64) -> int:
-    """Draw `num` samples, evenly spread over the data set in `directory`, as one PNG at `out`.
+    """Write `num` samples, evenly spaced over the data set in `directory`, as one PNG to `out`.
 
-    Returns their number, which is less where the data set has fewer. Raises UserError where `out` exists or
-    is no place for a PNG, and where the data set is missing or damaged.
+    Returns the number of samples, less than `num` if the data set has fewer. Raises UserError if `out` exists
+    or cannot be a PNG, or if the data set is missing or damaged.
     """
     if out.exists():
         raise UserError(f"--out {out} exists: give another name, or remove it first")
@@ -38,7 +38,7 @@ def preview(directory: Path, out: Path, num: int = 64) -> int:
 
 
 def _contact_sheet(directory: Path, manifest: Manifest, positions: list[int]) -> Image.Image:
-    """Lay the samples at `positions` of the data set out in rows, as nearly square as may be."""
+    """Return the samples at `positions` of the data set as a nearly square grid."""
     columns = math.ceil(math.sqrt(len(positions)))
     rows = math.ceil(len(positions) / columns)
     size = manifest.image_size

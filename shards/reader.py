@@ -1,4 +1,4 @@
-"""One sample of a shard, by number: for tests and previews. Training reads through `dist_dcgan.data`."""
+"""Read one sample of a shard by index, for tests and previews. Training reads with `dist_dcgan.data`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from shards.common.errors import UserError
 from shards.manifest import TAR_BLOCK, Layout, Manifest
 
 NAME_FIELD = slice(0, 100)
-"""Where a tar header holds the member's name, filled up with zeros."""
+"""The member name in a tar header, padded with zeros."""
 
 _MEMBER_NAME = re.compile(rb"([A-Za-z0-9_-]{1,90})\.ppm")
 
 
 def member_of(header: bytes) -> str | None:
-    """Return the key of the sample behind a tar header, or None where the format allows no such name."""
+    """Return the sample key in a tar header, or None if the format does not allow the name."""
     name = header[NAME_FIELD].rstrip(b"\0")
     match = _MEMBER_NAME.fullmatch(name)
     return match[1].decode() if match else None
@@ -27,7 +27,7 @@ def member_of(header: bytes) -> str | None:
 def read_sample(path: Path, layout: Layout, index: int) -> tuple[str, npt.NDArray[np.uint8]]:
     """Return the key and the pixels, (height, width, RGB), of sample `index`, from 0, of the shard `path`.
 
-    Raises UserError where the shard is missing or has no intact sample there.
+    Raises UserError if the shard is missing or the sample is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -43,7 +43,7 @@ def read_sample(path: Path, layout: Layout, index: int) -> tuple[str, npt.NDArra
 
 
 def locate(manifest: Manifest, position: int) -> tuple[str, int]:
-    """Return the shard's name, and the number in it, of sample `position` of the data set, from 0."""
+    """Return the shard name and the index within that shard of sample `position`, from 0, of the data set."""
     for shard in manifest.shards:
         if position < shard.samples:
             return shard.name, position

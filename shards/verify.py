@@ -1,4 +1,4 @@
-"""Every byte of a data set against its manifest and the format: what is wrong, and where."""
+"""Check every byte of a data set against its manifest and the format, and report each problem with its place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shards.reader import NAME_FIELD, member_of
 from shards.writer import KEYS_NAME, REJECTED_NAME, tar_header
 
 _PROBLEMS_PER_SHARD = 20
-"""More lines about one shard tell nothing new."""
+"""Lines reported per shard; more add no information."""
 
 _CHECKSUM_FIELD = slice(148, 156)
 
@@ -35,15 +35,15 @@ _CONSTANT_FIELDS = {
     "prefix": slice(345, 500),
     "reserved": slice(500, 512),
 }
-"""The fields of a USTAR header that every member of a data set has alike."""
+"""USTAR header fields that are equal for all members of a data set."""
 
 
 def verify(directory: Path, workers: int = 0) -> tuple[Manifest, list[str]]:
-    """Check the data set in `directory`; return its manifest and one line per problem, none where intact.
+    """Check the data set in `directory`; return its manifest and one line per problem, none if it is intact.
 
-    Checks the manifest's digest, the set of shards, and of every shard its size, SHA-256, every header, PPM
-    header and padding, and the end; and the lists of renamed and of rejected keys. `workers` 0 means all
-    available cores. Raises UserError where there is no data set or its manifest is damaged.
+    Checks the manifest's digest; the set of shards; each shard's size, SHA-256, tar headers, PPM headers,
+    padding and end; and the lists of renamed and rejected keys. Reports at most 20 problems per shard.
+    `workers` 0 means all available cores. Raises UserError if the manifest is missing or damaged.
     """
     manifest = read_manifest(directory)
     workers = min(workers or available_cores(), len(manifest.shards))
@@ -56,7 +56,7 @@ def verify(directory: Path, workers: int = 0) -> tuple[Manifest, list[str]]:
 
 
 def _strays(directory: Path, manifest: Manifest) -> list[str]:
-    """Shards that are not of this data set, which a reader that globs shard-*.tar would mix in."""
+    """Return a line for each shard file not in the manifest: a reader that globs shard-*.tar would read it."""
     listed = {shard.name for shard in manifest.shards}
     return [
         f"{path.name}: not in the manifest" for path in sorted(directory.glob("shard-*.tar")) if path.name not in listed
@@ -64,7 +64,7 @@ def _strays(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def _list_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield what is wrong with the lists of renamed and of rejected keys."""
+    """Yield the problems of the lists of renamed and rejected keys."""
     for name in (KEYS_NAME, REJECTED_NAME):
         path, expected = directory / name, manifest.lists.get(name)
         try:
@@ -82,13 +82,13 @@ def _list_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """The task that checks one shard of a data set."""
+    """Worker task that checks one shard of a data set."""
 
     directory: Path
     manifest: Manifest
 
     def __call__(self, shard: ShardEntry, tick: Tick) -> list[str]:
-        """Return what is wrong with `shard`, one line each: the first few, and how many more."""
+        """Return the problems of `shard`, one line each: the first 20, then the number of further ones."""
         try:
             problems = list(self._problems(shard, tick))
         except OSError as error:
@@ -144,9 +144,9 @@ def _where_it_ends(size: int, shard: ShardEntry, layout: Layout) -> str:
 
 
 def _sample_problems(block: bytes, layout: Layout, alike: bytes, keys: set[str]) -> Iterator[str]:
-    """Yield what is wrong with one sample's header, PPM header and padding; add its key to `keys`.
+    """Yield the problems of one sample's tar header, PPM header and padding; add its key to `keys`.
 
-    `alike` is a right header of the data set, the same in all but name and checksum.
+    `alike` is a correct header of the data set, equal except for name and checksum.
     """
     header = block[:TAR_BLOCK]
     key = member_of(header)
@@ -168,6 +168,6 @@ def _sample_problems(block: bytes, layout: Layout, alike: bytes, keys: set[str])
 
 
 def _checksum(header: bytes) -> bytes:
-    """Return the checksum field of a tar header: the sum of its bytes, with eight spaces for that field."""
+    """Return the checksum field of a tar header: the sum of its bytes, with that field as eight spaces."""
     rest = sum(header[: _CHECKSUM_FIELD.start]) + sum(header[_CHECKSUM_FIELD.stop :])
     return b"%06o\0 " % (rest + 8 * ord(" "))

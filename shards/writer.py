@@ -1,4 +1,4 @@
-"""Files of a data set, written so that the same samples give the same bytes, whole or not at all."""
+"""Write shards and JSON lists atomically; the same samples give the same bytes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from shards.common.files import atomic_file, file_sha256, sync_directory
 from shards.manifest import TAR_BLOCK, TAR_END, Layout, ShardEntry
 
 KEYS_NAME = "keys.jsonl"
-"""The original key of every sample that bears another name in its shard."""
+"""The original key of every sample that has another name in its shard."""
 
 REJECTED_NAME = "rejected.jsonl"
-"""The key of every source entry that was left out, with the reason."""
+"""The key of every rejected source entry, with the reason."""
 
 
 _NAME_BYTES = 100
@@ -27,7 +27,7 @@ _CHECKSUM = slice(148, 156)
 
 
 def tar_header(key: str, size: int) -> bytes:
-    """Return the USTAR header of the member `key`.ppm of `size` bytes: one block, without time and owner."""
+    """Return the USTAR header, one block, of the member `key`.ppm of `size` bytes; time and owner are 0."""
     nameless, total = _nameless_header(size)
     name = key.encode("ascii") + b".ppm"
     assert len(name) <= _NAME_BYTES, key
@@ -38,7 +38,7 @@ def tar_header(key: str, size: int) -> bytes:
 
 @functools.cache
 def _nameless_header(size: int) -> tuple[bytes, int]:
-    """Return the header of a member without a name, and the sum of its bytes with spaces for the checksum."""
+    """Return the header of a member without a name, and its byte sum with spaces as the checksum."""
     member = tarfile.TarInfo()  # mode 0644; time, user and group 0; no user and group name
     member.size = size
     header = member.tobuf(tarfile.USTAR_FORMAT)
@@ -47,10 +47,10 @@ def _nameless_header(size: int) -> tuple[bytes, int]:
 
 
 def write_shard(path: Path, layout: Layout, samples: Iterator[tuple[str, bytes]]) -> ShardEntry | None:
-    """Write (member key, PPM file) `samples` as the shard `path`, atomically, and return its manifest entry.
+    """Write (member key, PPM file) `samples` atomically to the shard `path` and return its manifest entry.
 
-    Returns None, and writes nothing, where there are no samples; leaves no file behind where anything fails.
-    No two samples share a key.
+    Returns None and writes nothing if there are no samples; leaves no file if an error is raised. Keys must
+    be unique.
     """
     first = next(samples, None)
     if first is None:
@@ -71,7 +71,7 @@ def write_shard(path: Path, layout: Layout, samples: Iterator[tuple[str, bytes]]
 
 
 def describe_key(key: bytes) -> dict[str, str]:
-    """Return the JSON form of a source key: `key` where it is UTF-8, else `key_hex`."""
+    """Return the JSON form of a source key: `key` if it is UTF-8, else `key_hex`."""
     try:
         return {"key": key.decode()}
     except UnicodeDecodeError:
@@ -79,7 +79,7 @@ def describe_key(key: bytes) -> dict[str, str]:
 
 
 class JsonLines:
-    """A file of JSON objects, one a line: it appears when published, and not at all without a line."""
+    """Writer of a JSON Lines file, which is created by `publish` and only if it has at least one line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,15 +90,15 @@ class JsonLines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Drop what was not published."""
+        """Delete the temporary file if it was not published."""
         if self._file is not None:
             try:
                 self._file.close()
-            finally:  # closing writes the rest, which a full disk refuses
+            finally:  # close flushes, which fails on a full disk
                 self._temporary.unlink()
 
     def extend(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Add some objects."""
+        """Append objects."""
         if self._file is None and lines:
             self._file = self._temporary.open("w", encoding="ascii")
         for line in lines:
@@ -106,7 +106,7 @@ class JsonLines:
             self._file.write(json.dumps(line) + "\n")
 
     def publish(self) -> str | None:
-        """Make the file appear, whole and durable, and return its SHA-256; without a line there is none."""
+        """Create the file atomically and durably and return its SHA-256, or None if it has no lines."""
         if self._file is None:
             self.path.unlink(missing_ok=True)
             return None
