@@ -1,7 +1,7 @@
-"""Command lines from typed models: flags, help and one-line errors, shared by every command of the project.
+"""Command lines from typed models: flags, help and one-line errors, for all commands of the project.
 
-pydantic-settings turns a model into flags and help; this module adds what it lacks: the nearest name for a
-misspelt flag or key, one line instead of a report, and exit status 2.
+pydantic-settings derives flags and help from a model; this module adds the nearest name for a misspelt flag
+or key, one-line errors and exit status 2.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shards.common.errors import OneRankError, UserError
 
 
 class Options(BaseModel):
-    """Base of every typed set of options: frozen, closed, documented by the docstring under each field."""
+    """Base of all option models: frozen, without extra fields, with a docstring under each field as its help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -39,13 +39,13 @@ def parse_flags(
     short: Mapping[str, str] | None = None,
     about: str | None = None,
 ) -> dict[str, Any]:
-    """Return what `argv` sets of `model`, nested by field and not yet validated.
+    """Return the values that `argv` sets for `model`, nested by field and not yet validated.
 
-    `short` maps a flag to the longer one that it stands for. `--help` prints `about`, by default the docstring of the
-    model, and all flags, and exits. Raises UserError for an unknown flag or a missing value.
+    `short` maps a short flag to the full one. `--help` prints `about`, by default the model's docstring, and all
+    flags, and exits. Raises UserError for an unknown flag or a missing value.
     """
     source: CliSettingsSource[Any] = CliSettingsSource(
-        model,  # type: ignore[arg-type]  # any pydantic model serves; the annotation asks for BaseSettings
+        model,  # type: ignore[arg-type]  # annotated as BaseSettings, but any pydantic model works
         cli_prog_name=prog,
         cli_exit_on_error=False,
         cli_kebab_case=True,
@@ -63,9 +63,9 @@ def parse_flags(
 
 
 def build(model: type[Model], values: Mapping[str, Any], where: str = "") -> Model:
-    """Validate `values` into `model`; raises UserError naming each key, its value and what is expected.
+    """Validate `values` into `model`; raises UserError with each key, its value and the expected value.
 
-    `where` says what the values come from (a file, a preset), for the message.
+    `where` names the origin of the values (a file, a preset) in the message. At most 5 keys are listed.
     """
     try:
         return model.model_validate(dict(values))
@@ -76,16 +76,16 @@ def build(model: type[Model], values: Mapping[str, Any], where: str = "") -> Mod
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean X?` for the known name nearest to `name`, or nothing where none is near."""
+    """Return `; did you mean X?` with the known name nearest to `name`, or an empty string if none is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Run a command: a UserError becomes one line on stderr and exit status 2, an interrupt status 130.
+    """Run a command: a UserError becomes one line on stderr and exit status 2, an interrupt exit status 130.
 
-    Under torchrun every rank meets the same mistake of the user, so only the first of each node prints it; a
-    OneRankError is printed where it is met.
+    Under torchrun a UserError occurs on every rank, so only the first rank of each node prints it; a
+    OneRankError is printed by the rank that raises it.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
@@ -93,14 +93,14 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         try:
             main(sys.argv[1:] if argv is None else argv)
         finally:
-            _flush_output()  # a reader that went away is to be noticed here, not by the interpreter as it ends
+            _flush_output()  # here, so that a closed pipe raises before the interpreter exits
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OneRankError):
             print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as with `| head`
+    except BrokenPipeError:  # the reader of stdout has exited, as with `| head`
         _drop_output()
         sys.exit(0)
 
@@ -116,12 +116,12 @@ def _flush_output() -> None:
 
 
 def _drop_output() -> None:
-    """Let what is still to be flushed go nowhere, or the interpreter would complain of it as it ends."""
+    """Redirect stdout to /dev/null, so that the interpreter's flush at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _printable(message: str) -> str:
-    """Return `message` as one line that does a terminal no harm: paths and keys may hold any character."""
+    """Return `message` with unprintable characters escaped: paths and keys may contain any character."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
 
 
@@ -134,7 +134,7 @@ def _expand(argv: Sequence[str], short: Mapping[str, str]) -> list[str]:
 
 
 def _arrange_help(parser: argparse.ArgumentParser, short: Mapping[str, str], about: str | None) -> None:
-    """Begin the help with what the command does; name flags as people type them, and groups by what they are about."""
+    """Arrange the help: usage and description first, short flags next to full ones, groups named by their docstring."""
     words = [str(action.metavar) for action in parser._actions if not action.option_strings]
     parser.usage = " ".join([parser.prog, *words, "[OPTIONS]"])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -173,7 +173,7 @@ def _explain_field(model: type[BaseModel], detail: dict[str, Any]) -> str:
 def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
     for part in path:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        # get_origin: Python 3.10 takes tuple[...] for a type, and then issubclass raises
+        # get_origin: in Python 3.10 isinstance(tuple[...], type) is true, and issubclass raises
         if get_origin(annotation) or not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

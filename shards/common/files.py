@@ -1,4 +1,4 @@
-"""Files that are whole and durable or not there."""
+"""Atomic and durable file writes, file hashes and disk space checks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def publish(path: Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a file that appears at `path`, whole and durable, when the block ends, and not where it raises.
+    """Open a file that is renamed to `path` when the block ends, and deleted if the block raises.
 
-    Until then it is `path` + `.tmp`, which only a killed process leaves behind. Without `durable` it is whole
-    for every process, but a power failure may still cut it short until the caller syncs the disk.
+    Until then it is `path` + `.tmp`, which remains only if the process is killed. If not `durable`, the file
+    is not fsynced: a power failure may truncate it until the caller syncs the disk.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -42,7 +42,7 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make a rename in `directory` durable."""
+    """Make renames in `directory` durable by fsync."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,7 +60,7 @@ def file_sha256(path: Path) -> str:
 
 
 def state_of(path: Path) -> tuple[str, int, int]:
-    """Return the place, size and time of change of a file, as JSON knows them; raises UserError where it is gone."""
+    """Return a file's resolved path in hex, size in bytes and mtime in ns; raises UserError if it cannot be read."""
     try:
         status = path.stat()
     except OSError as error:
@@ -69,7 +69,7 @@ def state_of(path: Path) -> tuple[str, int, int]:
 
 
 def check_room(directory: Path, required_bytes: int, purpose: str) -> None:
-    """Raise UserError where the disk of `directory`, which may not exist yet, has no room; `purpose` is what for."""
+    """Raise UserError if the disk of `directory`, which may not exist yet, has less space; `purpose` says what for."""
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < required_bytes:

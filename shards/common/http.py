@@ -1,4 +1,4 @@
-"""One file over HTTP: it goes on where it was cut, and never mixes two versions of the file."""
+"""Download one file over HTTP, resuming after a cut and never mixing two versions of the file."""
 
 from __future__ import annotations
 
@@ -24,106 +24,108 @@ from shards.common.progress import Progress
 _CONNECT_SECONDS = 15.0
 _LONGEST_WAIT_SECONDS = 60.0
 _CHUNK_BYTES = 1 << 16
-"""A silence in the middle of a chunk loses its bytes, so it is not larger than speed asks for."""
+"""A timeout inside a chunk loses its bytes, so chunks are only as large as speed needs."""
 
 _CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,18})-[0-9]{1,18}|\*)/(?:([0-9]{1,18})|\*)")
 
 
 class Version(Options):
-    """Which version of the server's file the bytes of a part belong to."""
+    """Version of the server's file that a partial download belongs to."""
 
     validator: str | None
-    """Its strong ETag, else its Last-Modified; without either no byte can be trusted to belong to another."""
+    """Strong ETag, else Last-Modified; without either the download cannot be resumed."""
     total: int | None
-    """Its length in bytes, where the server told it."""
+    """Length of the file in bytes, if known."""
 
 
-class Manner(NamedTuple):
-    """How a file is fetched."""
+class FetchOptions(NamedTuple):
+    """Options of `fetch`."""
 
     attempts: int = 8
     """Attempts in a row without a new byte before giving up; eight take about two minutes."""
     silence_seconds: float = 60.0
-    """How long the server may send nothing."""
+    """Read timeout: seconds that the server may send nothing."""
     copies: int = 2
-    """How many times the file's size must find room on the disk: 2 where it is unpacked beside itself."""
+    """Free disk space required, in multiples of the file's size: 2 if it is unpacked next to itself."""
     shown: bool = True
     """Whether progress is shown."""
     longest_pause_seconds: float = 300.0
-    """The longest pause before another attempt, whatever the server asks for."""
+    """Longest pause before another attempt, even if the server asks for more."""
     most_bytes: int | None = None
-    """More than that is not taken."""
+    """Largest size accepted, in bytes."""
     kept: bool = True
-    """Whether what arrived is there for the next call."""
+    """Whether the caller keeps the received bytes for the next call; used in the error message only."""
 
 
-DEFAULT = Manner()
+DEFAULT = FetchOptions()
 
 
 class TransferError(Exception):
-    """An attempt that failed in a way that the next one may not; the text says how."""
+    """A failed attempt that may be retried; the message is the reason."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
 
 
-def fetch(address: str, part: Path, manner: Manner | None = None) -> None:
-    """Bring the file at `address` to `part`, going on with what an earlier call or process left there.
+def fetch(address: str, part: Path, options: FetchOptions | None = None) -> None:
+    """Download the file at `address` to `part`, resuming what an earlier call or process left there.
 
-    Raises UserError where the server refuses, where a number of attempts in a row bring no new byte, or where the
-    disk has no room; OSError where the disk fails. What arrived stays.
+    Raises UserError if the server refuses, if `options.attempts` attempts in a row bring no new byte, or if the
+    disk has no room; OSError if the disk fails. Received bytes are kept.
     """
-    manner = manner or DEFAULT
+    options = options or DEFAULT
     failures, reached = 0, _size(part)
     with requests.Session() as session:
-        session.headers["Accept-Encoding"] = "identity"  # the lengths are those of the file itself
+        session.headers["Accept-Encoding"] = "identity"  # so that lengths are those of the file itself
         while not _is_complete(part):
             try:
-                _attempt(session, address, part, manner)
+                _attempt(session, address, part, options)
                 return
             except TransferError as error:
-                # Measured against the most that was ever there: a server that cuts and never resumes has an end, too
+                # Progress is a new maximum: a server that always restarts from byte 0 must fail in the end
                 failures = 0 if _size(part) > reached else failures + 1
                 reached = max(reached, _size(part))
-                if failures == manner.attempts:
-                    raise UserError(_given_up(address, part, str(error), manner)) from None
-                _wait(error, failures, part.stem, manner.longest_pause_seconds)
+                if failures == options.attempts:
+                    raise UserError(_given_up(address, part, str(error), options)) from None
+                _wait(error, failures, part.stem, options.longest_pause_seconds)
 
 
 def discard(part: Path) -> None:
-    """Remove `part` and what is known of it."""
+    """Remove `part` and its version file."""
     part.unlink(missing_ok=True)  # first: bytes without a version are never used, a version without bytes is harmless
     _version_path(part).unlink(missing_ok=True)
 
 
-def _attempt(session: requests.Session, address: str, part: Path, manner: Manner) -> None:
-    """Bring what is missing of the file in one request; raises TransferError where that ends too early."""
+def _attempt(session: requests.Session, address: str, part: Path, options: FetchOptions) -> None:
+    """Download the missing bytes in one request; raises TransferError if it fails or ends too early."""
     held, headers = _read_version(part), {}
     offset = _size(part) if held else 0
     if held and held.validator and offset:
         headers = {"Range": f"bytes={offset}-", "If-Range": held.validator}
     try:
-        with _ask(session, address, headers, manner) as response:
-            _receive(response, part, held if headers else None, offset, manner)
+        with _ask(session, address, headers, options) as response:
+            _receive(response, part, held if headers else None, offset, options)
     except (requests.RequestException, HTTPError) as error:
         raise TransferError(_cause(error)) from None
 
 
-def _ask(session: requests.Session, address: str, headers: Mapping[str, str], manner: Manner) -> requests.Response:
-    """Send a request; raises UserError where the address, or one that it leads to, is not one of HTTP."""
+def _ask(
+    session: requests.Session, address: str, headers: Mapping[str, str], options: FetchOptions
+) -> requests.Response:
+    """Send a request; raises UserError if the address or a redirect target is not a valid HTTP address."""
     try:
-        timeout = min(_CONNECT_SECONDS, manner.silence_seconds), manner.silence_seconds
+        timeout = min(_CONNECT_SECONDS, options.silence_seconds), options.silence_seconds
         return session.get(address, headers=headers, stream=True, timeout=timeout)
     except (ValueError, requests.TooManyRedirects) as error:  # requests' own errors of this kind are ValueErrors
         raise UserError(f"cannot get {address}: {_cause(error)}; check the address") from None
 
 
-def _receive(response: requests.Response, part: Path, held: Version | None, offset: int, manner: Manner) -> None:
-    """Write what `response` brings after the first `offset` bytes of the version `held`, or all of it anew."""
+def _receive(response: requests.Response, part: Path, held: Version | None, offset: int, options: FetchOptions) -> None:
+    """Append the response to the first `offset` bytes of the version `held`, or write the whole file again."""
     if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and held:
         if held.total in (None, offset) and _content_range(response) == (None, offset):
-            return  # all of it was there: its length had not been told before
+            return  # the file was complete, but its length unknown
         discard(part)
         raise TransferError("the file on the server changed: starting again")
     if response.status_code == HTTPStatus.PARTIAL_CONTENT and held:
@@ -134,13 +136,15 @@ def _receive(response: requests.Response, part: Path, held: Version | None, offs
         raise _refusal(response)
     if total is not None:
         check_room(
-            part.parent, manner.copies * total - offset, f"{part.stem}{', unpacked,' * (manner.copies > 1)} takes about"
+            part.parent,
+            options.copies * total - offset,
+            f"{part.stem}{', unpacked,' * (options.copies > 1)} takes about",
         )
-    _write(response, part, offset, total, manner)
+    _write(response, part, offset, total, options)
 
 
 def _check_continuation(response: requests.Response, part: Path, held: Version, offset: int) -> int | None:
-    """Return the whole file's length; where the answer does not continue `part`, discard that, raise TransferError."""
+    """Return the file's length; if the response does not continue `part`, discard it and raise TransferError."""
     start, total = _content_range(response)
     header = "ETag" if str(held.validator).startswith('"') else "Last-Modified"
     same_version = response.headers.get(header, held.validator) == held.validator
@@ -152,26 +156,28 @@ def _check_continuation(response: requests.Response, part: Path, held: Version, 
 
 
 def _start_again(response: requests.Response, part: Path) -> int | None:
-    """Note the version that `response` begins to bring, and return its length."""
+    """Discard `part`, record the version of `response` and return its length, None if unknown."""
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
     etag = response.headers.get("ETag", "")
-    validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")  # weak ETags name no bytes
+    validator = (
+        etag if etag.startswith('"') else response.headers.get("Last-Modified")
+    )  # weak ETags do not identify bytes
     discard(part)
     publish(_version_path(part), Version(validator=validator, total=total).model_dump_json().encode())
     return total
 
 
-def _write(response: requests.Response, part: Path, offset: int, total: int | None, manner: Manner) -> None:
-    """Append the body; raises TransferError where it is shorter or longer than the announced `total`."""
+def _write(response: requests.Response, part: Path, offset: int, total: int | None, options: FetchOptions) -> None:
+    """Append the body; raises TransferError if it is shorter or longer than the announced `total`."""
     done = offset
-    with part.open("ab") as file, Progress(total, part.stem, unit="B", start=offset, shown=manner.shown) as progress:
+    with part.open("ab") as file, Progress(total, part.stem, unit="B", start=offset, shown=options.shown) as progress:
         for chunk in response.raw.stream(_CHUNK_BYTES, decode_content=False):
             done += len(chunk)
             if total is not None and done > total:
                 break
-            if manner.most_bytes is not None and done > manner.most_bytes:
-                raise UserError(f"{part.stem}: the server sends more than the {manner.most_bytes:,} bytes it may have")
+            if options.most_bytes is not None and done > options.most_bytes:
+                raise UserError(f"{part.stem}: the server sends more than the {options.most_bytes:,} bytes it may have")
             file.write(chunk)
             progress.reach(done)
     if total is not None and done > total:
@@ -182,7 +188,7 @@ def _write(response: requests.Response, part: Path, offset: int, total: int | No
 
 
 def _refusal(response: requests.Response) -> Exception:
-    """Return the error for a status that brings no file."""
+    """Return the error for an HTTP status without a file."""
     status = response.status_code
     phrase = next((known.phrase for known in HTTPStatus if known == status), "no known status")
     if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
@@ -204,14 +210,14 @@ def _wait(error: TransferError, failures: int, name: str, longest: float) -> Non
     sleep(seconds)
 
 
-def _given_up(address: str, part: Path, reason: str, manner: Manner) -> str:
-    arrived = _size(part) if manner.kept else 0
+def _given_up(address: str, part: Path, reason: str, options: FetchOptions) -> str:
+    arrived = _size(part) if options.kept else 0
     rest = f"{arrived:,} bytes are kept, the same command goes on" if arrived else "the same command tries again"
-    return f"cannot get {address}: {reason}, after {manner.attempts} attempts without progress; {rest}"
+    return f"cannot get {address}: {reason}, after {options.attempts} attempts without progress; {rest}"
 
 
 def _cause(error: BaseException) -> str:
-    """Return what lies at the bottom of the wrapped errors of an HTTP library, in one line that a terminal bears."""
+    """Return the innermost of an HTTP library's chained errors as one printable line of at most 200 characters."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
     if isinstance(error, IncompleteRead):
@@ -220,7 +226,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _content_range(response: requests.Response) -> tuple[int | None, int | None]:
-    """Return where the body starts in the file, and the length of that; None for what is not told."""
+    """Return the start of the body in the file and the file's length, each None if unknown."""
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     start, total = match.groups() if match else (None, None)
     return None if start is None else int(start), None if total is None else int(total)

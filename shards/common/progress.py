@@ -1,4 +1,4 @@
-"""How far a command is, on stderr."""
+"""Progress of a command on stderr."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts images: a live bar on a terminal; elsewhere a plain line every ten seconds and at the end.
+    """Progress display: a live bar on a terminal, otherwise one line every ten seconds and at the end.
 
-    With the unit `B` it counts bytes, and says kB, MB or GB. What is done already at the start does not count
-    into the rate; a `total` of None is one that is not known. What is not `shown` counts in silence.
+    The unit `B` counts bytes, printed as kB, MB or GB. `start` is done already and not part of the rate;
+    `total` is None if unknown. Nothing is printed if not `shown`.
     """
 
     def __init__(self, total: int | None, label: str, unit: str = "img", start: int = 0, shown: bool = True) -> None:
@@ -22,7 +22,7 @@ class Progress:
         self._start = self._last_line = time.monotonic()
         self._live, self._shown = shown and sys.stderr.isatty(), shown
         self._format = {"total": total, "initial": start, "unit": unit, "unit_scale": unit == "B"}
-        # nrows: tqdm would hide the bar on a terminal that does not tell its height, as in some containers
+        # nrows: tqdm hides the bar if the terminal reports no height, as in some containers
         self._bar = tqdm(desc=label, nrows=20, disable=not self._live, **self._format)
 
     def __enter__(self) -> Progress:
@@ -34,18 +34,18 @@ class Progress:
             self._print_line()
 
     def advance(self, count: int) -> None:
-        """Count `count` more."""
+        """Add `count` to the number done."""
         self.reach(self._done + count)
 
     def reach(self, done: int) -> None:
-        """Take note that `done` are done in all."""
+        """Set the total number done to `done`."""
         self._bar.update(done - self._done)
         self._done = done
         if not self._live and self._shown and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._print_line()
 
     def note(self, text: str) -> None:
-        """Show `text` beside the count from now on."""
+        """Show `text` next to the count from now on."""
         self._note = text
         self._bar.set_postfix_str(text, refresh=False)
 

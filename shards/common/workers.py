@@ -1,4 +1,4 @@
-"""Jobs over worker processes: results in order, bounded memory, and a clean end whatever ends it."""
+"""Run jobs in worker processes: results in order, bounded memory, and no workers left after an error or kill."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 Tick = Callable[[int], None]
-"""What a task calls to say that so many more images are done; it raises where the task is to give up."""
+"""Callback of a task with the number of images just done; it raises StoppedError if the task should stop."""
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
 class Counter(Protocol):
-    """What is told of progress."""
+    """Receiver of progress."""
 
     def advance(self, images: int) -> None:
-        """Count `images` more."""
+        """Add `images` to the number done."""
 
 
 class StoppedError(Exception):
-    """Raised in a worker whose result nobody waits for any more."""
+    """Raised in a worker whose result is no longer needed."""
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may use: a cluster may give it fewer than there are."""
+    """Return the number of cores that this process may use, which a cluster may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_in_order(
     task: Callable[[Job, Tick], Result], jobs: Iterable[Job], workers: int, progress: Counter
 ) -> Generator[Result, None, None]:
-    """Yield `task(job, tick)` for every job, in the order of the jobs, drawing jobs only as workers get free.
+    """Yield `task(job, tick)` for every job, in job order; at most 2 * `workers` jobs are drawn ahead.
 
     `workers` 0 means all available cores; 1 runs in this process, for a debugger. `task` must pickle; each
     worker gets one copy of it. Close the generator (contextlib.closing) to stop the workers early. Raises
-    what a task raises, and UserError where a worker dies or memory does not suffice.
+    any error of a task, and UserError if a worker dies or memory is exhausted.
     """
     try:
         yield from _map_in_order(task, jobs, workers or available_cores(), progress)
@@ -61,7 +61,7 @@ def _map_in_order(
     if workers == 1:
         yield from (task(job, progress.advance) for job in jobs)
         return
-    context = multiprocessing.get_context("spawn")  # fork would copy locks and open environments
+    context = multiprocessing.get_context("spawn")  # fork would copy locks and open files
     done, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(task, done, stop))
     try:
@@ -76,7 +76,7 @@ def _map_in_order(
 
 
 def _submit_in_order(pool: ProcessPoolExecutor, jobs: Iterable[Any], limit: int) -> Iterator[Future[Any]]:
-    """Yield the future of every job in order, with at most `limit` of them submitted ahead."""
+    """Yield the future of every job in order, with at most `limit` submitted ahead."""
     pending: deque[Future[Any]] = deque()
     for job in jobs:
         with _interrupts_held():
@@ -88,7 +88,7 @@ def _submit_in_order(pool: ProcessPoolExecutor, jobs: Iterable[Any], limit: int)
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back: processes started meanwhile never see it, so that only the parent answers to it."""
+    """Block SIGINT: processes started in the block inherit the mask, so that only the parent handles Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -97,7 +97,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _follow(future: Future[Any], done: Any, progress: Counter) -> None:
-    """Wait for `future` and pass on to `progress` what all workers have counted meanwhile."""
+    """Wait for `future` and meanwhile forward the counts of all workers to `progress`."""
     unfinished = True
     while unfinished:
         unfinished = bool(wait([future], timeout=_SECONDS_BETWEEN_LOOKS).not_done)
@@ -112,14 +112,14 @@ _stop: Any
 
 
 def _begin(task: Callable[[Any, Tick], Any], done: Any, stop: Any) -> None:
-    """Set up a worker, which must not outlive its parent."""
+    """Set up a worker process that exits when its parent dies."""
     global _task, _done, _stop
     _task, _done, _stop = task, done, stop
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    # A killed parent closes no queue that its workers wait on: they hold its other end themselves.
+    # The queues do not signal a killed parent: the workers themselves hold the other ends open.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -22,7 +22,7 @@ import pytest
 
 from shards.__main__ import main
 from shards.common.errors import UserError
-from shards.common.http import Manner
+from shards.common.http import FetchOptions
 from shards.lsun.archive import ArchiveError, unpack
 from shards.lsun.catalog import CATEGORIES, lmdb_names
 from shards.lsun.download import download
@@ -128,7 +128,7 @@ def test_a_server_that_ignores_ranges_and_always_cuts_is_given_up(tmp_path: Path
 
 
 def test_a_silent_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.common.http.DEFAULT", Manner(silence_seconds=0.2))
+    monkeypatch.setattr("shards.common.http.DEFAULT", FetchOptions(silence_seconds=0.2))
     server = fetched(tmp_path, Answer(ZIP, hang=1 << 16), Answer(ZIP))
     assert server.ranges == [None, "bytes=65536-"]
 

@@ -77,9 +77,9 @@ class WebServer:
 
     def fetch(self, name: str, path: Path, most_bytes: int) -> None:
         """Download the file."""
-        from shards.common.http import Manner, fetch  # only here: who trains from a folder needs no HTTP
+        from shards.common.http import FetchOptions, fetch  # only here: who trains from a folder needs no HTTP
 
-        manner = Manner(
+        options = FetchOptions(
             attempts=_ATTEMPTS,
             silence_seconds=_SILENCE_SECONDS,
             copies=1,
@@ -88,7 +88,7 @@ class WebServer:
             most_bytes=most_bytes,
             kept=False,
         )
-        fetch(f"{self._address}/{name}", path, manner)
+        fetch(f"{self._address}/{name}", path, options)
 
 
 class Command:
