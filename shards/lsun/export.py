@@ -15,7 +15,7 @@ from shards.common.errors import UserError
 from shards.common.files import atomic_file
 from shards.common.progress import Progress
 from shards.conversion.images import ImageError
-from shards.conversion.sources.lmdb_pages import Place
+from shards.conversion.sources.lmdb_pages import ValueLocation
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.manifest import member_key
 
@@ -70,7 +70,7 @@ def export(source: LmdbSource, out: Path, *, flat: bool = False, limit: int | No
     return report
 
 
-def _read(source: LmdbSource, key: bytes, place: Place) -> bytes:
+def _read(source: LmdbSource, key: bytes, place: ValueLocation) -> bytes:
     try:
         return source.read(key, place)
     except ImageError as error:

@@ -17,7 +17,7 @@ import pytest
 
 from shards.common.errors import UserError
 from shards.conversion.sources import lmdb_source
-from shards.conversion.sources.lmdb_pages import Place
+from shards.conversion.sources.lmdb_pages import ValueLocation
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.lsun.export import ExportReport, export, extension_of, folder_of
 from tests.support.shards_fixtures import ROOT, contents, encoded, error_of, picture, run_shards, write_lmdb
@@ -254,7 +254,7 @@ def test_keys_are_read_as_files_are_written(tmp_path: Path, monkeypatch: pytest.
     ahead = []
 
     class Watched(LmdbSource):
-        def walk(self) -> Iterator[tuple[bytes, Place]]:
+        def walk(self) -> Iterator[tuple[bytes, ValueLocation]]:
             for taken, entry in enumerate(super().walk()):
                 ahead.append(taken - len(list((tmp_path / "out").glob("*.*"))))
                 yield entry

@@ -58,7 +58,7 @@ class Snapshot(NamedTuple):
         return (self.last_page + 1) * self.page_bytes
 
 
-class Place(NamedTuple):
+class ValueLocation(NamedTuple):
     """Where a value lies."""
 
     page: int
@@ -77,7 +77,7 @@ class LmdbFile:
         """Close the file."""
         self._file.close()
 
-    def walk(self) -> Iterator[tuple[bytes, Place]]:
+    def walk(self) -> Iterator[tuple[bytes, ValueLocation]]:
         """Yield (key, place) of every entry, in key order."""
         found, previous = 0, b""
         levels = [iter([] if self.snapshot.root == _NO_PAGE else [self.snapshot.root])]
@@ -96,7 +96,7 @@ class LmdbFile:
         if found != self.snapshot.entries:
             raise DamagedError(f"is damaged: its header counts {self.snapshot.entries:,} entries, it has {found:,}")
 
-    def find(self, key: bytes) -> Place | None:
+    def find(self, key: bytes) -> ValueLocation | None:
         """Return the place of a key's value, None where there is no such key."""
         number = self.snapshot.root
         if number == _NO_PAGE:
@@ -106,7 +106,7 @@ class LmdbFile:
             number = next((child for begin, child in reversed(others) if begin <= key), first[1])
         return dict(self._entries(number)).get(key)
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: ValueLocation) -> bytes:
         """Return the value at a place."""
         data = self._bytes(place.page * self.snapshot.page_bytes, place.offset + place.size)
         number, _, flags, _, _ = _PAGE.unpack_from(data)
@@ -159,16 +159,16 @@ class LmdbFile:
             found.append((page[begin : begin + key_bytes], low | high << 16 | highest << 32))
         return found
 
-    def _entries(self, number: int) -> list[tuple[bytes, Place]]:
+    def _entries(self, number: int) -> list[tuple[bytes, ValueLocation]]:
         page, places = self._nodes(number, _LEAF)
         found = []
         for place in places:
             low, high, flags, key_bytes = _NODE.unpack_from(page, place)
             start, size = place + _NODE.size + key_bytes, low | high << 16
             if flags == _BIG and start + _NUMBER.size <= len(page):
-                value = Place(_NUMBER.unpack_from(page, start)[0], _PAGE.size, size)
+                value = ValueLocation(_NUMBER.unpack_from(page, start)[0], _PAGE.size, size)
             elif flags == 0 and start + size <= len(page):
-                value = Place(number, start, size)
+                value = ValueLocation(number, start, size)
             elif flags == _DATABASE:
                 raise OtherFormError("is an LMDB that holds databases within its own; only the outer one is read")
             else:

@@ -13,7 +13,14 @@ from shards.common.errors import UserError
 from shards.common.files import state_of
 from shards.conversion.images import ImageError
 from shards.conversion.sources.entries import MAX_ENTRY_BYTES
-from shards.conversion.sources.lmdb_pages import ChangedError, DamagedError, LmdbFile, OtherFormError, Place, Snapshot
+from shards.conversion.sources.lmdb_pages import (
+    ChangedError,
+    DamagedError,
+    LmdbFile,
+    OtherFormError,
+    Snapshot,
+    ValueLocation,
+)
 from shards.conversion.sources.plain_file import open_plain
 
 DATA_NAME = "data.mdb"
@@ -62,7 +69,7 @@ class LmdbSource:
             raise UserError(f"the LMDB {self.path} is empty: it has no entries")
         return entries
 
-    def walk(self) -> Iterator[tuple[bytes, Place]]:
+    def walk(self) -> Iterator[tuple[bytes, ValueLocation]]:
         """Yield (key, place) of every entry in key order. Reads only the pages that hold keys.
 
         Listing all of LSUN first takes hours (pytorch/vision#2544).
@@ -76,7 +83,7 @@ class LmdbSource:
         with _damage_is_user_error(self.path):
             return self._open().find(key) is not None
 
-    def read(self, key: bytes, place: Place) -> bytes:
+    def read(self, key: bytes, place: ValueLocation) -> bytes:
         """Return the value at a place; raises ImageError where it is too large for an image."""
         if place.size > MAX_ENTRY_BYTES:
             raise ImageError(f"too large: {place.size:,} bytes")

@@ -21,7 +21,7 @@ _TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)",
 """Compressed tars are among them: they are refused by name, not passed over."""
 
 
-class Place(NamedTuple):
+class MemberLocation(NamedTuple):
     """Where a member's bytes lie."""
 
     tar: int
@@ -55,18 +55,18 @@ class TarSource:
     def entries(self) -> None:
         """Return nothing: counting would walk all headers first."""
 
-    def walk(self) -> Iterator[tuple[bytes, Place]]:
+    def walk(self) -> Iterator[tuple[bytes, MemberLocation]]:
         """Yield (key, place) of every image member. Raises UserError for a tar that is damaged."""
         self.ignored = 0
         for index, path in enumerate(self.paths):
             with _damage_is_user_error(path), open_plain(path) as file:
                 for member in members(file.fileno()):
                     if is_image_name(member.name):
-                        yield key_of(member.name), Place(index, member.offset, member.size, _problem(member))
+                        yield key_of(member.name), MemberLocation(index, member.offset, member.size, _problem(member))
                     elif not member.is_folder:
                         self.ignored += 1
 
-    def read(self, key: bytes, place: Place) -> bytes:
+    def read(self, key: bytes, place: MemberLocation) -> bytes:
         """Return the bytes of a member; raises ImageError where it is no plain file or too large."""
         if place.problem:
             raise ImageError(place.problem)
