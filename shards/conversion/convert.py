@@ -1,4 +1,4 @@
-"""From encoded images to a data set of shards, whose bytes depend on neither workers, kills nor parts."""
+"""Convert encoded images to a data set of shards; the bytes do not depend on workers, kills or parts."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from shards.manifest import Layout, Manifest, Origin, Preparation
 
 
 class Settings(NamedTuple):
-    """How to convert."""
+    """Settings of a conversion."""
 
     image_size: int = 64
-    """Pixels a side."""
+    """Width and height of the converted images, in pixels."""
     samples_per_shard: int = 4096
-    """Entries that go into one shard."""
+    """Source entries per shard."""
     fast: bool = False
-    """Decode JPEGs at the reduced scale that leaves the filter twice the size."""
+    """Decode JPEGs at the smallest scale of at least twice the image size."""
     selection: Selection = Selection()
-    """Which entries are taken."""
+    """Entries to convert."""
     max_rejected: float = 0.001
     """Fraction of the entries that may be rejected."""
 
     @property
     def preparation(self) -> Preparation:
-        """How the pixels are made."""
+        """The preparation recorded in the manifest."""
         return Preparation(decoding="reduced" if self.fast else "full", decoder=decoder_version())
 
 
@@ -45,11 +45,11 @@ DEFAULTS = Settings()
 def convert(sources: Sequence[Source], out: Path, settings: Settings = DEFAULTS, workers: int = 0) -> Manifest:
     """Write the images of `sources` as a data set at `out`; return its manifest.
 
-    Shard k holds the entries [k * samples_per_shard, (k + 1) * samples_per_shard) that are taken from the
-    sources, one after the other, less the rejected ones, so that shards are independent and their bytes do not
-    depend on `workers` (0: all available cores). Shards that the same call wrote before it was killed are taken
-    over. Raises UserError where a source is unusable, `out` is not free, too many entries or all of one shard
-    are rejected; then there is no manifest.
+    Shard k contains the selected entries [k * samples_per_shard, (k + 1) * samples_per_shard), counted over the
+    sources in order, without the rejected ones; so shards are independent and their bytes do not depend on
+    `workers` (0: all available cores). Finished shards of an interrupted run of the same call are reused. Raises
+    UserError, and writes no manifest, if a source is unusable, `out` is not free, or too many entries or all
+    entries of a shard are rejected.
     """
     whole = Part()
     if (manifest := _finished(sources, out, settings)) is not None:
@@ -62,13 +62,13 @@ def convert(sources: Sequence[Source], out: Path, settings: Settings = DEFAULTS,
 def convert_part(
     sources: Sequence[Source], out: Path, part: Part, settings: Settings = DEFAULTS, workers: int = 0
 ) -> None:
-    """Write the shards of one part of the same; `merge` completes the data set after the last."""
+    """Write the shards of one part of a conversion; call `merge` after the last part."""
     with _claimed(sources, out, settings, part) as total:
         _write_part(sources, out, settings, part, total, workers)
 
 
 def _finished(sources: Sequence[Source], out: Path, settings: Settings) -> Manifest | None:
-    """Return the manifest of the same conversion that is complete at `out`, None where there is none."""
+    """Return the manifest at `out` if the same conversion is complete there, None if there is no manifest."""
     expected = {
         "image_size": settings.image_size,
         "samples_per_shard": settings.samples_per_shard,
@@ -82,7 +82,7 @@ def _finished(sources: Sequence[Source], out: Path, settings: Settings) -> Manif
 
 @contextmanager
 def _claimed(sources: Sequence[Source], out: Path, settings: Settings, part: Part) -> Iterator[int | None]:
-    """Hold `out` for a part; yields how many entries all parts have, None where a source does not know."""
+    """Lock `out` for a part; yields the number of entries of all parts, None if a source does not know its own."""
     counts = [source.entries() for source in sources]
     known = [count for count in counts if count is not None]
     total = sum(known)
@@ -100,7 +100,7 @@ def _claimed(sources: Sequence[Source], out: Path, settings: Settings, part: Par
 def _write_part(
     sources: Sequence[Source], out: Path, settings: Settings, part: Part, total: int | None, workers: int
 ) -> None:
-    """Write the shards of a part, their reports, and the part's record."""
+    """Write the shards of a part, their reports and the part's record."""
     walk, shards = Walk(sources, settings.selection), 0
 
     def runs() -> Iterator[Run]:
@@ -141,7 +141,7 @@ def _write_part(
 
 
 def _origins(sources: Sequence[Source], walk: Walk) -> Iterator[Origin]:
-    """Yield what was taken from each source; raises UserError where that is nothing at all."""
+    """Yield the manifest's record of each source; raises UserError if no entry was taken from any."""
     if not any(walk.taken):
         names = ", ".join(source.describe()["name"] for source in sources)
         raise UserError(f"no images in {names}: nothing to convert")

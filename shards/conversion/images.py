@@ -1,4 +1,4 @@
-"""Pictures from bytes that nobody vouches for: decoded safely, cropped, resized, written as PPM."""
+"""Decode untrusted images, crop and resize them, and encode them as PPM."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 from shards.manifest import Layout
 
 FORMATS = ("JPEG", "WEBP", "PNG", "PPM")
-"""The formats that are read, told apart by content: names lie (LSUN's JPEGs are exported as `.webp`)."""
+"""Supported formats, detected by content: extensions can be wrong (LSUN exports its JPEGs as `.webp`)."""
 
 MAX_PIXELS = 64_000_000
-"""A larger image is refused by its header, before memory is spent on it."""
+"""Largest image in pixels; larger ones are rejected by their header, before memory is allocated."""
 
 MAX_SEGMENTS, MAX_SCANS = 1000, 100
-"""A JPEG of more is refused: 100 bytes make a scan, and each costs a pass over all pixels. Progressive ones have 10."""
+"""Limits of a JPEG: a scan costs 100 bytes of file but a pass over all pixels; progressive JPEGs have 10."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,28 +32,28 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation: what turns the stored picture upright."""
+"""Transposition that turns an image upright, by EXIF orientation."""
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7]")
-"""What begins a JPEG's segment; the others stand within a scan."""
+"""Marker that begins a JPEG segment; the excluded ones occur inside a scan."""
 _START_OF_SCAN, _END_OF_IMAGE, _FILL = 0xDA, 0xD9, 0xFF
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 
 class ImageError(Exception):
-    """Bytes that do not become a picture. The message is the reason: one line, the same on every run."""
+    """An entry that cannot be used as an image. The message is the reason: one line, the same on every run."""
 
 
 def decode_image(data: bytes, enough: int | None = None) -> Image.Image:
-    """Return the picture in `data` as a viewer shows it: RGB, 8 bits, upright, an animation's first frame.
+    """Return the image in `data` as RGB with 8 bits, upright; of an animation the first frame.
 
-    Transparency is laid over white; 16 bits keep their upper 8 (colours of a PPM are rounded); colour profiles
-    are not applied. Where `enough` pixels a side suffice, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which
-    costs less. Raises ImageError where `data` is not one of FORMATS, is damaged, or has more than MAX_PIXELS
-    pixels. What no checksum covers can be damaged unseen: only PNG has any.
+    Transparency is composited over white; 16-bit values keep their upper 8 bits (colours of a PPM are rounded);
+    colour profiles are not applied. If `enough` is given, a JPEG is decoded at the smallest of the scales 1, 1/2,
+    1/4 and 1/8 with at least `enough` pixels per side. Raises ImageError if `data` is not one of FORMATS, is
+    damaged, or has more than MAX_PIXELS pixels. Only PNG has checksums, so damage in other formats can go undetected.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an error says enough; the rest would fill a conversion's terminal
+        warnings.simplefilter("ignore")  # errors are raised; warnings would flood the terminal
         try:
             _check(data)
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -72,8 +72,8 @@ def decode_image(data: bytes, enough: int | None = None) -> Image.Image:
             raise ImageError("not a readable JPEG, WebP, PNG or PPM image") from None
         except Image.DecompressionBombError:
             raise ImageError(f"too large: more than {MAX_PIXELS} pixels") from None
-        except Exception as error:  # Pillow's parsers raise whatever they trip over; all of it means damage
-            if "out of memory" in str(error):  # but for this, which is not the image's fault
+        except Exception as error:  # Pillow's parsers raise many types, all of which mean damage
+            if "out of memory" in str(error):  # except this one
                 raise MemoryError from error
             raise ImageError(f"damaged: {_one_line(error)}") from error
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
@@ -82,8 +82,8 @@ def decode_image(data: bytes, enough: int | None = None) -> Image.Image:
 def prepare(image: Image.Image, size: int) -> Image.Image:
     """Return the largest centred square of an RGB `image`, resized to `size` x `size` pixels by Lanczos.
 
-    One exact filter over the full-size picture. At an odd difference of the sides the square lies half a
-    pixel to the left or top; pixels just beyond it take part in the filter at its edge.
+    A single filter reads the full-size image. If the sides differ by an odd number, the square is half a pixel
+    left or above of centre; the filter at its edge includes pixels just outside.
     """
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -92,13 +92,13 @@ def prepare(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_ppm(image: Image.Image) -> bytes:
-    """Return a square RGB `image` as a binary PPM file, in the exact bytes that the shard format asks for."""
+    """Return a square RGB `image` as a binary PPM file in the exact bytes of the shard format."""
     assert image.mode == "RGB" and image.width == image.height, (image.mode, image.size)
     return Layout(image.width).ppm_header + image.tobytes()
 
 
 def decoder_version() -> str:
-    """Return the libraries that decode, with their versions: another version may give other pixels."""
+    """Return the decoding libraries with their versions: another version may give different pixels."""
     libraries = {
         "libjpeg-turbo": features.version_feature("libjpeg_turbo"),
         "libwebp": features.version("webp"),
@@ -112,11 +112,11 @@ def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except (KeyError, SyntaxError, TypeError, ValueError, struct.error):
-        return None  # a viewer, too, shows a picture with damaged EXIF data as it is stored
+        return None  # viewers also ignore damaged EXIF data
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 rather than scale
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 instead of scale
         values = np.asarray(image)
         grey = (values >> 8).astype(np.uint8)
         grey[values == image.info.get("transparency", -1)] = 255
@@ -131,17 +131,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _check(data: bytes) -> None:
-    """Raise ImageError for what Pillow would take, or take hours to refuse."""
+    """Raise ImageError for damage that Pillow accepts and for files that take Pillow hours to reject."""
     if data.startswith(_JPEG):
         _check_jpeg(data)
     elif data.startswith(_PNG):
         _check_png(data)
-    elif data.startswith((b"P1", b"P2", b"P3")):  # whose numbers Pillow reads one by one, and comments slower still
+    elif data.startswith((b"P1", b"P2", b"P3")):  # text formats, which Pillow parses very slowly
         raise ImageError("a PPM in plain text; only binary ones are read")
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Raise ImageError for a JPEG without an end, as an interrupted copy leaves it, and for one of too many parts."""
+    """Raise ImageError for a JPEG without an end marker (an incomplete copy) or with too many scans or segments."""
     place, segments, scans = 2, 0, 0
     while (found := _MARKER.search(data, place)) is not None:
         place, marker = found.start(), found[0][1]
@@ -155,7 +155,7 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    """Raise ImageError where pixels fail their checksum."""
+    """Raise ImageError if pixel data does not match its checksum."""
     place, kind = len(_PNG), b""
     while kind != b"IEND" and (end := place + 12 + int.from_bytes(data[place : place + 4], "big")) <= len(data):
         kind = data[place + 4 : place + 8]
@@ -165,7 +165,7 @@ def _check_png(data: bytes) -> None:
 
 
 def _mend_transparent_colour(image: Image.Image, bits: int) -> None:
-    """Make the one colour of a PNG that is transparent, which Pillow keeps in the file's bits, one of 8 bits."""
+    """Scale a PNG's transparent colour to 8 bits: Pillow keeps it at the file's bit depth."""
     colour = image.info.get("transparency")
     if image.mode == "L" and isinstance(colour, int):
         image.info["transparency"] = colour * 255 // (2**bits - 1)
@@ -174,6 +174,6 @@ def _mend_transparent_colour(image: Image.Image, bits: int) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """Return an error's message without line breaks and memory addresses, at most 200 characters."""
+    """Return an error's message without line breaks and memory addresses, cut to 200 characters."""
     message = re.sub(r"<[^>]* at 0x[0-9a-f]+>", "the data", str(error)) or type(error).__name__
     return " ".join(message.split())[:200]

@@ -1,4 +1,4 @@
-"""From the shards and reports that a conversion's parts have left to the data set's manifest."""
+"""Merge the shards and reports of a conversion's parts: write the key lists and the manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REASONS_SHOWN = 3
 
 
 class Rejects:
-    """Counts rejected entries against what is allowed: the fraction `allowed` of `entries`, where that is known."""
+    """Counter of rejected entries; at most the fraction `allowed` of `entries`, None if unknown, may be rejected."""
 
     def __init__(self, entries: int | None, allowed: float) -> None:
         self.entries, self.allowed = entries, allowed
@@ -24,7 +24,7 @@ class Rejects:
         self._first: list[str] = []
 
     def check(self, report: ShardReport) -> None:
-        """Count a run's rejects; raises UserError, naming the first, for too many."""
+        """Add a shard's rejects; raises UserError with the first reasons if there are too many."""
         self.count += len(report.rejected)
         for line in report.rejected[: _REASONS_SHOWN - len(self._first)]:
             self._first.append(f"{line.get('key', line.get('key_hex'))}: {line['reason']}")
@@ -40,15 +40,15 @@ class Rejects:
 
     @property
     def first(self) -> str:
-        """The first few, with their reasons."""
+        """The first three rejects with their reasons."""
         return "; ".join(self._first)
 
 
 def existing(out: Path, expected: Mapping[str, Any]) -> Manifest | None:
-    """Return the manifest of the data set that is complete at `out`, None where there is none.
+    """Return the manifest of the complete data set at `out`, None if there is none.
 
-    Ends what a conversion had left to do that was killed after writing its manifest. Raises UserError where the
-    data set was made from other sources or otherwise.
+    Removes the reports if a conversion was killed after writing its manifest. Raises UserError if the data set
+    was made from other sources or with other settings.
     """
     if not (out / MANIFEST_NAME).is_file():
         return None
@@ -68,10 +68,10 @@ def existing(out: Path, expected: Mapping[str, Any]) -> Manifest | None:
 
 
 def merge(out: Path) -> Manifest:
-    """Complete the data set at `out` whose parts have all been converted; return its manifest.
+    """Complete the data set at `out` after all parts have been converted; return its manifest.
 
-    Raises UserError where a part is missing, still being written or of another conversion, and where more
-    entries were rejected than allowed.
+    Raises UserError if a part is missing, still being written or of another conversion, or if more entries were
+    rejected than allowed.
     """
     if (out / MANIFEST_NAME).is_file():
         manifest = read_manifest(out)
@@ -85,7 +85,7 @@ def merge(out: Path) -> Manifest:
 
 
 def merge_claimed(out: Path, parts: int) -> Manifest:
-    """Do the same for a folder that is held."""
+    """Complete the data set at `out`, which the caller has locked; return its manifest."""
     records = list(_records(out, parts))
     record = records[0]
     rejects = Rejects(sum(origin.entries for origin in record.sources), record.max_rejected)
@@ -130,7 +130,7 @@ def merge_claimed(out: Path, parts: int) -> Manifest:
 
 
 def _records(out: Path, parts: int) -> Iterator[PartRecord]:
-    """Yield the records of all parts; raises UserError where one is missing or does not belong to the others."""
+    """Yield the records of all parts; raises UserError if one is missing or of another conversion."""
     first: PartRecord | None = None
     for index in range(1, parts + 1):
         part = Part(index, parts)

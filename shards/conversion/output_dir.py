@@ -1,4 +1,4 @@
-"""The folder that a conversion fills: never at the cost of other files, and never by two at the same shard."""
+"""The output folder of a conversion: locks, free space, and no deletion of files from elsewhere."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _LOCK_NAME = "lock"
 _TRIES, _SECONDS_TO_WAIT = 100, 5.0
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What a network file system answers that has no locks, as Lustre without its flock option."""
+"""Errors of network file systems without locks, such as Lustre without its flock option."""
 
 
 @contextmanager
 def claim(out: Path, part: Part, required_bytes: int = 0) -> Iterator[None]:
-    """Hold the folder `out` for a part of a conversion while the block runs.
+    """Lock the folder `out` for a part of a conversion while the block runs.
 
-    What the block writes stays, for a later conversion to take over or replace. Raises UserError, before
-    anything on the disk changes, where `out` holds files of others or its disk has no room for
-    `required_bytes`; and where another conversion is at this part, or at parts of another count.
+    Files written by the block are kept, for a later conversion to reuse or replace. Raises UserError, before
+    anything on the disk changes, if `out` contains other files or its disk has no room for `required_bytes`; and
+    if another conversion is writing this part or has another number of parts.
     """
     ours = _ours(out)
     check_room(out, required_bytes - sum(map(_size, ours)), "the shards take")
@@ -53,9 +53,9 @@ def claim(out: Path, part: Part, required_bytes: int = 0) -> Iterator[None]:
 
 @contextmanager
 def claim_whole(out: Path) -> Iterator[int]:
-    """Hold `out`, where all parts have been written, for their merge; yields the number of parts.
+    """Lock `out` for the merge of all parts; yields the number of parts.
 
-    Raises UserError where no conversion is under way or some part still is.
+    Raises UserError if `out` has no unfinished conversion or a part is still being written.
     """
     path = out / FOLDER_NAME / _LOCK_NAME
     if not path.is_file():
@@ -66,7 +66,7 @@ def claim_whole(out: Path) -> Iterator[int]:
 
 
 def clean_up(out: Path, shards: int) -> None:
-    """Remove what older conversions left in `out` beyond the first `shards` shards."""
+    """Remove temporary files from `out`, and shards of older conversions after the first `shards`."""
     for path in _ours(out):
         match = re.fullmatch(r"shard-(\d{6,})\.tar", path.name)
         if path.suffix == ".tmp" or (match and int(match[1]) >= shards):
@@ -74,12 +74,12 @@ def clean_up(out: Path, shards: int) -> None:
 
 
 def finish(out: Path) -> None:
-    """Remove the reports: the manifest says it all."""
+    """Remove the reports, which are not needed once the manifest is written."""
     shutil.rmtree(out / FOLDER_NAME, ignore_errors=True)
 
 
 def _ours(out: Path) -> list[Path]:
-    """Return the files of an unfinished conversion in `out`; raises UserError where it holds others."""
+    """Return the files of an unfinished conversion in `out`; raises UserError if it contains others."""
     if not out.exists():
         return []
     if not out.is_dir():
@@ -96,7 +96,7 @@ def _ours(out: Path) -> list[Path]:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:  # another part has just given it its name
+    except FileNotFoundError:  # another part has just renamed it
         return 0
 
 
@@ -106,7 +106,7 @@ def _lock(file: IO[str], kind: int, out: Path) -> None:
 
 
 def _lock_with_other_parts(lock: IO[str], count: str, out: Path) -> None:
-    """Share the lock with the other parts; the first of them writes how many there are, alone for a moment."""
+    """Take the lock shared with the other parts; the first takes it exclusively to write the number of parts."""
     for _ in range(_TRIES):
         if _try_lock(lock, fcntl.LOCK_SH) and _read(lock) == count:
             return

@@ -1,9 +1,8 @@
-"""What a conversion knows of the shards it has written: how it goes on where it was killed, and in parts.
+"""Reports of the shards that a conversion has written, used to resume it and to merge its parts.
 
-They lie in the folder `unfinished-conversion` of the data set until its manifest is written. A shard is taken
-over by a later run of the same command, or of another one, if its report bears the same identity: the hash of
-everything that decides its bytes but the content of the images: settings, keys, and the places, sizes and times of
-change of LMDBs and tars.
+The reports are in the folder `unfinished-conversion` of the data set until its manifest is written. A later
+command reuses a shard if its report has the same identity: the hash of everything that determines the shard's
+bytes except the images' content, that is settings, keys, and path, size and mtime of LMDBs and tars.
 """
 
 from __future__ import annotations
@@ -28,35 +27,35 @@ Record = TypeVar("Record", bound=Options)
 
 
 class Part(NamedTuple):
-    """One of the equal parts that a conversion is cut into, counted from 1."""
+    """One of the equal parts of a conversion, counted from 1."""
 
     number: int = 1
     of: int = 1
 
     @property
     def name(self) -> str:
-        """Its name in file names."""
+        """The part's name in file names."""
         return f"part-{self.number}-of-{self.of}"
 
     def entries_of(self, total: int, samples_per_shard: int) -> int:
-        """Return how many of `total` entries belong to it."""
+        """Return the number of entries of this part, out of `total`."""
         starts = range((self.number - 1) * samples_per_shard, total, self.of * samples_per_shard)
         return sum(min(samples_per_shard, total - start) for start in starts)
 
     def has(self, shard: int) -> bool:
-        """Return whether a shard, counted from 0, belongs to it."""
+        """Return whether a shard, counted from 0, belongs to this part."""
         return shard % self.of == self.number - 1
 
 
 class ShardReport(Options):
-    """What came of a run of entries."""
+    """Result of one run of entries."""
 
     identity: str
-    """Hash of what decides the shard's bytes."""
+    """Hash of what determines the shard's bytes."""
     entries: int
-    """Entries of the run."""
+    """Number of entries in the run."""
     shard: ShardEntry | None
-    """None where all of them were rejected."""
+    """The shard's manifest entry, None if all entries were rejected."""
     renamed: tuple[dict[str, str], ...]
     """Lines for `keys.jsonl`."""
     rejected: tuple[dict[str, str], ...]
@@ -64,7 +63,7 @@ class ShardReport(Options):
 
 
 class PartRecord(Options):
-    """What a finished part says to the merge. All parts of a conversion say the same, but for `chain`."""
+    """Record of a finished part for the merge; equal for all parts of a conversion except for `chain`."""
 
     image_size: int
     samples_per_shard: int
@@ -75,14 +74,14 @@ class PartRecord(Options):
     exclude_sha256: str | None
     max_images: int | None
     shards: int = Field(ge=1)
-    """Shards of all parts together."""
+    """Number of shards of all parts."""
     chain: str
     """Hash of the identities of this part's shards, in order."""
 
 
 @dataclass(frozen=True)
 class Reports:
-    """The reports of the data set in the folder `out`."""
+    """Reads and writes the reports of the data set in the folder `out`."""
 
     out: Path
 
@@ -95,15 +94,15 @@ class Reports:
         self._write(f"{part.name}.json", record)
 
     def shard(self, index: int) -> ShardReport | None:
-        """Return the report of a shard, or None where there is no sound one."""
+        """Return the report of a shard, or None if it is missing or damaged."""
         return self._read(f"shard-{index:06d}.json", ShardReport)
 
     def part(self, part: Part) -> PartRecord | None:
-        """Return the record of a part, or None where there is no sound one."""
+        """Return the record of a part, or None if it is missing or damaged."""
         return self._read(f"{part.name}.json", PartRecord)
 
     def finished(self, index: int, identity: str) -> ShardReport | None:
-        """Return the report of a shard that is done, whole and of that identity; None where it has to be written."""
+        """Return the report of a finished, intact shard of that identity; None if the shard must be written."""
         report = self.shard(index)
         if report is None or report.identity != identity:
             return None
@@ -120,17 +119,17 @@ class Reports:
         path = self.out / FOLDER_NAME / name
         try:
             return kind.model_validate_json(path.read_bytes()) if path.is_file() else None
-        except ValidationError:  # of another version, or damaged: the shard is written again
+        except ValidationError:  # damaged or of another version: the shard is written again
             return None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def hash_of(values: Any) -> str:
-    """Return the SHA-256, in hex, of values that JSON knows, and bytes."""
+    """Return the SHA-256, in hex, of JSON values and bytes."""
     return hashlib.sha256(json.dumps(values, default=lambda value: value.hex()).encode()).hexdigest()
 
 
 def chain_of(identities: Iterable[str]) -> str:
-    """Return one hash for many."""
+    """Return one hash of several identities."""
     return hash_of(list(identities))

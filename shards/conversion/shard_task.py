@@ -1,4 +1,4 @@
-"""The task that turns one run of entries into one shard and its report."""
+"""Worker task that converts one run of entries to one shard and its report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shards.writer import describe_key, write_shard
 
 
 class Run(NamedTuple):
-    """The entries that make a shard, counted from 0."""
+    """The entries of one shard, counted from 0."""
 
     shard: int
     entries: list[Entry]
@@ -24,21 +24,21 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardTask:
-    """From where to where, and how."""
+    """Worker task that converts the entries of one shard."""
 
     sources: tuple[Source, ...]
     states: tuple[Any, ...]
-    """What tells the sources from others of their names."""
+    """`Source.state()` of each source."""
     out: Path
     layout: Layout
     preparation: Preparation
 
     def identity(self, run: Run) -> str:
-        """Return the hash of what decides the shard's bytes, but for the images themselves."""
+        """Return the hash of everything that determines the shard's bytes, except the images themselves."""
         return hash_of([self.layout.image_size, self.preparation.model_dump(), self.states, run])
 
     def __call__(self, run: Run, tick: Tick) -> ShardReport:
-        """Write the shard of `run` and its report, unless both are there."""
+        """Write the shard of `run` and its report unless both exist; return the report."""
         identity, reports = self.identity(run), Reports(self.out)
         if (report := reports.finished(run.shard, identity)) is not None:
             tick(report.entries)
@@ -77,7 +77,7 @@ class ShardTask:
             tick(1)
 
     def key_of(self, entry: Entry) -> bytes:
-        """Return the key of an entry: with several sources it begins with the number of its own, so that none meet."""
+        """Return the key of an entry, prefixed with the source's number if there are several, so that it is unique."""
         return b"%d_%s" % (entry.source, entry.key) if len(self.sources) > 1 else entry.key
 
     def _ppm(self, data: bytes) -> bytes:

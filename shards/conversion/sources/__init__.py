@@ -1,1 +1,1 @@
-"""Where encoded images come from."""
+"""Sources of encoded images: LMDBs, folders and tars."""

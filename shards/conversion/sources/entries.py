@@ -1,4 +1,4 @@
-"""What every kind of source gives: entries, walked in order without being read, and read one by one."""
+"""The interface of all sources: list entries in order without reading them, and read them one by one."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any, NamedTuple, Protocol
 from shards.common.errors import UserError
 
 MAX_ENTRY_BYTES = 1 << 28
-"""Encoded images are smaller; a larger entry is rejected before memory is spent on it."""
+"""Largest entry in bytes; larger ones are rejected before memory is allocated."""
 
 
 class Source(Protocol):
-    """Encoded images under keys. It pickles: each process that reads opens its own."""
+    """Encoded images by key. Sources can be pickled; each process opens its own files."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what the manifest says of the source: its kind and its name."""
+        """Return the source's `kind` and `name` for the manifest."""
 
     ignored: int
-    """What the last walk met that does not call itself an image."""
+    """Files of the last walk that were left out because their names are not image names."""
 
     def state(self) -> Any:
-        """Return what tells this source from another of its name and from its own earlier self, as JSON knows it."""
+        """Return a JSON value that differs if the source is another one of this name or has changed."""
 
     def entries(self) -> int | None:
-        """Return the number of entries where the source knows it without a walk."""
+        """Return the number of entries, or None if a walk would be needed to count them."""
 
     def walk(self) -> Iterator[tuple[bytes, Any]]:
         """Yield (key, place) of every entry, always in the same order, without listing all of them first."""
 
     def read(self, key: bytes, place: Any) -> bytes:
-        """Return the encoded image of an entry; raises ImageError where it is none."""
+        """Return the encoded image of an entry; raises ImageError if it cannot be an image."""
 
 
 class Entry(NamedTuple):
@@ -45,9 +45,9 @@ class Entry(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Which entries are taken: not those whose key is in `exclude`, and the first `limit` of the others.
+    """Selection of entries: the first `limit` whose keys are not in `exclude`.
 
-    With several sources, a key may be given with or without the number of its source in front.
+    With several sources, a key in `exclude` may have its source's number as prefix (`1_name`) or not.
     """
 
     exclude: frozenset[bytes] = frozenset()
@@ -55,21 +55,21 @@ class Selection(NamedTuple):
 
     @property
     def exclude_sha256(self) -> str | None:
-        """Hash of the keys that are not taken, None where there are none."""
+        """SHA-256, in hex, of the sorted excluded keys, None if there are none."""
         return hashlib.sha256(b"\n".join(sorted(self.exclude))).hexdigest() if self.exclude else None
 
 
 class Walk:
-    """The entries that are taken, source after source, and what came of the walk so far."""
+    """Iterates over the selected entries, source after source, and counts them."""
 
     def __init__(self, sources: Sequence[Source], selection: Selection) -> None:
         self.taken = [0] * len(sources)
-        """Entries taken from each source."""
+        """Number of entries taken from each source."""
         self.excluded = 0
         self._sources, self._selection = sources, selection
 
     def runs(self, length: int) -> Iterator[list[Entry]]:
-        """Yield the entries in runs of `length`, the last one shorter."""
+        """Yield the entries in runs of `length`; the last run may be shorter."""
         entries = islice(self._entries(), self._selection.limit)
         while run := list(islice(entries, length)):
             yield run
@@ -87,9 +87,9 @@ class Walk:
 
 
 def read_keys(path: Path) -> frozenset[bytes]:
-    """Return the keys in a file, one a line; raises UserError where it cannot be read."""
+    """Return the keys in a file, one per line; raises UserError if it cannot be read."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return frozenset({*lines, *(line.strip() for line in lines)} - {b""})  # a key may end in a blank
+    return frozenset({*lines, *(line.strip() for line in lines)} - {b""})  # a key may end in a space

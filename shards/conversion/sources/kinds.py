@@ -1,4 +1,4 @@
-"""Which kind of source a path is."""
+"""Choose the source class for a path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shards.conversion.sources.tar_source import TarSource, is_tar_name
 def open_source(path: Path) -> Source:
     """Return the source at `path`: an LMDB, a tar, a folder of tars, or a folder of images.
 
-    Raises UserError, with the remedy, where it is none of them.
+    Raises UserError, with the remedy, if it is none of them.
     """
     try:
         return _open(path)
@@ -36,7 +36,7 @@ def _open(path: Path) -> Source:
 
 
 def _holds_tars(path: Path) -> bool:
-    """Return whether a folder holds tars; raises UserError where it holds images, too."""
+    """Return whether a folder contains tars; raises UserError if it contains both tars and images."""
     with os.scandir(path) as entries:
         first = {kind: entry.name for entry in entries if (kind := _kind(entry.name))}
     if len(first) > 1:

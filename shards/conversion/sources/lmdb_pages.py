@@ -1,8 +1,8 @@
-"""The pages of an LMDB, read as bytes that nobody vouches for.
+"""Read the pages of an untrusted LMDB; every number is checked before use.
 
-The library maps the file into memory and trusts it: a page that an incomplete copy left zeroed, or that a
-writer reuses, ends the process (an assertion, SIGBUS). Here every number is checked before it is used. Of the
-format (LMDB 0.9, 64 bits, little-endian) this knows what LSUN uses: one database of one value a key.
+The lmdb library maps the file into memory and trusts it: a page that an incomplete copy left zeroed, or that a
+writer reuses, kills the process (assertion, SIGBUS). Supported is the subset of the format (LMDB 0.9, 64 bits,
+little-endian) that LSUN uses: one database with one value per key.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 _PAGE = struct.Struct("<QHHHH")
-"""Page number, unused, flags, end of the pointers, start of the nodes."""
+"""Page header: page number, unused, flags, end of the node pointers, start of the nodes."""
 _OVERFLOW_PAGES = struct.Struct("<12xI")
-"""Of a value on pages of its own, how many they are."""
+"""Number of pages of a value that has its own pages."""
 _NODE = struct.Struct("<HHHH")
-"""Low and high half of a size or page number, flags, bytes of the key."""
+"""Node header: low and high half of a size or page number, flags, length of the key in bytes."""
 _META = struct.Struct("<8x2xH4xII16xI44x4xHH24xQQQQ")
-"""Page flags; magic, version; page size; of the database its flags, depth, entries, root; last page, transaction."""
+"""Page flags; magic, version; page size; the database's flags, depth, entries, root; last page, transaction."""
 _NUMBER = struct.Struct("<Q")
 
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
@@ -31,19 +31,19 @@ _MAX_DEPTH = 32
 
 
 class DamagedError(Exception):
-    """The file is not what an LMDB must be. The message goes on after its name."""
+    """The file is not a valid LMDB. The message continues a sentence that starts with the file's name."""
 
 
 class OtherFormError(Exception):
-    """An LMDB, but none of LSUN's form. The message goes on after the file's name."""
+    """A valid LMDB of an unsupported form. The message continues a sentence that starts with the file's name."""
 
 
 class ChangedError(Exception):
-    """Another process has written to the LMDB since it was opened."""
+    """Another process wrote to the LMDB after it was opened."""
 
 
 class Snapshot(NamedTuple):
-    """The last state that a writer completed."""
+    """The last committed transaction."""
 
     transaction: int
     page_bytes: int
@@ -54,12 +54,12 @@ class Snapshot(NamedTuple):
 
     @property
     def file_bytes(self) -> int:
-        """Size that the file has at least."""
+        """Minimum size of the file in bytes."""
         return (self.last_page + 1) * self.page_bytes
 
 
 class ValueLocation(NamedTuple):
-    """Where a value lies."""
+    """Location of a value: page number, offset in the page and size, in bytes."""
 
     page: int
     offset: int
@@ -67,7 +67,7 @@ class ValueLocation(NamedTuple):
 
 
 class LmdbFile:
-    """An open data.mdb. Whatever cannot be right raises DamagedError, ChangedError or OtherFormError."""
+    """An open data.mdb. Methods raise DamagedError, ChangedError or OtherFormError for invalid data."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -97,7 +97,7 @@ class LmdbFile:
             raise DamagedError(f"is damaged: its header counts {self.snapshot.entries:,} entries, it has {found:,}")
 
     def find(self, key: bytes) -> ValueLocation | None:
-        """Return the place of a key's value, None where there is no such key."""
+        """Return the location of a key's value, None if there is no such key."""
         number = self.snapshot.root
         if number == _NO_PAGE:
             return None
@@ -107,7 +107,7 @@ class LmdbFile:
         return dict(self._entries(number)).get(key)
 
     def read(self, place: ValueLocation) -> bytes:
-        """Return the value at a place."""
+        """Return the value at a location."""
         data = self._bytes(place.page * self.snapshot.page_bytes, place.offset + place.size)
         number, _, flags, _, _ = _PAGE.unpack_from(data)
         is_big = place.offset == _PAGE.size
@@ -125,7 +125,7 @@ class LmdbFile:
         return os.pread(self._file.fileno(), count, offset)
 
     def _bytes(self, offset: int, count: int) -> bytes:
-        """Return bytes of the snapshot: its pages stay as they are until the next one is complete."""
+        """Return bytes of the snapshot, whose pages do not change until the next transaction is committed."""
         data = self._pread(offset, count)
         while len(data) < count and (more := self._pread(offset + len(data), count - len(data))):
             data += more
@@ -136,7 +136,7 @@ class LmdbFile:
         return data
 
     def _nodes(self, number: int, kind: int) -> tuple[bytes, tuple[int, ...]]:
-        """Return a page and where its nodes are."""
+        """Return a page and the offsets of its nodes."""
         if not _FIRST_PAGE <= number <= self.snapshot.last_page:
             raise DamagedError(f"is damaged: it refers to page {number}, which it does not have")
         page = self._bytes(number * self.snapshot.page_bytes, self.snapshot.page_bytes)
@@ -150,7 +150,7 @@ class LmdbFile:
         return page, places
 
     def _children(self, number: int) -> list[tuple[bytes, int]]:
-        """Return the pages below a branch, each with the key that none of its own lies before."""
+        """Return (lower bound of its keys, page number) of every page below a branch page."""
         page, places = self._nodes(number, _BRANCH)
         found = []
         for place in places:
@@ -181,7 +181,7 @@ class LmdbFile:
 
 
 def _snapshot(meta: bytes) -> Snapshot:
-    """Return what one of the two first pages says."""
+    """Return the snapshot described by one of the two meta pages."""
     if len(meta) < _META.size:
         raise DamagedError("is not an LMDB: it ends in its first pages")
     kind, magic, version, page_bytes, flags, depth, entries, root, last_page, transaction = _META.unpack(meta)

@@ -1,4 +1,4 @@
-"""Opening what may be no file at all."""
+"""Open paths that may not be regular files."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import BinaryIO
 
 
 class NotPlainError(OSError):
-    """A FIFO, a device, a socket or a folder stands where a file should."""
+    """The path is a FIFO, device, socket or folder, not a regular file."""
 
 
 def open_plain(path: bytes | Path) -> BinaryIO:
-    """Open a plain file for reading; raises OSError where it is none.
+    """Open a regular file for reading; raises NotPlainError if it is something else, OSError if it cannot be read.
 
-    Opening a FIFO would wait for its writer, and opening a device may do anything.
+    Opening a FIFO would block until a writer opens it, and opening a device may have side effects.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise NotPlainError(errno.EINVAL, "not a plain file")
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # files below /proc may wait, too
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # files below /proc may block, too
     return open(descriptor, "rb", buffering=0)
