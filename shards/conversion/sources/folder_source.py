@@ -1,4 +1,4 @@
-"""Images from a folder of files: flat, one folder per class, or as LSUN's own export leaves them."""
+"""Images from a folder of files: flat, one folder per class, or in the layout of LSUN's export."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.conversion.sources.entries import MAX_ENTRY_BYTES
 from shards.conversion.sources.plain_file import NotPlainError, open_plain
 
 EXTENSIONS = frozenset({b".jpg", b".jpeg", b".png", b".webp", b".ppm"})
-"""Names of images. What a file holds is told by its content: LSUN's JPEGs are exported as `.webp`."""
+"""Extensions of image files. The format is detected by content: LSUN exports its JPEGs as `.webp`."""
 
 _LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
@@ -22,32 +22,32 @@ _LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 class FolderSource:
     """The image files below a folder, in the order of their names, folder by folder.
 
-    The key of a file is its path below the folder without the extension; folders of one character each that
-    spell the beginning of the name, as LSUN's export makes them, do not count. Links are followed; what is
-    hidden, its name beginning with a dot, is left out.
+    The key of a file is its path below the folder without the extension, and without the folders of LSUN's
+    export (one character each, together the beginning of the name). Links are followed; hidden files and
+    folders, whose names begin with a dot, are left out.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.ignored = 0
-        """Hidden files and folders, and files without an image's extension, met by the walk."""
+        """Number of hidden files and folders and of files without an image extension in the last walk."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what the manifest says of the source: its kind and name."""
+        """Return the source's `kind` and `name` for the manifest."""
         return {"kind": "folder", "name": self.path.resolve().name}
 
     def state(self) -> Any:
-        """Return its place; whether a file in it changed is not looked at."""
+        """Return the resolved path in hex; changes of files in the folder are not detected."""
         return os.fsencode(self.path.resolve()).hex()
 
     def entries(self) -> None:
-        """Return nothing: counting would list all files first."""
+        """Return None: counting would need a list of all files."""
 
     def walk(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield (key, path below the folder) of every image file.
 
-        Raises UserError for a folder that cannot be read, and for a link to a folder that is walked already or,
-        unless it has the name of an image, to nothing.
+        Raises UserError for an unreadable folder, a link to a folder above it, a second link to one folder, and a
+        broken link without an image extension.
         """
         self.ignored = 0
         linked = set[tuple[int, int]]()
@@ -71,7 +71,7 @@ class FolderSource:
             above.append(folder)
 
     def read(self, key: bytes, place: bytes) -> bytes:
-        """Return the content of the file at `place`; raises ImageError where it is no plain file or too large."""
+        """Return the content of the file at `place`; raises ImageError if it is not a regular file or too large."""
         path = self._at(place)
         try:
             with open_plain(path) as file:
@@ -115,14 +115,14 @@ class FolderSource:
 
 
 class _Folder(NamedTuple):
-    """A folder on the way of the walk."""
+    """A folder on the current path of the walk."""
 
     place: bytes
     identity: tuple[int, int]
     folders: dict[bytes, bool]
-    """The folders in it, and whether they are links."""
+    """Names of its folders, and whether each is a link."""
     names: Iterator[bytes]
-    """What is still to be visited in it."""
+    """Names not yet visited."""
 
 
 def key_of(place: bytes) -> bytes:
@@ -133,7 +133,7 @@ def key_of(place: bytes) -> bytes:
 
 
 def is_image_name(path: bytes) -> bool:
-    """Return whether a path has the extension of an image, and is not hidden."""
+    """Return whether a path has an image extension and is not hidden."""
     name = path.rpartition(b"/")[2]
     return not name.startswith(b".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 

@@ -1,4 +1,4 @@
-"""Images from an LMDB, as LSUN publishes them."""
+"""Images from an LMDB as published by LSUN."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ DATA_NAME = "data.mdb"
 
 
 class LmdbSource:
-    """An LMDB of encoded images, opened when first read, in the process that reads.
+    """An LMDB of encoded images, opened at the first read.
 
-    It can be pickled: a copy opens the file itself, and sees whether it is still what the original saw. Nothing
-    is written or locked: a published data set has no writer, and may lie on a read-only disk. Every method
-    raises UserError where the LMDB is missing, damaged, written to meanwhile or of another kind.
+    It can be pickled: a copy opens the file itself and checks that it has not changed. Nothing is written or
+    locked, as the data set may be on a read-only disk. Every method raises UserError if the LMDB is missing,
+    damaged, changed by a writer or of an unsupported form.
     """
 
     ignored = 0
-    """An LMDB holds nothing else."""
+    """Always 0: an LMDB contains nothing but entries."""
 
     def __init__(self, path: Path, snapshot: Snapshot | None = None) -> None:
         self.path = path
@@ -54,11 +54,11 @@ class LmdbSource:
             self._file = None
 
     def describe(self) -> dict[str, Any]:
-        """Return what the manifest says of the source: its kind and name."""
+        """Return the source's `kind` and `name` for the manifest."""
         return {"kind": "lmdb", "name": self.path.resolve().name}
 
     def state(self) -> Any:
-        """Return its place, size and time of change."""
+        """Return path, size and mtime of its data.mdb."""
         return state_of(self.path / DATA_NAME)
 
     def entries(self) -> int:
@@ -70,21 +70,21 @@ class LmdbSource:
         return entries
 
     def walk(self) -> Iterator[tuple[bytes, ValueLocation]]:
-        """Yield (key, place) of every entry in key order. Reads only the pages that hold keys.
+        """Yield (key, place) of every entry in key order. Reads only the pages with keys.
 
-        Listing all of LSUN first takes hours (pytorch/vision#2544).
+        Listing all keys of LSUN first would take hours (pytorch/vision#2544).
         """
         self.entries()
         with _damage_is_user_error(self.path):
             yield from self._open().walk()
 
     def holds(self, key: bytes) -> bool:
-        """Return whether there is an entry of that key."""
+        """Return whether there is an entry with that key."""
         with _damage_is_user_error(self.path):
             return self._open().find(key) is not None
 
     def read(self, key: bytes, place: ValueLocation) -> bytes:
-        """Return the value at a place; raises ImageError where it is too large for an image."""
+        """Return the value at a location; raises ImageError if it is larger than MAX_ENTRY_BYTES."""
         if place.size > MAX_ENTRY_BYTES:
             raise ImageError(f"too large: {place.size:,} bytes")
         with _damage_is_user_error(self.path):
@@ -94,8 +94,8 @@ class LmdbSource:
         if self._file is None:
             _check_path(self.path)
             opened = open_plain(self.path / DATA_NAME)
-            # No readahead: an LMDB filled in random order, as by SHA-1 keys, scatters its values, and reading
-            # 128 KiB around each of 14 KiB costs far more than larger reads save where values lie in order.
+            # No readahead: an LMDB filled in random key order (SHA-1) scatters its values, and reading 128 KiB
+            # around each value of 14 KiB costs more than larger reads save when the values are in order.
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             try:
@@ -125,7 +125,7 @@ def _damage_is_user_error(path: Path) -> Iterator[None]:
 
 
 def _check_path(path: Path) -> None:
-    """Raise UserError, with the remedy, where `path` is no folder that holds a data.mdb."""
+    """Raise UserError, with the remedy, if `path` is not a folder with a data.mdb."""
     if not path.exists():
         raise UserError(f"no LMDB at {path}: no such directory")
     if path.is_file():
@@ -143,7 +143,7 @@ def _check_path(path: Path) -> None:
 
 
 def _check_length(data: Path, descriptor: int, snapshot: Snapshot) -> None:
-    """Raise UserError where the file ends before its last page."""
+    """Raise UserError if the file ends before its last page."""
     size = os.fstat(descriptor).st_size
     if size < snapshot.file_bytes:
         raise UserError(f"{data} has {size} bytes of {snapshot.file_bytes}: an incomplete copy, copy or unzip it again")

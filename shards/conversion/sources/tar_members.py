@@ -1,7 +1,7 @@
-"""The members of a tar by its headers alone: in constant memory, and with no number believed unchecked.
+"""List the members of an untrusted tar from its headers, in constant memory; every number is checked.
 
-Python's tarfile ends silently at a damaged header, and over hostile ones it hangs (CVE-2025-8194,
-CVE-2024-6232), recurses without end or fills the memory. Here a tar is followed to its end or is an error.
+Python's tarfile stops silently at a damaged header; crafted headers make it hang (CVE-2025-8194, CVE-2024-6232),
+recurse without limit or exhaust memory. Here a tar is read to its end or raises an error.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import NamedTuple
 from shards.manifest import TAR_BLOCK
 
 _MAX_EXTENSION = 1 << 20
-"""Bytes of one extension header: a long name, or PAX records."""
+"""Largest extension header (a long name or PAX records), in bytes."""
 
 _MAX_END = 1024 + 10240
-"""Zeros at the end: two blocks, and tar fills up a record. A copy that stopped may leave more."""
+"""Most zero bytes at the end: two blocks, then padding to a record. More are a sign of an incomplete copy."""
 
 _PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
@@ -34,19 +34,19 @@ _OCTAL_NUMBER = re.compile(rb" *([0-7]*) *(?:\0.*)?", re.DOTALL)
 
 
 class DamagedError(Exception):
-    """The file is not what a tar must be. The message goes on after its name."""
+    """The file is not a valid tar. The message continues a sentence that starts with the file's name."""
 
 
 class Member(NamedTuple):
-    """What a tar says of one member."""
+    """One member of a tar."""
 
     name: bytes
     offset: int
-    """Where its content begins in the tar."""
+    """Offset of its content in the tar."""
     size: int
-    """Bytes of its content in the tar."""
+    """Size of its content in the tar, in bytes."""
     is_file: bool
-    """Whether that is the content of a file, as it was."""
+    """Whether it is a regular file and not sparse."""
     is_folder: bool
 
 
@@ -65,7 +65,7 @@ class _Header(NamedTuple):
 
 
 def members(descriptor: int) -> Iterator[Member]:
-    """Yield the members of an open tar, in order; raises DamagedError unless it ends as a tar does."""
+    """Yield the members of an open tar in order; raises DamagedError if a header or the end is invalid."""
     place, end = 0, os.fstat(descriptor).st_size
     of_all, of_next = dict[bytes, bytes](), dict[bytes, bytes]()
     while (header := _header(descriptor, place)) is not None:
@@ -91,7 +91,7 @@ def members(descriptor: int) -> Iterator[Member]:
 
 
 def _member(header: _Header, offset: int, extended: Mapping[bytes, bytes]) -> Member:
-    """Return the member of a header, with what extension headers say of it."""
+    """Return the member of a header, with the name and size of its extension headers if given."""
     name = extended.get(b"GNU.sparse.name") or extended.get(b"path") or header.name
     is_folder = header.kind == _FOLDER or (header.kind == _OLD_FILE and name.endswith(b"/"))
     size = extended.get(b"size") or b"%d" % header.size
@@ -107,7 +107,7 @@ def _member(header: _Header, offset: int, extended: Mapping[bytes, bytes]) -> Me
 
 
 def _header(descriptor: int, place: int) -> _Header | None:
-    """Return the header at a place, None where zeros stand there."""
+    """Return the header at an offset, None if the block is all zeros."""
     block = os.pread(descriptor, TAR_BLOCK, place)
     if place == 0:
         _check_packed(block)
@@ -123,14 +123,14 @@ def _header(descriptor: int, place: int) -> _Header | None:
 
 
 def _checksums(block: bytes) -> tuple[int, int]:
-    """Return the sum of a header's bytes with spaces for the sum itself, and the same of signed bytes."""
+    """Return the checksums of a header, with spaces as checksum field: of unsigned and of signed bytes."""
     rest = block[: _CHECKSUM.start] + block[_CHECKSUM.stop :]
     total = sum(rest) + 8 * ord(" ")
     return total, total - 256 * sum(byte >= 128 for byte in rest) if not rest.isascii() else total
 
 
 def _size(field: bytes, place: int) -> int:
-    """Return a size: in octal digits or, from 8 GiB on, in binary."""
+    """Return the number in a size field: octal digits or, from 8 GiB on, binary."""
     size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field, place)
     if size >= 1 << 63:
         raise _damaged(place)
@@ -155,9 +155,9 @@ def _extension(descriptor: int, header: _Header) -> bytes:
 
 
 def _records(content: bytes, header: _Header) -> dict[bytes, bytes]:
-    """Return what PAX records say of name, size and sparseness.
+    """Return name, size and sparseness from PAX records.
 
-    A record is `LENGTH KEYWORD=VALUE` and a line feed; LENGTH counts all of it.
+    A record is `LENGTH KEYWORD=VALUE` and a line feed; LENGTH is the length of all of it.
     """
     records, place = dict[bytes, bytes](), 0
     while place < len(content) and content[place]:
@@ -176,7 +176,7 @@ def _records(content: bytes, header: _Header) -> dict[bytes, bytes]:
 
 
 def _end_of_sparse_map(descriptor: int, header: _Header) -> int:
-    """Return where the content of a sparse member in GNU's old form begins: behind more blocks of its map."""
+    """Return the offset of the content of a sparse member in the old GNU format, after the blocks of its map."""
     place, goes_on = header.end, header.block[_SPARSE_MAP_GOES_ON]
     while goes_on:
         block = os.pread(descriptor, TAR_BLOCK, place)
@@ -187,7 +187,7 @@ def _end_of_sparse_map(descriptor: int, header: _Header) -> int:
 
 
 def _check_end(descriptor: int, place: int) -> None:
-    """Raise DamagedError unless only zeros follow, and no more of them than tar writes."""
+    """Raise DamagedError unless only zeros follow, at most as many as tar writes."""
     end = os.pread(descriptor, _MAX_END + 1, place)
     if end.strip(b"\0"):
         raise DamagedError(f"is damaged: zeros at byte {place} for a header, but content behind them")

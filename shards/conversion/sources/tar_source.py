@@ -1,4 +1,4 @@
-"""Images from other people's WebDataset shards, or any tars of images."""
+"""Images from WebDataset shards or any other tars of images."""
 
 from __future__ import annotations
 
@@ -18,45 +18,44 @@ from shards.conversion.sources.plain_file import open_plain
 from shards.conversion.sources.tar_members import DamagedError, Member, members
 
 _TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
-"""Compressed tars are among them: they are refused by name, not passed over."""
+"""Includes compressed tars, so that they raise an error instead of being ignored."""
 
 
 class MemberLocation(NamedTuple):
-    """Where a member's bytes lie."""
+    """Location of a member's bytes: index of the tar, offset and size in bytes."""
 
     tar: int
     offset: int
     size: int
     problem: str = ""
-    """Why it is rejected unread."""
+    """Reason for rejecting it without reading it, or empty."""
 
 
 class TarSource:
-    """The image members of some tars, in the order of the tars and of their members.
+    """The image members of one or more tars, in the order of the tars and of their members.
 
-    Names are never used as paths. The key is the name up to the first dot of its last part, as webdataset
-    splits it.
+    Names are never used as paths. The key is the name up to the first dot of its last part, as in webdataset.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.paths = sorted(found for found in path.iterdir() if is_tar_name(found)) if path.is_dir() else [path]
         self.ignored = 0
-        """Members without an image's extension, met by the walk."""
+        """Number of members without an image extension in the last walk."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what the manifest says of the source: its kind and name."""
+        """Return the source's `kind` and `name` for the manifest."""
         return {"kind": "tar", "name": self.path.resolve().name}
 
     def state(self) -> Any:
-        """Return the places, sizes and times of change of the tars."""
+        """Return path, size and mtime of every tar."""
         return [state_of(path) for path in self.paths]
 
     def entries(self) -> None:
-        """Return nothing: counting would walk all headers first."""
+        """Return None: counting would need a walk of all headers."""
 
     def walk(self) -> Iterator[tuple[bytes, MemberLocation]]:
-        """Yield (key, place) of every image member. Raises UserError for a tar that is damaged."""
+        """Yield (key, place) of every image member; raises UserError for a damaged tar."""
         self.ignored = 0
         for index, path in enumerate(self.paths):
             with _damage_is_user_error(path), open_plain(path) as file:
@@ -67,7 +66,7 @@ class TarSource:
                         self.ignored += 1
 
     def read(self, key: bytes, place: MemberLocation) -> bytes:
-        """Return the bytes of a member; raises ImageError where it is no plain file or too large."""
+        """Return the bytes of a member; raises ImageError if it is not a regular file or too large."""
         if place.problem:
             raise ImageError(place.problem)
         path = self.paths[place.tar]
@@ -79,7 +78,7 @@ class TarSource:
 
 
 def is_tar_name(path: Path) -> bool:
-    """Return whether a path has the name of a tar, compressed or not."""
+    """Return whether a path has the extension of a tar, compressed or not, and is not hidden."""
     return _TAR_NAME.fullmatch(path.name) is not None
 
 
