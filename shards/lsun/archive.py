@@ -1,4 +1,4 @@
-"""Unzips an archive that should hold one LMDB, and trusts nothing that it says of itself."""
+"""Unzip an untrusted archive that should contain one LMDB."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from shards.common.progress import Progress
 _CHUNK_BYTES = 1 << 20
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError, OverflowError)
-"""What zipfile raises for damaged bytes."""
+"""Exceptions of zipfile for damaged bytes."""
 
 
 class ArchiveError(Exception):
-    """An archive is damaged or holds what it should not; the text says what."""
+    """An archive is damaged or contains unexpected members; the message says which."""
 
 
 def unpack(archive: Path, name: str, folder: Path) -> None:
-    """Unzip `name`/data.mdb, and `name`/lock.mdb where there is one, to the new folder `folder`, durably.
+    """Unzip `name`/data.mdb, and `name`/lock.mdb if present, to the new folder `folder`, durably.
 
-    Raises ArchiveError where the archive holds anything else or a byte is damaged, UserError where the disk has no
-    room, OSError where it fails; then there is no `folder`.
+    Raises ArchiveError if the archive contains anything else or is damaged, UserError if the disk has no room,
+    OSError if the disk fails; `folder` is then removed.
     """
     try:
         with _damage_is_archive_error(), zipfile.ZipFile(archive) as source:
@@ -47,7 +47,7 @@ def unpack(archive: Path, name: str, folder: Path) -> None:
 
 
 def check_members(members: Sequence[zipfile.ZipInfo], name: str) -> list[zipfile.ZipInfo]:
-    """Return the files among `members`; raises ArchiveError unless they are the LMDB `name` and nothing else."""
+    """Return the files among `members`; raises ArchiveError unless they are exactly the LMDB `name`."""
     names: set[str] = set()
     for member in members:
         objection = "which it held before" if member.orig_filename in names else _objection(member, name)
@@ -60,8 +60,8 @@ def check_members(members: Sequence[zipfile.ZipInfo], name: str) -> list[zipfile
 
 
 def _objection(member: zipfile.ZipInfo, name: str) -> str:
-    """Return why `member` may not be unpacked, or nothing."""
-    # orig_filename: the name as it stands in the archive, which zipfile cuts at a zero byte
+    """Return why `member` must not be unpacked, or an empty string."""
+    # orig_filename: the full name in the archive; zipfile cuts `filename` at a zero byte
     if member.orig_filename not in (f"{name}/", f"{name}/data.mdb", f"{name}/lock.mdb"):
         return f"which is no file of {name}"
     kind = stat.S_IFMT(member.external_attr >> 16)
@@ -77,7 +77,7 @@ def _objection(member: zipfile.ZipInfo, name: str) -> str:
 
 
 def _extract(source: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, progress: Progress) -> None:
-    """Write one member durably: zipfile stops at the declared size, and compares the CRC at the end."""
+    """Write one member durably; zipfile stops at the declared size and checks the CRC at the end."""
     written = 0
     with source.open(member) as compressed, path.open("xb") as file:
         while chunk := compressed.read(_CHUNK_BYTES):

@@ -1,4 +1,4 @@
-"""What LSUN publishes, and where."""
+"""LSUN's categories, splits and download address."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SPLITS = ("train", "val")
 
 
 def lmdb_names(words: Sequence[str], split: str | None = None) -> list[str]:
-    """Return the names of the LMDBs that `words` ask for: categories, `test`, or `all`.
+    """Return the names of the LMDBs for `words`: categories, `test`, or `all`.
 
-    A category means both its splits, or only `split`; `all` means the test set, too, where no split is given.
-    Raises UserError for a word that is none of them.
+    A category means both of its splits, or only `split`; `all` includes the test set if no split is given.
+    Raises UserError for an unknown word.
     """
     names: list[str] = []
     for word in words:

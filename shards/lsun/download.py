@@ -1,4 +1,4 @@
-"""LSUN's scenes from their publisher: each archive becomes the folder of its LMDB, whole or not at all."""
+"""Download LSUN's archives and unzip each atomically to the folder of its LMDB."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shards.lsun.catalog import ADDRESS
 
 
 def download(name: str, out: Path, address: str = ADDRESS, keep_zip: bool = False) -> bool:
-    """Bring the LMDB `name` to the folder `out`/`name`; return False where it was there already.
+    """Download the LMDB `name` to the folder `out`/`name`; return False if it exists already.
 
-    Until it is whole, all that lies in `out` has other names, and a later call goes on from it. Raises UserError
-    where the server, its archive or the disk does not allow it, or where another process is at it.
+    Until it is complete, its files in `out` have temporary names, from which a later call resumes. Raises UserError
+    if the server, the archive or the disk fails, or if another process is downloading it.
     """
     folder = out / name
     try:
@@ -51,13 +51,13 @@ def _bring(folder: Path, address: str, keep_zip: bool) -> None:
     if keep_zip and archive == part:
         with part.open("rb") as file:
             os.fsync(file.fileno())
-        part.replace(kept)  # before the folder has its name, so that a kill in between loses neither
+        part.replace(kept)  # before the folder is renamed, so that a kill in between loses neither
     _temporary(folder).rename(folder)
     sync_directory(folder.parent)
 
 
 def _damaged(archive: Path, address: str, error: ArchiveError) -> str:
-    """Return what to tell of a damaged archive; removes it unless somebody else may have put it there."""
+    """Return the error message for a damaged archive; removes the archive if this program downloaded it."""
     if archive.suffix == ".zip":
         return f"{archive} cannot be used: {error}; remove it, and the same command downloads it"
     discard(archive)
@@ -66,7 +66,7 @@ def _damaged(archive: Path, address: str, error: ArchiveError) -> str:
 
 @contextmanager
 def _claim(folder: Path) -> Iterator[None]:
-    """Hold what belongs to `folder` against other processes; raises UserError where one of them does."""
+    """Lock the files of `folder`; raises UserError if another process has locked them."""
     path = folder.with_name(folder.name + ".lock")
     try:
         lock = FileLock(path, timeout=0).acquire()
@@ -76,7 +76,7 @@ def _claim(folder: Path) -> Iterator[None]:
         raise UserError(f"cannot lock {path}: {error}; give another --out") from None
     with lock:
         yield
-        path.unlink(missing_ok=True)  # all is done: who waits for this very file has nothing left to do
+        path.unlink(missing_ok=True)  # safe: a process waiting for the lock has no work left
 
 
 def _part(folder: Path) -> Path:

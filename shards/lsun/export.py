@@ -1,4 +1,4 @@
-"""The values of an LMDB as files, byte for byte, in the folders that LSUN's own export makes."""
+"""Export the values of an LMDB as files, byte for byte, in the folder layout of LSUN's own export."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.manifest import member_key
 
 UNKNOWN = ".bin"
-"""Extension of what is none of the formats that LSUN's readers expect."""
+"""Extension of files that are not JPEG, WebP or PNG."""
 
 EXTENSIONS = (".jpg", ".webp", ".png", UNKNOWN)
 
 FOLDER_LEVELS = 6
-"""LSUN's layout: one folder for each of the first six characters of a key."""
+"""LSUN's layout: nested folders named by the first six characters of a key."""
 
 
 @dataclass
 class ExportReport:
-    """What was exported: files by extension, those of them that were there already, and those named by a SHA-1."""
+    """Numbers of files: by extension, present before the export, and named by the SHA-1 of their key."""
 
     extensions: Counter[str] = field(default_factory=Counter)
     present: int = 0
@@ -38,12 +38,12 @@ class ExportReport:
 
 
 def export(source: LmdbSource, out: Path, *, flat: bool = False, limit: int | None = None) -> ExportReport:
-    """Write every value of `source`, or the first `limit` in key order, as a file of its own below `out`.
+    """Write every value of `source`, or the first `limit` in key order, to its own file below `out`.
 
-    A file stands in the folders of its name's first six characters, or in `out` itself where `flat`. What is
-    there already with the same bytes stays, so that the same call goes on with an export that was cut short.
-    Raises UserError where the source is unusable, two keys would share a name, a file of other content is in
-    the way, another export is writing there, or the disk refuses.
+    A file is in nested folders named by its name's first six characters, or in `out` itself if `flat`. Existing
+    files with the same bytes are kept, so the same call resumes an interrupted export. Raises UserError if the
+    source is unusable, two keys would share a name, a file with other content exists, another export is writing
+    to `out`, or the disk fails.
     """
     entries = source.entries()
     count = min(entries, limit or entries)
@@ -60,10 +60,10 @@ def export(source: LmdbSource, out: Path, *, flat: bool = False, limit: int | No
                 report.renamed += name.encode() != key
                 report.present += _store(out / folder_of(name, flat) / (name + extension), key, value)
                 progress.advance(1)
-            # Once for all: waiting for the disk after each of three million files would take hours.
+            # One sync at the end: fsync of each of three million files would take hours.
             os.sync()
     except OSError as error:
-        where = error.filename or out  # a write that fails does not say where
+        where = error.filename or out  # an error of write has no filename
         raise UserError(
             f"cannot write {where} ({error.strerror}): mend that and give the same command again, or another --out"
         ) from None
@@ -78,12 +78,12 @@ def _read(source: LmdbSource, key: bytes, place: ValueLocation) -> bytes:
 
 
 def folder_of(name: str, flat: bool) -> Path:
-    """Return the folder, below the export's, of a file called `name`: LSUN's a/b/c/d/e/f, or none where `flat`."""
+    """Return the folder of the file `name`, relative to the export: LSUN's a/b/c/d/e/f, or empty if `flat`."""
     return Path() if flat else Path(*name[:FOLDER_LEVELS])
 
 
 def extension_of(content: bytes) -> str:
-    """Return the extension that `content` asks for by its first bytes: LSUN's own export calls all `.webp`."""
+    """Return the extension for `content` from its first bytes; LSUN's own export names every file `.webp`."""
     if content.startswith(b"\xff\xd8\xff"):
         return ".jpg"
     if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
@@ -94,9 +94,9 @@ def extension_of(content: bytes) -> str:
 
 
 def _unique_name(source: LmdbSource, key: bytes) -> str:
-    """Return the name of the file for `key`; raises UserError where another key of `source` has the same.
+    """Return the file name of `key`; raises UserError if another key of `source` has the same.
 
-    That is the key whose own letters are the SHA-1 that stands for this one.
+    That happens if `key` is named by its SHA-1 and another key is equal to that hex string.
     """
     name = member_key(key)
     if name.encode() != key and source.holds(name.encode()):
@@ -105,7 +105,7 @@ def _unique_name(source: LmdbSource, key: bytes) -> str:
 
 
 def _store(path: Path, key: bytes, value: bytes) -> bool:
-    """Make `path` hold `value` and return whether it did before; raises UserError where it holds something else."""
+    """Write `value` to `path` unless it is there; return whether it was; raises UserError if `path` is different."""
     if _is_there(path, key, value):
         return True
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,10 +115,10 @@ def _store(path: Path, key: bytes, value: bytes) -> bool:
 
 
 def _is_there(path: Path, key: bytes, value: bytes) -> bool:
-    """Return whether the file `path` holds `value`; raises UserError where it holds something else.
+    """Return whether the file `path` contains `value`; raises UserError if it contains something else.
 
-    The start of `value`, then zeros, is what a power failure leaves of a file that had not reached the disk:
-    it counts as not there. Nothing is lost by writing over it.
+    The start of `value` followed by zeros, as after a power failure before the sync, counts as not there and
+    may be overwritten.
     """
     if not os.path.lexists(path):
         return False
@@ -130,9 +130,9 @@ def _is_there(path: Path, key: bytes, value: bytes) -> bool:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Hold `folder` while the block runs: a second export would write the same temporary files.
+    """Lock `folder` while the block runs: a second export would write the same temporary files.
 
-    Raises UserError where another holds it. A file system without locks, as some networks have, guards nothing.
+    Raises UserError if another export has locked it. Without effect on file systems without locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
