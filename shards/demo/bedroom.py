@@ -1,7 +1,7 @@
-"""Bedrooms to train on without a download: rendered, each a pure function of (seed, index).
+"""Render bedrooms as training images, each a pure function of (seed, index).
 
-A room is drawn at random, described as flat faces in painting order, projected through a pinhole camera, and
-lit pixel by pixel by where its faces stand. Lengths are metres: x runs right, y up, and z out of the back
+A room is sampled at random, described as flat faces in painting order, projected through a pinhole camera, and
+lit per pixel from the positions of its faces. Lengths are in metres: x points right, y up, and z from the back
 wall (z = 0) towards the camera.
 """
 
@@ -18,12 +18,12 @@ from PIL import Image, ImageDraw, ImageFilter
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Colour: TypeAlias = tuple[float, ...]
-"""Red, green and blue as in an sRGB picture, 0-255."""
+"""Red, green and blue in sRGB, 0-255."""
 Span: TypeAlias = tuple[float, float]
-"""A lower and an upper end."""
+"""Lower and upper bound."""
 
 SIZE = 256  # pixels along each side of a picture
-CORNERS = 12  # of the roundest faces; faces with fewer repeat their last corner
+CORNERS = 12  # most corners of a face; faces with fewer repeat their last corner
 NEAR = 0.05  # nothing closer to the camera is drawn
 
 PALETTES = {
@@ -41,7 +41,7 @@ WHITE, BRASS, LAMPSHADE, FOLIAGE = (240, 238, 232), (150, 140, 125), (255, 226, 
 DAY_SKY, NIGHT_SKY = ((140, 185, 240), (246, 249, 252)), ((14, 20, 42), (46, 54, 84))
 DAYLIGHT = np.array([0.95, 1.0, 1.06], np.float32)[:, None, None]
 LAMPLIGHT = np.array([1.0, 0.72, 0.42], np.float32)[:, None, None]
-REACH = 0.45  # how far from walls and furniture it is darker
+REACH = 0.45  # distance from walls and furniture within which it is darker
 ROOM_MIDDLE = np.array([0.0, 1.2, 2.5], np.float32)
 
 
@@ -64,7 +64,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera that turns but never tilts, so that verticals stay vertical."""
+    """A pinhole camera that turns but does not tilt, so that vertical lines stay vertical."""
 
     eye: Array  # (3,)
     yaw: float  # radians, 0 looks straight at the back wall
@@ -85,7 +85,7 @@ class Camera:
         return pixels
 
     def rays(self) -> Array:
-        """Return directions (3, SIZE, SIZE) through the middle of each pixel, one unit of depth long."""
+        """Return directions (3, SIZE, SIZE) through the centre of each pixel, scaled to depth 1."""
         grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
         right, up = (2 * grid - 1) / self.focal, 2 * (self.horizon - grid[:, None]) / self.focal
         sin, cos = math.sin(self.yaw), math.cos(self.yaw)
@@ -95,7 +95,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Room:
-    """What is drawn at random about a bedroom, except small things that the `_paint` functions draw."""
+    """The random properties of a bedroom, except details that the `_paint` functions sample."""
 
     camera: Camera
     width: float
@@ -106,27 +106,27 @@ class Room:
     chests: list[Box]  # chests of drawers and wardrobes along the side walls
     window: Window
     daylight: float  # brightness of the window: about 0 at night and 1 by day
-    lamplight: float  # brightness of the lamps: 0 where they are off, about 1 at night
+    lamplight: float  # brightness of the lamps: 0 if they are off, about 1 at night
     plank: Span  # size of a board, tile or carpet tuft along x and z
     colours: dict[str, Colour]  # by role
 
     def bulbs(self) -> list[Array]:
-        """Return the places (3,) of the lamps' bulbs."""
+        """Return the positions (3,) of the lamps' bulbs."""
         return [np.array([sum(s.x) / 2, s.y[1] + 0.4, sum(s.z) / 2], np.float32) for s in self.stands]
 
 
 class Solid(NamedTuple):
-    """Faces of one convex body and what covers them."""
+    """Faces of one convex body and their material."""
 
     faces: Array  # (faces, corners, 3)
     inside: Array  # (3,), a point behind every face
     colour: Colour
-    glow: float  # 0 is lit by the room alone, 1 shines by itself
-    folds: float  # how much the creases of cloth change its brightness, relative
+    glow: float  # light that the surface adds to what falls on it, 0 for none
+    folds: float  # relative change of brightness by the creases of cloth
 
 
 class Model:
-    """Solids in painting order: none is hidden by an earlier one."""
+    """Solids in painting order: later ones may hide earlier ones, never the reverse."""
 
     def __init__(self) -> None:
         self.solids: list[Solid] = []
@@ -149,17 +149,17 @@ class Model:
 
 
 class Surfaces(NamedTuple):
-    """What the camera sees, before light."""
+    """Visible surfaces per pixel, before lighting."""
 
     colours: Image.Image  # SIZE x SIZE
-    numbers: npt.NDArray[np.int32]  # (SIZE, SIZE), which face each pixel shows; the floor is face 0
+    numbers: npt.NDArray[np.int32]  # (SIZE, SIZE), face index per pixel; the floor is face 0
     normals: Array  # (faces, 3), unit length, outwards
     offsets: Array  # (faces,), normal . (point - eye) for the points of the face
     traits: Array  # (2, faces), glow and folds
 
 
 def render_bedroom(seed: int, index: int) -> Image.Image:
-    """Return bedroom `index` of data set `seed`, RGB and 256x256: the same for the same two numbers."""
+    """Return bedroom `index` of data set `seed`, RGB and 256x256; deterministic in (seed, index)."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
     room = _sample_room(rng)
     model = Model()
@@ -171,7 +171,7 @@ def render_bedroom(seed: int, index: int) -> Image.Image:
     return _develop(_shade(room, _project(model, room.camera), rng), rng)
 
 
-# Drawing a room at random.
+# Sampling a room.
 
 
 def _sample_room(rng: np.random.Generator) -> Room:
@@ -199,7 +199,7 @@ def _sample_room(rng: np.random.Generator) -> Room:
 
 
 def _sample_camera(rng: np.random.Generator, width: float, target: float) -> Camera:
-    """Stand in the near half of the room and look about the middle of the bed, at x = `target`."""
+    """Sample a camera in the near half of the room that looks at about x = `target`, the middle of the bed."""
     reach = width / 2 - 0.6
     eye = (rng.triangular(-reach, 0, reach), rng.uniform(1.25, 1.65), rng.uniform(3.5, 4.5))
     yaw = math.atan2(target + rng.normal(0, 0.2) - eye[0], eye[2] - 1.0)
@@ -207,7 +207,7 @@ def _sample_camera(rng: np.random.Generator, width: float, target: float) -> Cam
 
 
 def _sample_window(rng: np.random.Generator, wall: float, height: float) -> Window:
-    """Put a window into the side wall x = `wall`, or beside that wall into the back wall."""
+    """Sample a window in the side wall x = `wall`, or in the back wall next to it."""
     size, tall = rng.uniform(0.9, 1.7), (rng.uniform(0.5, 1.0), rng.uniform(2.0, height - 0.25))
     if rng.random() < 0.4:
         middle = wall - math.copysign(0.4 + size / 2, wall)
@@ -217,7 +217,7 @@ def _sample_window(rng: np.random.Generator, wall: float, height: float) -> Wind
 
 
 def _sample_stands(rng: np.random.Generator, bed: Box) -> list[Box]:
-    """Put nightstands to the left, to the right or on both sides of the head of the bed."""
+    """Sample nightstands left, right or on both sides of the head of the bed."""
     size, top, gap = rng.uniform(0.38, 0.52), rng.uniform(0.45, 0.62), rng.uniform(0.12, 0.22)
     left, right = bed.x[0] - gap - size, bed.x[1] + gap
     starts = ([left], [right], [left, right], [left, right])[rng.integers(4)]
@@ -225,7 +225,7 @@ def _sample_stands(rng: np.random.Generator, bed: Box) -> list[Box]:
 
 
 def _sample_chests(rng: np.random.Generator, wall: float) -> list[Box]:
-    """Put a chest of drawers, a wardrobe or nothing along the side wall x = `wall`."""
+    """Sample a chest of drawers, a wardrobe or nothing along the side wall x = `wall`."""
     front, start = wall - math.copysign(rng.uniform(0.4, 0.5), wall), rng.uniform(0.8, 1.3)
     height = (0.8, 1.0, 1.9)[rng.integers(3)]
     chest = Box((min(wall, front), max(wall, front)), (0, height), (start, start + rng.uniform(0.9, 1.4)))
@@ -233,7 +233,7 @@ def _sample_chests(rng: np.random.Generator, wall: float) -> list[Box]:
 
 
 def _sample_colours(rng: np.random.Generator) -> dict[str, Colour]:
-    """Give each role an entry of its palette, made a little lighter or darker and tinted."""
+    """Sample a colour of each role from its palette, with a small change of brightness and tint."""
     colours: dict[str, Colour] = {}
     for role, palette in ROLES.items():
         base = np.array(list(bytes.fromhex(rng.choice(PALETTES[palette].split()))))
@@ -245,7 +245,7 @@ def _sample_colours(rng: np.random.Generator) -> dict[str, Colour]:
     return colours
 
 
-# Describing it as faces.
+# Describing the room as faces.
 
 
 def _rectangle(axis: int, plane: float, along: Span, across: Span) -> Array:
@@ -258,7 +258,7 @@ def _rectangle(axis: int, plane: float, along: Span, across: Span) -> Array:
 
 
 def _outline(power: float) -> tuple[Array, Array]:
-    """Return CORNERS points around the origin: the unit circle at power 1, squarer the smaller it is."""
+    """Return CORNERS points around the origin: the unit circle at power 1, closer to a square at smaller powers."""
     angle = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False, dtype=np.float32)
     points = np.stack([np.cos(angle), np.sin(angle)])
     x, y = np.sign(points) * np.abs(points) ** power
@@ -286,7 +286,7 @@ def _paint_shell(model: Model, room: Room) -> None:
 
 
 def _paint_decoration(model: Model, room: Room, rng: np.random.Generator) -> None:
-    """Paint pictures over the bed, where the window leaves room for them, and perhaps a rug under it."""
+    """Paint pictures over the bed, unless a window is there, and sometimes a rug under it."""
     middle, count = sum(room.bed.x) / 2, int(rng.integers(4))
     width, low = rng.uniform(0.7, 1.2) / max(count, 1) ** 0.7, rng.uniform(1.4, 1.55)
     if room.window.axis == 2 and abs(sum(room.window.along) / 2 - middle) < 1.4:
@@ -304,7 +304,7 @@ def _paint_decoration(model: Model, room: Room, rng: np.random.Generator) -> Non
 
 
 def _paint_window(model: Model, room: Room, rng: np.random.Generator) -> None:
-    """Paint the frame, the sky in horizontal bands, the bars and the curtains in vertical ones."""
+    """Paint the frame, the sky in horizontal bands, the bars, and the curtains in vertical bands."""
     axis, plane, along, (sill, top) = room.window
     is_day, shine = room.daylight > 0.1, 0.3 + room.daylight
     model.sheet(axis, plane, _inset(along, -0.08), (sill - 0.08, top + 0.08), WHITE)
@@ -324,7 +324,7 @@ def _paint_window(model: Model, room: Room, rng: np.random.Generator) -> None:
 
 
 def _paint_furniture(model: Model, room: Room) -> None:
-    """Paint everything but the bed; what stands at the back wall is the farthest."""
+    """Paint all furniture but the bed, starting at the back wall, which is the farthest."""
     model.block(room.headboard, room.colours["bed"])
     for stand in room.stands:
         _paint_drawers(model, stand, 2, stand.x, stand.z[1], room.colours["chest"])
@@ -335,7 +335,7 @@ def _paint_furniture(model: Model, room: Room) -> None:
 
 
 def _paint_drawers(model: Model, box: Box, axis: int, along: Span, front: float, colour: Colour) -> None:
-    """Paint a box with drawers, or doors where it is tall, in its face `axis` = `front`."""
+    """Paint a box with drawers, or doors if it is tall, in its face `axis` = `front`."""
     model.block(box, colour)
     rows = 1 if box.y[1] > 1.5 else round(box.y[1] / 0.27)
     columns = max(1, round((along[1] - along[0]) / 0.6))
@@ -408,7 +408,7 @@ def _paint_cloth(model: Model, bed: Box, along: Span, thickness: float, hem: flo
 
 
 def _project(model: Model, camera: Camera) -> Surfaces:
-    """Paint the faces that are turned to the camera over one another, in order."""
+    """Project the faces that face the camera, in painting order."""
     counts = [len(solid.faces) for solid in model.solids]
     pad = [np.minimum(np.arange(CORNERS), corners - 1) for corners in range(CORNERS + 1)]
     faces = np.concatenate([solid.faces[:, pad[solid.faces.shape[1]]] for solid in model.solids])
@@ -426,7 +426,7 @@ def _project(model: Model, camera: Camera) -> Surfaces:
 def _draw(
     camera: Camera, view: Array, visible: npt.NDArray[np.bool_], colours: list[list[int]]
 ) -> tuple[Image.Image, npt.NDArray[np.int32]]:
-    """Return the visible faces, given as `view` (faces, CORNERS, 3), as a picture and as their numbers."""
+    """Return an image of the visible faces, given as `view` (faces, CORNERS, 3), and the face index per pixel."""
     canvas, numbers = Image.new("RGB", (2 * SIZE, 2 * SIZE)), Image.new("I", (SIZE, SIZE))
     paint, mark = ImageDraw.Draw(canvas), ImageDraw.Draw(numbers)
     pixels, nearest, farthest = camera.pixels(view), view[..., 2].min(axis=1), view[..., 2].max(axis=1)
@@ -434,7 +434,7 @@ def _draw(
         shape = pixels[i] if nearest[i] >= NEAR else camera.pixels(_clip(view[i]))
         mark.polygon(shape.ravel().tolist(), fill=i)
         paint.polygon((2 * shape).ravel().tolist(), fill=tuple(colours[i]))
-    return canvas.reduce(2), np.asarray(numbers)  # averaging pixels smooths the edges
+    return canvas.reduce(2), np.asarray(numbers)  # averaging 2x2 pixels smooths the edges
 
 
 def _clip(view: Array) -> Array:
@@ -460,7 +460,7 @@ def _shade(room: Room, surfaces: Surfaces, rng: np.random.Generator) -> Array:
     numbers = surfaces.numbers
     normal = np.take(np.ascontiguousarray(surfaces.normals.T), numbers, axis=1)
     rays = room.camera.rays()
-    # A pixel on the rim of a face may miss it by a little, and a plane seen edge-on by any distance.
+    # The ray of a pixel at a face's edge may miss the face, and meet a plane seen edge-on at any depth.
     depth = np.clip(surfaces.offsets[numbers] / _dot(normal, rays), NEAR, 20)
     point = room.camera.eye[:, None, None] + depth * rays
     glow, folds = np.take(surfaces.traits, numbers, axis=1)
@@ -473,7 +473,7 @@ def _shade(room: Room, surfaces: Surfaces, rng: np.random.Generator) -> Array:
 
 
 def _creases(point: Array, rng: np.random.Generator) -> Array:
-    """Return the folds (n,) of cloth at the points (3, n), about -2 to 2: waves that other waves bend."""
+    """Return the folds (n,) of cloth at the points (3, n), about -2 to 2: sines with a phase of sines."""
     waves = rng.normal(0, 8, (4, 3)).astype(np.float32) @ point
     creases: Array = np.sin(waves[1:] + 2 * np.sin(waves[0])).sum(axis=0)
     return creases
@@ -482,8 +482,8 @@ def _creases(point: Array, rng: np.random.Generator) -> Array:
 def _planks(point: Array, plank: Span, rng: np.random.Generator) -> Array:
     """Return the brightness (n,) of a floor of planks, tiles or carpet at the points (3, n), about 1."""
     tone, shift = rng.normal(1, 0.09, (64, 64)).astype(np.float32), rng.random(64).astype(np.float32)
-    narrow = int(plank[0] > plank[1])  # 0 where the planks run towards the camera
-    across = point[2 * narrow] / plank[narrow] + 1024  # positive, so that rounding down is cutting off
+    narrow = int(plank[0] > plank[1])  # 0 if the planks run towards the camera
+    across = point[2 * narrow] / plank[narrow] + 1024  # positive, so that astype rounds down
     row = across.astype(np.int32)
     column = point[2 - 2 * narrow] / plank[1 - narrow] + 1024 + shift[row % 64]
     joint = np.where(across - row < 0.08, np.float32(0.7), np.float32(1))
@@ -492,7 +492,7 @@ def _planks(point: Array, plank: Span, rng: np.random.Generator) -> Array:
 
 
 def _light(room: Room, point: Array, normal: Array) -> Array:
-    """Return the light that falls on the points: some from everywhere, some from the window and the lamps."""
+    """Return the light on the points: ambient light, and light from the window and the lamps."""
     day, lamp = room.daylight * DAYLIGHT, room.lamplight * LAMPLIGHT
     pane = _rectangle(*room.window).mean(axis=0)
     light: Array = (0.05 + 0.3 * day + 0.1 * lamp) * (0.85 + 0.15 * np.abs(normal[1]))
@@ -513,9 +513,9 @@ def _point_light(source: Array, reach: float, point: Array, normal: Array) -> Ar
 
 
 def _openness(room: Room, point: Array, normal: Array) -> Array:
-    """Return the share of light that walls and furniture around the points let through.
+    """Return the fraction of light that reaches the points past walls and furniture (ambient occlusion).
 
-    A probe is put REACH in front of each point: what is nearer to it than that is in the way of light.
+    A probe is placed at distance REACH in front of each point; surfaces nearer to the probe than REACH block light.
     """
     probe = point + REACH * normal
     openness: Array = np.ones_like(probe[0])
@@ -531,7 +531,7 @@ def _openness(room: Room, point: Array, normal: Array) -> Array:
 
 
 def _develop(light: Array, rng: np.random.Generator) -> Image.Image:
-    """Return the photograph: automatic exposure, a film curve, grain, and haze around bright parts."""
+    """Return the final image: automatic exposure, a film curve, grain, and haze around bright parts."""
     exposure = rng.uniform(0.85, 1.15) / (2.0 * float(light.mean()) + 0.1)
     tones = np.sqrt(1 - np.exp(-exposure * light))
     tones += 0.008 * rng.standard_normal((SIZE, SIZE), dtype=np.float32)

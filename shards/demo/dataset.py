@@ -1,4 +1,4 @@
-"""A demo data set that needs no download: rendered bedrooms in an LMDB like LSUN's."""
+"""Write a demo data set without a download: rendered bedrooms in an LMDB like LSUN's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Record: TypeAlias = tuple[bytes, bytes]
 """An LMDB key and its value."""
 
 CHUNK = 50  # pictures per task of a worker and per transaction
-MAP_BYTES_PER_PICTURE = 1 << 16  # far above any JPEG of this size; the file only grows to what it holds
+MAP_BYTES_PER_PICTURE = 1 << 16  # larger than any JPEG of this size; the file grows only as needed
 
 
 def write_demo(
@@ -36,9 +36,8 @@ def write_demo(
 ) -> Path:
     """Write `images` bedrooms to the LMDB `out`/demo_<split>_lmdb and return that path.
 
-    A seed gives the same pictures for any number of `workers` (0: one per core) and for any split.
-    `progress` is told how many pictures are done so far. The folder appears when it is complete; raises
-    UserError where it exists already.
+    The images depend on `seed`, not on `workers` (0: one per core) or `split`. `progress` is called with the
+    number of images done so far. The folder is renamed into place when complete; raises UserError if it exists.
     """
     target = Path(out) / f"demo_{split}_lmdb"
     jobs = (range(start, min(start + CHUNK, images)) for start in range(0, images, CHUNK))
@@ -49,7 +48,7 @@ def write_demo(
 
 
 class _Counter:
-    """Tells how many pictures are done in all."""
+    """Calls back with the total number of images done."""
 
     def __init__(self, tell: Callable[[int], None] | None) -> None:
         self._tell, self._done = tell, 0
@@ -73,7 +72,7 @@ def _render_chunk(seed: int, indices: range, tick: Tick) -> list[Record]:
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` at the end, and disappears where that is not reached."""
+    """Yield a temporary folder that is renamed to `target` at the end, and removed if the block raises."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     _refuse_existing(target)
     try:
@@ -82,7 +81,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
         raise UserError(f"cannot write to {target.parent} ({error.strerror}): choose another folder") from None
     try:
         yield temporary
-        _refuse_existing(target)  # again: renaming would replace an empty folder
+        _refuse_existing(target)  # again: rename would replace an empty folder
         temporary.rename(target)
         sync_directory(target.parent)
     except lmdb.Error as error:
