@@ -39,9 +39,9 @@ class DownloadOptions(Options):
     split: Literal["train", "val"] | None = None
     """Only this split of each category; both by default."""
     address: HttpUrl = HttpUrl(ADDRESS)
-    """Base URL of the archives; change it to use a mirror."""
+    """Base URL of the archives, for a mirror."""
     keep_zip: bool = False
-    """Keep each zip archive next to its unzipped folder."""
+    """Keep each zip archive next to its folder."""
     list_categories: bool = Field(False, alias="list")
     """Print the categories and exit."""
 
@@ -67,7 +67,7 @@ class ConvertOptions(Options):
     out: Path
     """Output folder for the data set, new or empty."""
     image_size: int = Field(64, ge=8, le=1024)
-    """Width and height of the converted images, in pixels."""
+    """Width and height in pixels."""
     samples_per_shard: int = Field(4096, ge=1)
     """Source entries per shard."""
     fast: bool = False

@@ -129,7 +129,7 @@ class Manifest(Options):
     order_version: int = ORDER_VERSION
     """Version of the sample order in training."""
     image_size: int = Field(ge=8, le=1024)
-    """Width and height of the images, in pixels."""
+    """Width and height in pixels."""
     samples_per_shard: int = Field(ge=1)
     """Source entries per shard, except the last; a shard has fewer samples if some were rejected."""
     sources: tuple[Origin, ...] = Field(min_length=1)
@@ -145,7 +145,7 @@ class Manifest(Options):
     max_images: int | None = None
     """Value of `--max-images`."""
     lists: Mapping[str, str] = {}
-    """SHA-256, in hex, of `keys.jsonl` and `rejected.jsonl`, if present, by name."""
+    """SHA-256, in hex, of `keys.jsonl` and `rejected.jsonl`, if present."""
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
     """The shards in order."""
 

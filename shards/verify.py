@@ -1,4 +1,4 @@
-"""Check every byte of a data set against its manifest and the format, and report each problem with its place."""
+"""Check every byte of a data set against its manifest and the format."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def verify(directory: Path, workers: int = 0) -> tuple[Manifest, list[str]]:
 
 
 def _strays(directory: Path, manifest: Manifest) -> list[str]:
-    """Return a line for each shard file not in the manifest: a reader that globs shard-*.tar would read it."""
+    """Return a line per shard file that is not in the manifest; readers that glob shard-*.tar would read it."""
     listed = {shard.name for shard in manifest.shards}
     return [
         f"{path.name}: not in the manifest" for path in sorted(directory.glob("shard-*.tar")) if path.name not in listed

@@ -1,4 +1,4 @@
-"""Atomic and durable file writes, file hashes and disk space checks."""
+"""Atomic and durable writes, hashes and free space of files."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class FetchOptions(NamedTuple):
     attempts: int = 8
     """Attempts in a row without a new byte before giving up; eight take about two minutes."""
     silence_seconds: float = 60.0
-    """Read timeout: seconds that the server may send nothing."""
+    """Read timeout in seconds."""
     copies: int = 2
     """Free disk space required, in multiples of the file's size: 2 if it is unpacked next to itself."""
     shown: bool = True
@@ -54,7 +54,7 @@ class FetchOptions(NamedTuple):
     most_bytes: int | None = None
     """Largest size accepted, in bytes."""
     kept: bool = True
-    """Whether the caller keeps the received bytes for the next call; used in the error message only."""
+    """Whether the error message may promise that received bytes are kept."""
 
 
 DEFAULT = FetchOptions()
@@ -156,7 +156,7 @@ def _check_continuation(response: requests.Response, part: Path, held: Version, 
 
 
 def _start_again(response: requests.Response, part: Path) -> int | None:
-    """Discard `part`, record the version of `response` and return its length, None if unknown."""
+    """Discard `part`, record the new version and return its length, None if unknown."""
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
     etag = response.headers.get("ETag", "")

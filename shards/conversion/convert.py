@@ -23,7 +23,7 @@ class Settings(NamedTuple):
     """Settings of a conversion."""
 
     image_size: int = 64
-    """Width and height of the converted images, in pixels."""
+    """Width and height in pixels."""
     samples_per_shard: int = 4096
     """Source entries per shard."""
     fast: bool = False
@@ -35,7 +35,7 @@ class Settings(NamedTuple):
 
     @property
     def preparation(self) -> Preparation:
-        """The preparation recorded in the manifest."""
+        """The manifest's `preparation`."""
         return Preparation(decoding="reduced" if self.fast else "full", decoder=decoder_version())
 
 

@@ -18,7 +18,7 @@ FORMATS = ("JPEG", "WEBP", "PNG", "PPM")
 """Supported formats, detected by content: extensions can be wrong (LSUN exports its JPEGs as `.webp`)."""
 
 MAX_PIXELS = 64_000_000
-"""Largest image in pixels; larger ones are rejected by their header, before memory is allocated."""
+"""Largest image accepted, in pixels; checked in the header, before memory is allocated."""
 
 MAX_SEGMENTS, MAX_SCANS = 1000, 100
 """Limits of a JPEG: a scan costs 100 bytes of file but a pass over all pixels; progressive JPEGs have 10."""
@@ -131,7 +131,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _check(data: bytes) -> None:
-    """Raise ImageError for damage that Pillow accepts and for files that take Pillow hours to reject."""
+    """Raise ImageError for damage that Pillow accepts or takes hours to reject."""
     if data.startswith(_JPEG):
         _check_jpeg(data)
     elif data.startswith(_PNG):

@@ -85,7 +85,7 @@ def merge(out: Path) -> Manifest:
 
 
 def merge_claimed(out: Path, parts: int) -> Manifest:
-    """Complete the data set at `out`, which the caller has locked; return its manifest."""
+    """Do the same in a folder that the caller has locked."""
     records = list(_records(out, parts))
     record = records[0]
     rejects = Rejects(sum(origin.entries for origin in record.sources), record.max_rejected)

@@ -74,7 +74,7 @@ def clean_up(out: Path, shards: int) -> None:
 
 
 def finish(out: Path) -> None:
-    """Remove the reports, which are not needed once the manifest is written."""
+    """Remove the reports; the manifest replaces them."""
     shutil.rmtree(out / FOLDER_NAME, ignore_errors=True)
 
 

@@ -55,7 +55,7 @@ class ShardReport(Options):
     entries: int
     """Number of entries in the run."""
     shard: ShardEntry | None
-    """The shard's manifest entry, None if all entries were rejected."""
+    """None if all entries were rejected."""
     renamed: tuple[dict[str, str], ...]
     """Lines for `keys.jsonl`."""
     rejected: tuple[dict[str, str], ...]

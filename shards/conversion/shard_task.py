@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Worker task that converts the entries of one shard."""
+    """Converts the entries of one shard."""
 
     sources: tuple[Source, ...]
     states: tuple[Any, ...]
@@ -38,7 +38,7 @@ class ShardTask:
         return hash_of([self.layout.image_size, self.preparation.model_dump(), self.states, run])
 
     def __call__(self, run: Run, tick: Tick) -> ShardReport:
-        """Write the shard of `run` and its report unless both exist; return the report."""
+        """Write the shard of `run` and its report, unless both exist."""
         identity, reports = self.identity(run), Reports(self.out)
         if (report := reports.finished(run.shard, identity)) is not None:
             tick(report.entries)

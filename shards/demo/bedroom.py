@@ -513,9 +513,9 @@ def _point_light(source: Array, reach: float, point: Array, normal: Array) -> Ar
 
 
 def _openness(room: Room, point: Array, normal: Array) -> Array:
-    """Return the fraction of light that reaches the points past walls and furniture (ambient occlusion).
+    """Return the fraction of light not blocked by walls and furniture (ambient occlusion).
 
-    A probe is placed at distance REACH in front of each point; surfaces nearer to the probe than REACH block light.
+    Surfaces block light if they are nearer than REACH to a probe at distance REACH in front of the point.
     """
     probe = point + REACH * normal
     openness: Array = np.ones_like(probe[0])

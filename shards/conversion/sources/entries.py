@@ -21,7 +21,7 @@ class Source(Protocol):
         """Return the source's `kind` and `name` for the manifest."""
 
     ignored: int
-    """Files of the last walk that were left out because their names are not image names."""
+    """Files that the last walk left out for having no image name."""
 
     def state(self) -> Any:
         """Return a JSON value that differs if the source is another one of this name or has changed."""

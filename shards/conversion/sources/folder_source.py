@@ -37,7 +37,7 @@ class FolderSource:
         return {"kind": "folder", "name": self.path.resolve().name}
 
     def state(self) -> Any:
-        """Return the resolved path in hex; changes of files in the folder are not detected."""
+        """Return the resolved path in hex; changes of the files are not detected."""
         return os.fsencode(self.path.resolve()).hex()
 
     def entries(self) -> None:

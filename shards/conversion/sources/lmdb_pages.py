@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 _PAGE = struct.Struct("<QHHHH")
-"""Page header: page number, unused, flags, end of the node pointers, start of the nodes."""
+"""Page header: number, unused, flags, end of node pointers, start of nodes."""
 _OVERFLOW_PAGES = struct.Struct("<12xI")
 """Number of pages of a value that has its own pages."""
 _NODE = struct.Struct("<HHHH")
-"""Node header: low and high half of a size or page number, flags, length of the key in bytes."""
+"""Node header: low and high half of a size or page number, flags, key length."""
 _META = struct.Struct("<8x2xH4xII16xI44x4xHH24xQQQQ")
 """Page flags; magic, version; page size; the database's flags, depth, entries, root; last page, transaction."""
 _NUMBER = struct.Struct("<Q")
@@ -31,11 +31,11 @@ _MAX_DEPTH = 32
 
 
 class DamagedError(Exception):
-    """The file is not a valid LMDB. The message continues a sentence that starts with the file's name."""
+    """The file is not a valid LMDB. The message follows the file's name."""
 
 
 class OtherFormError(Exception):
-    """A valid LMDB of an unsupported form. The message continues a sentence that starts with the file's name."""
+    """A valid LMDB of an unsupported form. The message follows the file's name."""
 
 
 class ChangedError(Exception):
@@ -59,7 +59,7 @@ class Snapshot(NamedTuple):
 
 
 class ValueLocation(NamedTuple):
-    """Location of a value: page number, offset in the page and size, in bytes."""
+    """Location of a value: page, byte offset in it, size in bytes."""
 
     page: int
     offset: int
@@ -181,7 +181,7 @@ class LmdbFile:
 
 
 def _snapshot(meta: bytes) -> Snapshot:
-    """Return the snapshot described by one of the two meta pages."""
+    """Return the snapshot of one of the two meta pages."""
     if len(meta) < _META.size:
         raise DamagedError("is not an LMDB: it ends in its first pages")
     kind, magic, version, page_bytes, flags, depth, entries, root, last_page, transaction = _META.unpack(meta)

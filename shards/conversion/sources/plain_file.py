@@ -14,9 +14,9 @@ class NotPlainError(OSError):
 
 
 def open_plain(path: bytes | Path) -> BinaryIO:
-    """Open a regular file for reading; raises NotPlainError if it is something else, OSError if it cannot be read.
+    """Open a regular file for reading; raises OSError, NotPlainError if it is something else.
 
-    Opening a FIFO would block until a writer opens it, and opening a device may have side effects.
+    Opening a FIFO would block, and opening a device may have side effects.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise NotPlainError(errno.EINVAL, "not a plain file")

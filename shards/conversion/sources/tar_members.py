@@ -34,7 +34,7 @@ _OCTAL_NUMBER = re.compile(rb" *([0-7]*) *(?:\0.*)?", re.DOTALL)
 
 
 class DamagedError(Exception):
-    """The file is not a valid tar. The message continues a sentence that starts with the file's name."""
+    """The file is not a valid tar. The message follows the file's name."""
 
 
 class Member(NamedTuple):
@@ -91,7 +91,7 @@ def members(descriptor: int) -> Iterator[Member]:
 
 
 def _member(header: _Header, offset: int, extended: Mapping[bytes, bytes]) -> Member:
-    """Return the member of a header, with the name and size of its extension headers if given."""
+    """Return the member of a header; extension headers override name and size."""
     name = extended.get(b"GNU.sparse.name") or extended.get(b"path") or header.name
     is_folder = header.kind == _FOLDER or (header.kind == _OLD_FILE and name.endswith(b"/"))
     size = extended.get(b"size") or b"%d" % header.size
@@ -130,7 +130,7 @@ def _checksums(block: bytes) -> tuple[int, int]:
 
 
 def _size(field: bytes, place: int) -> int:
-    """Return the number in a size field: octal digits or, from 8 GiB on, binary."""
+    """Return a size: octal digits or, from 8 GiB on, binary."""
     size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field, place)
     if size >= 1 << 63:
         raise _damaged(place)

@@ -22,13 +22,13 @@ _TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)",
 
 
 class MemberLocation(NamedTuple):
-    """Location of a member's bytes: index of the tar, offset and size in bytes."""
+    """Location of a member: index of the tar, offset and size in bytes."""
 
     tar: int
     offset: int
     size: int
     problem: str = ""
-    """Reason for rejecting it without reading it, or empty."""
+    """Reason to reject it, or empty."""
 
 
 class TarSource:
@@ -78,7 +78,7 @@ class TarSource:
 
 
 def is_tar_name(path: Path) -> bool:
-    """Return whether a path has the extension of a tar, compressed or not, and is not hidden."""
+    """Return whether a path is named like a tar, compressed or not."""
     return _TAR_NAME.fullmatch(path.name) is not None
 
 
