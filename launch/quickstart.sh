@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a bare machine with Python and pip to generated bedrooms: environment, demo data, training, pictures.
-# Started again, it goes on where it was. A few minutes on 2 CPU cores after the installation.
+# Install, render demo data, train and sample, on a machine with Python and pip; a few minutes on 2 CPU cores after the
+# installation. If interrupted, rerun it to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +20,7 @@ echo "== 2/5  render bedrooms in LSUN's format: data/demo_train_lmdb"
 echo "== 3/5  convert to shards: $data"
 [ -f $data/manifest.json ] || python -m shards convert data/demo_train_lmdb --out $data --samples-per-shard 500
 
-# One process per GPU, as many as a power of two allows; two on a machine without.
+# One process per GPU, rounded down to a power of two, at most 16; two processes without a GPU.
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=2
 if [ "$gpus" -gt 0 ]; then

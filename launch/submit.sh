@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Submit what a data set and a run need under SLURM: conversion, training, scoring, each once the one before has succeeded.
+# Submit conversion, training and scoring to SLURM; each job starts after the previous one has succeeded.
 #   bash launch/submit.sh [--dry-run] DATA RUN_DIR SOURCE [OPTIONS] [-- OPTIONS OF TRAINING [-- OPTIONS OF SCORING]]
 #   PARTS=8 TRAIN="--nodes=2" bash launch/submit.sh /scratch/bedroom_train runs/bedrooms bedroom_train_lmdb -- --epochs 10
-# PARTS: jobs that share the conversion (1), or 8%2, two of eight at a time; none is submitted where DATA is complete.
-# CONVERT, TRAIN, EVALUATE: options of sbatch for these jobs; for all of them SLURM reads SBATCH_PARTITION, SBATCH_ACCOUNT and the like. --dry-run prints what
-# would be submitted.
+# PARTS: number of conversion jobs (default 1), or 8%2 for two of eight at a time; no job is submitted if DATA is complete.
+# CONVERT, TRAIN, EVALUATE: sbatch options of these jobs; SBATCH_PARTITION, SBATCH_ACCOUNT etc. apply to all of them.
+# --dry-run prints the commands instead of submitting them.
 set -euo pipefail
 
 dry_run=
@@ -30,9 +30,9 @@ for word; do
 done
 [ -f launch/train.sbatch ] || { echo "error: no launch/train.sbatch in $PWD: run it from the repository's root" >&2; exit 2; }
 
-python -m dist_dcgan.run.directory ${training[@]+"${training[@]}"} >/dev/null # a mistake is found now, not hours later
+python -m dist_dcgan.run.directory ${training[@]+"${training[@]}"} >/dev/null # reports invalid arguments before the conversion
 
-# Submits a job with a name for --dry-run; the number of the job is left in `job`.
+# Submits a job and sets `job` to its number; $1 is the name shown in its place with --dry-run.
 submit() {
   local name=$1
   shift
@@ -42,7 +42,7 @@ submit() {
     job="<$name>"
   else
     job=$("${command[@]}")
-    job=${job%%;*} # the name of a cluster may follow
+    job=${job%%;*} # sbatch may append ;CLUSTER
     echo "submitted $job: $name"
   fi
 }

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Train on the GPUs of this machine; every argument goes to dist_dcgan.train.
+# Train on the GPUs of this machine; all arguments are passed to dist_dcgan.train.
 #   bash launch/torchrun.sh --data data/bedroom_train --run-dir runs/bedrooms
-# On several machines, the same command on each, with their number and a free port of one of them:
+# On several machines, run the same command on each, with their number and a free port on one of them:
 #   NODES=2 HEAD=host1:29400 bash launch/torchrun.sh --data data/bedroom_train --run-dir runs/bedrooms
-# RANKS: processes per machine, one per GPU by default. RESTARTS: how often ranks that failed are started again; they go
-# on from the newest checkpoint. LOGS: a folder for what each rank prints, which is then prefixed with its number here.
-# JOB: a name that the machines share and no other run has. COMMAND: doctor or evaluate instead of train.
+# RANKS: processes per machine, by default one per GPU. RESTARTS: how often failed ranks are restarted, from the newest
+# checkpoint. LOGS: folder for the output of each rank, which is then also printed here with the rank as prefix.
+# JOB: a name shared by the machines and unique to the run. COMMAND: doctor or evaluate instead of train.
 set -euo pipefail
 
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds to save after a signal
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds to save a checkpoint after a signal
 
 command -v torchrun >/dev/null || { echo "error: no torchrun: activate the environment of dist_dcgan" >&2; exit 2; }
 meeting=(--standalone)
@@ -18,13 +18,12 @@ if [ "${NODES:-1}" -gt 1 ]; then
 fi
 if [ -n "${LOGS:-}" ]; then
   meeting+=(--log-dir="$LOGS/$(hostname)" --tee=3)
-  # shellcheck disable=SC2016  # torchrun fills it in
+  # shellcheck disable=SC2016  # torchrun substitutes ${rank}
   export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
 fi
 
-# The watch looks after torchrun, which takes the place of this script below, so that it has its number. It says so where
-# the machines have not met; and it kills a torchrun whose ranks have ended and that hangs, as when a network is cut, or
-# waits for machines that do not come back.
+# Monitors torchrun, which replaces this script by exec and so keeps the process id $$. Prints an error if the rendezvous
+# failed; kills torchrun if its ranks have ended and it hangs because the network or another machine is lost.
 watch() {
   local without=0 cut=0 started=
   trap '' TERM INT HUP QUIT USR1
@@ -45,7 +44,7 @@ watch() {
       "not met at $HEAD: does each run this command, and is the port open?" >&2
   fi
 }
-is_child() { # until torchrun has ended, even where nobody has asked how
+is_child() { # false after torchrun has ended, even if it is a zombie
   local parent
   read -r _ _ _ parent _ <"/proc/$BASHPID/stat" && [ "$parent" = $$ ]
 }
@@ -58,7 +57,7 @@ has_ranks() {
   done
   return 1
 }
-is_cut_off() { # any answer will do: a torchrun that is refused notices by itself
+is_cut_off() { # false for any answer, also "refused", which torchrun handles itself
   [ "${NODES:-1}" -gt 1 ] || return 1
   local error host=${HEAD%:*}
   host=${host#[} host=${host%]}
