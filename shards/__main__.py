@@ -71,7 +71,7 @@ class ConvertOptions(Options):
     samples_per_shard: int = Field(4096, ge=1)
     """Source entries per shard."""
     fast: bool = False
-    """Decode JPEGs at the smallest scale of at least twice the image size: nearly twice as fast, different pixels."""
+    """Decode JPEGs at the smallest scale of at least twice --image-size: nearly twice as fast, different pixels."""
     max_images: int | None = Field(None, ge=1)
     """Convert at most this many entries, the first ones."""
     exclude: Path | None = None

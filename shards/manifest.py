@@ -114,7 +114,7 @@ class Preparation(Options):
     filter: str = "lanczos"
     """Resampling filter."""
     decoding: Literal["full", "reduced"] = "full"
-    """JPEGs decoded at full scale or, with `--fast`, at the smallest scale of at least twice the image size."""
+    """JPEGs decoded at full scale or, with `--fast`, at the smallest scale of at least twice `image_size`."""
     decoder: str = ""
     """Decoding libraries with their versions."""
 

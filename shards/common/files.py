@@ -69,7 +69,7 @@ def state_of(path: Path) -> tuple[str, int, int]:
 
 
 def check_room(directory: Path, required_bytes: int, purpose: str) -> None:
-    """Raise UserError if the disk of `directory`, which may not exist yet, has less space; `purpose` says what for."""
+    """Raise UserError if the disk of `directory`, which may not exist yet, is too full; `purpose` says what for."""
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < required_bytes:

@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     samples_per_shard: int = 4096
     """Source entries per shard."""
     fast: bool = False
-    """Decode JPEGs at the smallest scale of at least twice the image size."""
+    """Decode JPEGs at the smallest scale of at least twice `image_size`."""
     selection: Selection = Selection()
     """Entries to convert."""
     max_rejected: float = 0.001
