@@ -65,6 +65,11 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+def test_every_room_opens_with_a_readme() -> None:
+    folders = {path.parent for room in ("dist_dcgan", "shards") for path in (ROOT / room).rglob("*.py")}
+    assert [folder for folder in sorted(folders) if not (folder / "README.md").is_file()] == []
+
+
 def test_the_front_page_stays_short() -> None:
     assert len(README.read_text().splitlines()) <= 170
 
