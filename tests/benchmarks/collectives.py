@@ -1,6 +1,6 @@
 """What ranks say to each other: the collectives of a step, on real ranks or on one process that stands for one of many.
 
-torch sends each collective through its dispatcher as an operator of the namespace c10d, whoever issues it (Python, or
+torch sends each collective through its dispatcher as an operator of the namespace c10d by any caller (Python, or
 DDP's reducer in C++) and whatever carries it out, so that a dispatch mode sees them all.
 """
 

@@ -1,4 +1,4 @@
-"""Ranks that start together, whoever started before them, and name whoever ends, fails or hangs."""
+"""Ranks start together, whatever was started before, and name the rank that ends, fails or hangs."""
 
 from __future__ import annotations
 

@@ -354,7 +354,7 @@ def test_a_signal_is_obeyed_while_the_server_is_silent(
             time.sleep(0.05)
         assert any("wandb-core" in line for line in processes_with(f"MARKER={tmp_path}").values())
         process.send_signal(number)
-        output = process.communicate(timeout=60)[0]  # whoever holds the pipe lets go of it
+        output = process.communicate(timeout=60)[0]  # every holder of the pipe closes it
     require_no_process(tmp_path)
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL

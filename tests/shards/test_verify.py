@@ -30,7 +30,7 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def vouch_for(directory: Path, name: str) -> None:
+def update_checksum(directory: Path, name: str) -> None:
     """Make the manifest agree with a damaged shard, so that only the format itself can tell."""
     content = json.loads((directory / "manifest.json").read_bytes())
     del content["digest"], content["samples"]
@@ -81,7 +81,7 @@ def test_any_flipped_bit_breaks_the_sha256(tmp_path: Path, place: int) -> None:
 def test_a_shard_that_breaks_the_format_is_named_with_its_place(tmp_path: Path, place: int, named: list[str]) -> None:
     out, _ = data_set(tmp_path)
     flip(out / SHARD, place)
-    vouch_for(out, SHARD)
+    update_checksum(out, SHARD)
     problems = problems_of(out)
     assert len(problems) == len(named)
     for problem, words in zip(problems, named, strict=True):
@@ -104,7 +104,7 @@ def test_every_byte_of_a_header_is_checked(tmp_path: Path) -> None:
 def test_bytes_in_the_end_blocks_are_found(tmp_path: Path) -> None:
     out, _ = data_set(tmp_path)
     flip(out / SHARD, 4 * 1536 + 1000)
-    vouch_for(out, SHARD)
+    update_checksum(out, SHARD)
     assert problems_of(out) == [f"{SHARD}: the 1024 bytes at its end are not all zero"]
 
 
@@ -113,7 +113,7 @@ def test_a_key_that_comes_twice_is_found(tmp_path: Path) -> None:
     content = bytearray((out / SHARD).read_bytes())
     content[1536 : 2 * 1536] = content[:1536]
     (out / SHARD).write_bytes(content)
-    vouch_for(out, SHARD)
+    update_checksum(out, SHARD)
     assert problems_of(out) == [f"{SHARD}: sample 1 at byte 1536: its key image0004 came before"]
 
 
@@ -186,7 +186,7 @@ def test_a_foreign_shard_of_the_same_size_is_found(tmp_path: Path) -> None:
     other = b"".join(tar_header(f"k{i}", 781) + bytes(1024) for i in range(4)) + bytes(1024)
     assert len(other) == manifest.shards[1].bytes
     (out / SHARD).write_bytes(other)
-    vouch_for(out, SHARD)
+    update_checksum(out, SHARD)
     assert [problem.split(": ", 2)[2].split(" is ")[0] for problem in problems_of(out)] == ["its PPM header"] * 4
 
 

@@ -1,4 +1,4 @@
-"""train.sbatch on a real cluster of two nodes: whatever befalls the job, it is one run, as if nothing had happened."""
+"""train.sbatch on a real cluster of two nodes: whatever happens to the job, it is one run, as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Job:
-    """A run as a user submits it, on nodes of two ranks, and what befalls it."""
+    """A run as a user submits it, on nodes of two ranks, and what happens to it."""
 
     def __init__(
         self,
@@ -139,12 +139,12 @@ def test_it_is_one_run(
     story, options = STORIES[name]
     faults = [Fault("hold", "D step", step, index % 4) for index, (step, _) in enumerate(story)]
     job = Job(cluster, tmp_path, bench.data, faults, options=options)
-    for index, (_, befall) in enumerate(story):
+    for index, (_, disturb) in enumerate(story):
         job.wait_for_fault(index)
-        befall(job)
+        disturb(job)
     outcome = job.end()
     require_golden(outcome, golden(bench.work, bench.data, ranks=2 * RANKS_PER_NODE))
-    crashes = sum(befall is crash_node for _, befall in story)
+    crashes = sum(disturb is crash_node for _, disturb in story)
     assert outcome.repeated_steps() <= crashes * CHECKPOINT_EVERY, outcome.output
     logs = list((outcome.run_dir / "logs").glob("*/*/*/attempt_*/*/stderr.log"))
     assert len(logs) == (1 + len(story)) * 2 * RANKS_PER_NODE
