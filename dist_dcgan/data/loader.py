@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.order import Indices, SampleOrder, rank_slots
-from dist_dcgan.data.prefetch import ClosedError, Supply
+from dist_dcgan.data.prefetch import ClosedError, ShardPrefetcher
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Place
 from dist_dcgan.distributed.node import Node
@@ -55,8 +55,8 @@ class BatchLoader:
         self.plan, self._world = plan, world
         self._patience_seconds = _PATIENCE * config.distributed.timeout_seconds
         self._order = SampleOrder(place.manifest, config.seed, config.data.window_shards)
-        self._supply = Supply(place, self._order, node or Node(), *self._positions(first_step))
-        self._reader = ShardReader(place, self._supply.file)
+        self._prefetcher = ShardPrefetcher(place, self._order, node or Node(), *self._positions(first_step))
+        self._reader = ShardReader(place, self._prefetcher.file)
         self._image_size = place.manifest.image_size
         self._slots = rank_slots(plan.global_batch, world.rank, world.world_size)
         self._copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
@@ -75,16 +75,16 @@ class BatchLoader:
     @property
     def supplying(self) -> float:
         """Seconds that the thread was busy which checks shards ahead of their use."""
-        return self._supply.seconds
+        return self._prefetcher.seconds
 
     def __enter__(self) -> BatchLoader:
-        self._supply.__enter__()
+        self._prefetcher.__enter__()
         self._thread.start()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._closing.set()
-        self._supply.__exit__()
+        self._prefetcher.__exit__()
         self._thread.join(_SECONDS_TO_CLOSE)
 
     def wait_for_first(self) -> None:
@@ -110,7 +110,7 @@ class BatchLoader:
             return self._ready.get(timeout=self._patience_seconds)
         except queue.Empty:
             raise OneRankError(
-                f"{self._world}: no data for {self._patience_seconds:g} seconds, {self._supply.awaited}: where its "
+                f"{self._world}: no data for {self._patience_seconds:g} seconds, {self._prefetcher.awaited}: where its "
                 "source is well but slow, use a larger --distributed.timeout-seconds"
             ) from None
         finally:
@@ -132,7 +132,7 @@ class BatchLoader:
 
     def _read(self, step: int) -> Batch:
         samples, size = self.samples(step), self._image_size
-        self._supply.reach(*self._positions(step))
+        self._prefetcher.reach(*self._positions(step))
         # On a stream of their own, copies run beside the training step. Fresh memory for each batch: torch's pinned
         # allocator reuses a block only after the copies out of it are done, whereas a ring of our own would have to
         # track how far the GPU has come.

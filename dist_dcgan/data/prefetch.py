@@ -26,10 +26,10 @@ def shards_at_a_time(order: SampleOrder, positions: int) -> int:
 
 
 class ClosedError(Exception):
-    """Raised where a file is awaited from a supply that has been closed."""
+    """Raised where a file is awaited from a prefetcher that has been closed."""
 
 
-class Supply:
+class ShardPrefetcher:
     """A context manager with a thread: it makes this rank's share of the shards ready, and tells the other ranks.
 
     `seconds` counts the time that the thread was busy; `awaited` says what who reads is doing.
@@ -51,7 +51,7 @@ class Supply:
         self.seconds = 0.0
         self.awaited = "reading"
 
-    def __enter__(self) -> Supply:
+    def __enter__(self) -> ShardPrefetcher:
         self._thread.start()
         return self
 
@@ -110,7 +110,7 @@ class Supply:
             self._failure = error
 
     def _may_prepare(self, window: int) -> bool:
-        """Wait until a window is near enough; return False where the supply is closed before."""
+        """Wait until a window is near enough; return False where the prefetcher is closed before."""
         with self._moved:
             self._moved.wait_for(lambda: self._closing or window < self._read.stop + _WINDOWS_AHEAD)
             return not self._closing

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from dist_dcgan.data.order import SampleOrder
-from dist_dcgan.data.prefetch import ClosedError, Supply
+from dist_dcgan.data.prefetch import ClosedError, ShardPrefetcher
 from dist_dcgan.data.storage.location import FileState, ShardFile
 from dist_dcgan.distributed.node import Node
 from shards.common.errors import UserError
@@ -50,8 +50,8 @@ def file_of(shard: int) -> ShardFile:
     return ShardFile(Path(f"/data/{shard}.tar"), FileState(shard, 100, 200))
 
 
-def supply_of(place: Recorder, node: Node | None = None, position: int = 0) -> Supply:
-    return Supply(place, SampleOrder(place.manifest, 0, WINDOW), node or Node(), 0, at(position))
+def prefetcher_of(place: Recorder, node: Node | None = None, position: int = 0) -> ShardPrefetcher:
+    return ShardPrefetcher(place, SampleOrder(place.manifest, 0, WINDOW), node or Node(), 0, at(position))
 
 
 def at(position: int) -> range:
@@ -81,7 +81,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 def test_one_window_is_made_ready_ahead_of_the_one_that_is_read() -> None:
     place = Recorder()
-    with supply_of(place) as supply:
+    with prefetcher_of(place) as prefetcher:
         for window in range(6):
             expected = shards_in_order(place, window + 2)
             eventually(partial(has_asked, place, expected))
@@ -89,22 +89,22 @@ def test_one_window_is_made_ready_ahead_of_the_one_that_is_read() -> None:
             assert has_asked(place, expected)
             assert place.kept == set(expected[-3 * WINDOW :])  # what is read, what is next, and what other ranks read
             epoch, in_epoch = divmod(window + 1, SHARDS // WINDOW)
-            supply.reach(epoch, at(in_epoch * WINDOW * SAMPLES))
+            prefetcher.reach(epoch, at(in_epoch * WINDOW * SAMPLES))
 
 
 def test_it_begins_with_the_window_of_the_first_position() -> None:
     place = Recorder()
-    with supply_of(place, position=2 * WINDOW * SAMPLES):
+    with prefetcher_of(place, position=2 * WINDOW * SAMPLES):
         eventually(partial(has_asked, place, shards_in_order(place, 4)[2 * WINDOW :]))
 
 
 def test_the_ranks_of_a_machine_share_the_work_and_the_files() -> None:
     places = Recorder(), Recorder()
     first, second = two_ranks()
-    with supply_of(places[0], first) as one, supply_of(places[1], second) as two:
+    with prefetcher_of(places[0], first) as one, prefetcher_of(places[1], second) as two:
         for epoch in (0, 1):
-            for supply in (one, two):
-                supply.reach(epoch, at(SHARDS * SAMPLES - 1))
+            for prefetcher in (one, two):
+                prefetcher.reach(epoch, at(SHARDS * SAMPLES - 1))
             for shard in range(SHARDS):
                 assert one.file(shard) == two.file(shard) == file_of(shard)
     for index, place in enumerate(places):
@@ -115,26 +115,26 @@ def test_the_ranks_of_a_machine_share_the_work_and_the_files() -> None:
 def test_what_one_rank_finds_damaged_all_ranks_refuse() -> None:
     first, second = two_ranks()
     damaged = UserError("shard 4 is damaged")
-    with supply_of(Recorder({4: damaged}), first) as one, supply_of(Recorder(), second) as two:
-        for supply in (one, two):
-            supply.reach(0, at(SHARDS * SAMPLES - 1))
-            assert supply.file(5) == file_of(5)
+    with prefetcher_of(Recorder({4: damaged}), first) as one, prefetcher_of(Recorder(), second) as two:
+        for prefetcher in (one, two):
+            prefetcher.reach(0, at(SHARDS * SAMPLES - 1))
+            assert prefetcher.file(5) == file_of(5)
             with pytest.raises(UserError, match=r"^shard 4 is damaged$"):
-                supply.file(4)
+                prefetcher.file(4)
 
 
 def test_a_mistake_of_the_thread_is_raised_where_a_file_is_awaited() -> None:
     place = Recorder(dict.fromkeys(range(SHARDS), ZeroDivisionError()))
-    with supply_of(place) as supply, pytest.raises(ZeroDivisionError):
-        supply.file(3)
+    with prefetcher_of(place) as prefetcher, pytest.raises(ZeroDivisionError):
+        prefetcher.file(3)
 
 
 def test_what_ended_the_thread_is_raised_where_nothing_is_awaited_either() -> None:
     first, second = two_ranks()
     place = Recorder({5: ZeroDivisionError()})
-    with supply_of(Recorder(), first), supply_of(place, second) as supply, pytest.raises(ZeroDivisionError):
+    with prefetcher_of(Recorder(), first), prefetcher_of(place, second) as prefetcher, pytest.raises(ZeroDivisionError):
         for _ in range(SECONDS * 100):
-            supply.reach(0, at(SHARDS * SAMPLES - 1))
+            prefetcher.reach(0, at(SHARDS * SAMPLES - 1))
             time.sleep(0.01)
 
 
@@ -143,11 +143,11 @@ def test_room_is_asked_for_once_and_for_all_that_is_ever_kept(batch: int) -> Non
     place, most = Recorder(), 0
     place.manifest = manifest([SAMPLES] * (7 * WINDOW + 1))
     order = SampleOrder(place.manifest, 0, WINDOW)
-    with Supply(place, order, Node(), 0, range(batch)) as supply:
+    with ShardPrefetcher(place, order, Node(), 0, range(batch)) as prefetcher:
         asked = place.room
         for epoch in range(2):
             for start in range(0, place.manifest.samples - batch, batch):
-                supply.reach(epoch, range(start, start + batch))
+                prefetcher.reach(epoch, range(start, start + batch))
                 time.sleep(0.002)
                 most = max(most, len(place.kept))
     assert most <= asked == place.room <= most + 2 * WINDOW
@@ -162,22 +162,22 @@ def test_closing_does_not_wait_for_what_is_on_its_way() -> None:
 
     place.ready = ready  # type: ignore[method-assign]
     started = time.monotonic()
-    with supply_of(place):
+    with prefetcher_of(place):
         pass
     assert time.monotonic() - started < SECONDS / 2
     slow.set()
 
 
 def test_closing_ends_the_wait_for_a_file() -> None:
-    supply = supply_of(Recorder(), two_ranks()[0])
+    prefetcher = prefetcher_of(Recorder(), two_ranks()[0])
     ended = threading.Event()
 
     def wait() -> None:
         with pytest.raises(ClosedError):
-            supply.file(1)  # the other rank's, which is not there
+            prefetcher.file(1)  # the other rank's, which is not there
         ended.set()
 
-    with supply:
+    with prefetcher:
         thread = threading.Thread(target=wait)
         thread.start()
         assert not ended.wait(0.1)
