@@ -11,7 +11,7 @@ from types import TracebackType
 
 from dist_dcgan.data.order import SampleOrder
 from dist_dcgan.data.storage.location import FileState, Place, ShardFile
-from dist_dcgan.distributed.node import Node
+from dist_dcgan.distributed.node import NodeStore
 from shards.common.errors import UserError
 
 _WINDOWS_AHEAD = 1
@@ -35,7 +35,7 @@ class ShardPrefetcher:
     `seconds` counts the time that the thread was busy; `awaited` says what who reads is doing.
     """
 
-    def __init__(self, place: Place, order: SampleOrder, node: Node, epoch: int, positions: range) -> None:
+    def __init__(self, place: Place, order: SampleOrder, node: NodeStore, epoch: int, positions: range) -> None:
         """Begin where samples at `positions` of `epoch` are read first.
 
         Raises UserError where the shards that are in use at a time cannot be kept at a time.
@@ -83,7 +83,7 @@ class ShardPrefetcher:
         return file
 
     def _await(self, topic: str) -> ShardFile:
-        while (answer := self._node.look(topic)) is None:
+        while (answer := self._node.get(topic)) is None:
             if self._failure is not None:
                 raise self._failure
             if self._closing:
@@ -127,7 +127,7 @@ class ShardPrefetcher:
         except UserError as error:
             found = {"error": str(error)}
         self.seconds += time.perf_counter() - started
-        self._node.tell(topic, json.dumps(found))
+        self._node.set(topic, json.dumps(found))
 
 
 def _topic(epoch: int, shard: int) -> str:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from dist_dcgan.distributed.world import World
 
 
-class Node:
+class NodeStore:
     """This process among the ranks of its machine, and a board where they tell each other what they found."""
 
     def __init__(self, index: int = 0, size: int = 1, store: Any = None) -> None:
@@ -19,19 +19,19 @@ class Node:
         self.index, self.size = index, size
         self._store = store or dist.HashStore()  # type: ignore[attr-defined]
 
-    def tell(self, topic: str, text: str) -> None:
+    def set(self, topic: str, text: str) -> None:
         """Put `text` on the board."""
         self._store.set(topic, text)
 
-    def look(self, topic: str) -> str | None:
+    def get(self, topic: str) -> str | None:
         """Return what stands on the board, None where nothing does yet."""
         return self._store.get(topic).decode() if self._store.check([topic]) else None
 
 
-def meet_on_node(world: World, timeout_seconds: float) -> Node:
+def node_store(world: World, timeout_seconds: float) -> NodeStore:
     """Return the node of this rank; every rank calls it. Ranks are on one machine where its name is the same."""
     if world.world_size == 1:
-        return Node()
+        return NodeStore()
     names: list[Any] = [None] * world.world_size
     dist.all_gather_object(names, socket.gethostname())
     ranks = [rank for rank, name in enumerate(names) if name == names[world.rank]]
@@ -43,4 +43,4 @@ def meet_on_node(world: World, timeout_seconds: float) -> Node:
     dist.all_gather_object(ports, None if store is None else store.port)
     if store is None:
         store = dist.TCPStore("localhost", ports[ranks[0]], is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-    return Node(ranks.index(world.rank), len(ranks), store)
+    return NodeStore(ranks.index(world.rank), len(ranks), store)

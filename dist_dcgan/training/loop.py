@@ -12,7 +12,7 @@ from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Place
 from dist_dcgan.distributed.collectives import from_rank_zero, meet, require_same
-from dist_dcgan.distributed.node import meet_on_node
+from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.loggers.composite import make_logger
 from dist_dcgan.loggers.pictures import draw_curves
@@ -60,7 +60,7 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
         saver = stack.enter_context(Saver(run.checkpoints, retention, world.device))
         logger = stack.enter_context(closing(make_logger(config, plan, world, run, state.step, state.wandb_run_id)))
-        node = meet_on_node(world, config.distributed.timeout_seconds)
+        node = node_store(world, config.distributed.timeout_seconds)
         batches = stack.enter_context(BatchLoader(place, config, plan, world, state.step, node))
         batches.wait_for_first()
         quality = QualityMeter(state, ShardReader(place), run)

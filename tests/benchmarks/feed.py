@@ -20,7 +20,7 @@ from pydantic_settings import CliPositionalArg
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import Batch, BatchLoader, to_images
 from dist_dcgan.data.storage.location import Folder
-from dist_dcgan.distributed.node import meet_on_node
+from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         config = Config(width=options.width, global_batch=options.batch, epochs=1e6)
         plan = make_plan(config, world.world_size, place.manifest.samples)
         state = TrainState(config, plan, world, place.manifest.image_size)
-        with BatchLoader(place, config, plan, world, 0, meet_on_node(world, 60)) as batches:
+        with BatchLoader(place, config, plan, world, 0, node_store(world, 60)) as batches:
             fed = iter(batches)
             constant = itertools.repeat(next(fed))
             ratios = []

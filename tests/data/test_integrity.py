@@ -15,7 +15,7 @@ from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
-from dist_dcgan.distributed.node import meet_on_node
+from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import World, process_group
 from shards.common.errors import UserError
 from shards.manifest import TAR_BLOCK, TAR_END
@@ -83,7 +83,7 @@ def meet_one(world: World, source: Path, copy: Path, trial: int, pixels: np.ndar
     entry = Folder(source).manifest.shards[damaged[0]]
     first = 10 * damaged[0]
     of_shard = range(first, first + entry.samples)
-    node = meet_on_node(world, 60)
+    node = node_store(world, 60)
     error, used, wrong = "", 0, 0
     try:
         place = Folder(copy)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dist_dcgan.data.order import SampleOrder
 from dist_dcgan.data.prefetch import ClosedError, ShardPrefetcher
 from dist_dcgan.data.storage.location import FileState, ShardFile
-from dist_dcgan.distributed.node import Node
+from dist_dcgan.distributed.node import NodeStore
 from shards.common.errors import UserError
 from shards.manifest import Manifest
 from tests.data.test_order import manifest
@@ -50,17 +50,17 @@ def file_of(shard: int) -> ShardFile:
     return ShardFile(Path(f"/data/{shard}.tar"), FileState(shard, 100, 200))
 
 
-def prefetcher_of(place: Recorder, node: Node | None = None, position: int = 0) -> ShardPrefetcher:
-    return ShardPrefetcher(place, SampleOrder(place.manifest, 0, WINDOW), node or Node(), 0, at(position))
+def prefetcher_of(place: Recorder, node: NodeStore | None = None, position: int = 0) -> ShardPrefetcher:
+    return ShardPrefetcher(place, SampleOrder(place.manifest, 0, WINDOW), node or NodeStore(), 0, at(position))
 
 
 def at(position: int) -> range:
     return range(position, position + 1)
 
 
-def two_ranks() -> tuple[Node, Node]:
+def two_ranks() -> tuple[NodeStore, NodeStore]:
     store = dist.HashStore()  # type: ignore[attr-defined]
-    return Node(0, 2, store), Node(1, 2, store)
+    return NodeStore(0, 2, store), NodeStore(1, 2, store)
 
 
 def shards_in_order(place: Recorder, windows: int) -> list[int]:
@@ -143,7 +143,7 @@ def test_room_is_asked_for_once_and_for_all_that_is_ever_kept(batch: int) -> Non
     place, most = Recorder(), 0
     place.manifest = manifest([SAMPLES] * (7 * WINDOW + 1))
     order = SampleOrder(place.manifest, 0, WINDOW)
-    with ShardPrefetcher(place, order, Node(), 0, range(batch)) as prefetcher:
+    with ShardPrefetcher(place, order, NodeStore(), 0, range(batch)) as prefetcher:
         asked = place.room
         for epoch in range(2):
             for start in range(0, place.manifest.samples - batch, batch):

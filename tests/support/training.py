@@ -17,7 +17,7 @@ from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
-from dist_dcgan.distributed.node import meet_on_node
+from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training import steps, train_state
 from dist_dcgan.training.ema import draw_latents, recompute_statistics
@@ -44,7 +44,7 @@ def train_steps(data: Path, options: dict[str, Any], count: int, mistake: str | 
         state = TrainState(config, plan, world, manifest.image_size)
         if mistake == "raw discriminator":
             state.ddp_discriminator = _Raw(state.discriminator)
-        with BatchLoader(place, config, plan, world, 0, meet_on_node(world, 60)) as batches:
+        with BatchLoader(place, config, plan, world, 0, node_store(world, 60)) as batches:
             for _, batch in zip(range(count), batches, strict=False):
                 outcome.keys.append(reader.keys(batch.samples))
                 steps.train_step(state, to_images(batch, state.dtype))
