@@ -14,7 +14,7 @@ from shards.common.errors import UserError
 Result = TypeVar("Result")
 
 
-def meet(world: World) -> None:
+def barrier(world: World) -> None:
     """Wait until all ranks are here, which may take them minutes."""
     if world.world_size > 1:
         dist.barrier(group=world.patient)

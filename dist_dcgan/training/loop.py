@@ -11,7 +11,7 @@ from dist_dcgan.config import Config, Plan, to_values
 from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Place
-from dist_dcgan.distributed.collectives import from_rank_zero, meet, require_same
+from dist_dcgan.distributed.collectives import barrier, from_rank_zero, require_same
 from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.loggers.composite import make_logger
@@ -64,7 +64,7 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
         batches = stack.enter_context(BatchLoader(place, config, plan, world, state.step, node))
         batches.wait_for_first()
         quality = QualityMeter(state, ShardReader(place), run)
-        meet(world)
+        barrier(world)
 
         # Train.
         meter = Meter(state, batches)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.data.storage.location import Folder, ShardFile
-from dist_dcgan.distributed.collectives import meet
+from dist_dcgan.distributed.collectives import barrier
 from dist_dcgan.distributed.world import process_group
 from shards.common.errors import OneRankError
 from tests.support.ranks import run_ranks
@@ -48,7 +48,7 @@ def steps_of(data: Path, slow_position: int, patient: bool) -> tuple[int, str]:
             with BatchLoader(SlowFolder(data, slow), config, plan, world, 0) as batches:
                 if patient:
                     batches.wait_for_first()
-                    meet(world)
+                    barrier(world)
                 for _ in batches:
                     dist.all_reduce(torch.zeros(1))
                     done += 1
