@@ -48,7 +48,7 @@ class Place(NamedTuple):
     """Number of GPUs that its host shows to it."""
 
 
-def meet_in(store: Any, rank: int, world_size: int, patience_seconds: float) -> Any:
+def rendezvous(store: Any, rank: int, world_size: int, patience_seconds: float) -> Any:
     """Return the part of `store` that belongs to this start of the ranks alone, when all have come.
 
     Torchrun keeps one store while it starts ranks again, so that they would find the addresses of those before them

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from dist_dcgan.distributed.connections import require_connected
 from dist_dcgan.distributed.devices import agreed_device, set_up
 from dist_dcgan.distributed.failures import cannot_go_on, explained, first_sentence, is_alike
-from dist_dcgan.distributed.peers import Peers, meet_in
+from dist_dcgan.distributed.peers import Peers, rendezvous
 from dist_dcgan.distributed.watch import Watch
 from shards.common.command_line import run
 from shards.common.errors import OneRankError, UserError
@@ -162,8 +162,8 @@ def _meeting_point(patience_seconds: float) -> tuple[Any, int, int]:
     if "WORLD_SIZE" not in os.environ:
         return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     try:
-        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=patience_seconds)))
-        return meet_in(store, rank, world_size, patience_seconds), rank, world_size
+        store, rank, world_size = next(torch_rendezvous("env://", timeout=timedelta(seconds=patience_seconds)))
+        return rendezvous(store, rank, world_size, patience_seconds), rank, world_size
     except (ValueError, RuntimeError) as error:  # torch's errors of stores are RuntimeErrors
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OneRankError(f"cannot meet the other ranks at {place} ({first_sentence(error)})") from error

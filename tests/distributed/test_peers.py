@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_dcgan.distributed.peers import Peers, meet_in
+from dist_dcgan.distributed.peers import Peers, rendezvous
 from dist_dcgan.distributed.world import process_group
 from shards.common.errors import OneRankError, UserError
 from tests.support.commands import environment, run
@@ -146,13 +146,13 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def rooms(word: str) -> list[str]:
-    """Meet three times in one store; return what a rank finds where rank 0 left a word."""
-    from torch.distributed.rendezvous import rendezvous
+    """Call `rendezvous` three times on one store; return what a rank finds where rank 0 left a word."""
+    from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
-    store, rank, world_size = next(rendezvous("env://"))
+    store, rank, world_size = next(torch_rendezvous("env://"))
     found = []
     for start in range(3):
-        room = meet_in(store, rank, world_size, 30)
+        room = rendezvous(store, rank, world_size, 30)
         if rank == 0:
             time.sleep(0.3 * (start == 1))  # the others look earlier than it writes
             room.set("word", f"{word} {start}")
@@ -166,7 +166,7 @@ def test_each_start_finds_its_own_words_in_a_store_that_stays() -> None:
 
 def test_ranks_that_do_not_come_are_named() -> None:
     with pytest.raises(OneRankError, match=r"rank 0 waits in vain for ranks \[1, 2\]"):
-        meet_in(dist.HashStore(), 0, 3, 0.1)  # type: ignore[attr-defined]
+        rendezvous(dist.HashStore(), 0, 3, 0.1)  # type: ignore[attr-defined]
 
 
 RESTARTED = """
