@@ -20,7 +20,7 @@ from dist_dcgan.config import PlaceOptions
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.opening import open_place
 from dist_dcgan.distributed.collectives import from_rank_zero
-from dist_dcgan.distributed.world import PATIENT_SECONDS, process_group, under_torchrun
+from dist_dcgan.distributed.world import SLOW_SECONDS, process_group, under_torchrun
 from dist_dcgan.loggers.pictures import check_png, save_grid
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     generator, description = load_generator(run_directory.best if options.best else run_directory.generator)
     reader = ShardReader(open_place(options.data))
     check_data(str(options.data.path), reader.manifest, description["architecture"]["image_size"])
-    with process_group(PATIENT_SECONDS) as world:
+    with process_group(SLOW_SECONDS) as world:
         extractor = load_extractor(options.extractor, options.weights, world.device)
         generator.to(world.device).to(memory_format=torch.channels_last)
         config = sampling_config(description, options.seed)

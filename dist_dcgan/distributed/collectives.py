@@ -17,13 +17,13 @@ Result = TypeVar("Result")
 def barrier(world: World) -> None:
     """Wait until all ranks are here, which may take them minutes."""
     if world.world_size > 1:
-        dist.barrier(group=world.patient)
+        dist.barrier(group=world.slow_group)
 
 
 def from_rank_zero(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Call `function` on rank 0 and return its result on all ranks; its UserError is raised on all ranks.
 
-    The others wait in `group`: the default one, or `World.patient` if `function` may take minutes.
+    The others wait in `group`: the default one, or `World.slow_group` if `function` may take minutes.
     Whatever rank 0 decides or finds wrong, no peer is left waiting for it. Any other exception of rank 0 is not
     passed on: the peers then fail with the broken connection and the process group reports the rank.
     """

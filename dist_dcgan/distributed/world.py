@@ -32,7 +32,7 @@ from shards.common.errors import OneRankError, UserError
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
-PATIENT_SECONDS = 1800.0
+SLOW_SECONDS = 1800.0
 """Most seconds that ranks wait for each other where one may have to bring data, or to compute scores."""
 MEETING_SECONDS = 300.0
 """Seconds in which all ranks must have started."""
@@ -46,7 +46,7 @@ class World:
     local_rank: int
     world_size: int
     device: torch.device
-    patient: dist.ProcessGroup | None = None
+    slow_group: dist.ProcessGroup | None = None
     """For moments at which ranks may be minutes apart, over the CPU; None where the default group serves as well."""
 
     def __str__(self) -> str:
@@ -94,8 +94,8 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
         if nodes > 1:
             require_connected(store, int(os.environ["GROUP_RANK"]), nodes, leads=local_rank == 0)
         _init(dist.PrefixStore("group", store), peers, device, timeout_seconds)  # type: ignore[attr-defined]
-        patient = _patient_group(timeout_seconds) if world_size > 1 else None
-        yield World(rank, local_rank, world_size, device, patient)
+        slow_group = _slow_group(timeout_seconds) if world_size > 1 else None
+        yield World(rank, local_rank, world_size, device, slow_group)
 
 
 def _init(store: Any, peers: Peers, device: torch.device, timeout_seconds: float) -> None:
@@ -196,7 +196,7 @@ def _die_with_torchrun() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _patient_group(timeout_seconds: float) -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout_seconds, PATIENT_SECONDS)))
+def _slow_group(timeout_seconds: float) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout_seconds, SLOW_SECONDS)))
     assert isinstance(group, dist.ProcessGroup)  # every rank is in it
     return group

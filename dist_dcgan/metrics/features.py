@@ -46,7 +46,7 @@ def extract(images: Images, count: int, extractor: Extractor, world: World) -> T
         if world.world_size == 1:
             received[0].copy_(features)
         else:
-            dist.gather(features, received or None, group=world.patient)
+            dist.gather(features, received or None, group=world.slow_group)
     return shares.flatten(0, 1)[:count]
 
 
@@ -64,7 +64,7 @@ def real_features(reader: ShardReader, extractor: Extractor, count: int, world: 
         cached.extend(_read_cache(path, (len(chosen), extractor.dimensions)))
         return bool(cached)
 
-    if from_rank_zero(look, world.patient):
+    if from_rank_zero(look, world.slow_group):
         return cached[0] if cached else torch.empty(0, extractor.dimensions)
 
     def read(places: range) -> Tensor:

@@ -100,7 +100,7 @@ def gather(world: World, value: Any) -> list[Any]:
     if not dist.is_initialized() or world.world_size == 1:
         return [value]
     values: list[Any] = [None] * world.world_size
-    dist.all_gather_object(values, value, group=world.patient)
+    dist.all_gather_object(values, value, group=world.slow_group)
     return values
 
 

@@ -93,7 +93,7 @@ def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode
                 break
 
         # Export the generator and draw the curves.
-        from_rank_zero(lambda: finish(state, run, saver, manifest), world.patient)
+        from_rank_zero(lambda: finish(state, run, saver, manifest), world.slow_group)
 
 
 def resume(state: TrainState, run: RunDirectory, digest: str) -> None:

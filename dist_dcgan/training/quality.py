@@ -72,7 +72,7 @@ class QualityMeter:
             return {}
         if not is_finite(state.generator_ema):  # on all ranks alike; the watchdog says so
             return {}
-        if self._time.share < 1 and not from_rank_zero(self._time.allows, state.world.patient):
+        if self._time.share < 1 and not from_rank_zero(self._time.allows, state.world.slow_group):
             return {}
         return self._score(self._extractor)
 
@@ -87,7 +87,7 @@ class QualityMeter:
         with self._time.spending():  # without the real images: only the first score extracts their features
             recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
             fake = extract(draw, options.fakes, extractor, state.world)
-            scores, state.best_kid = from_rank_zero(lambda: self._judge(real, fake, extractor), state.world.patient)
+            scores, state.best_kid = from_rank_zero(lambda: self._judge(real, fake, extractor), state.world.slow_group)
         return scores
 
     def _judge(self, real: Tensor, fake: Tensor, extractor: Extractor) -> tuple[dict[str, float], float | None]:
@@ -117,7 +117,7 @@ def _load(options: QualityOptions, world: World) -> Extractor | None:
         return None
     name = options.extractor
     if name == "auto":
-        if not from_rank_zero(_installed, world.patient):  # rank 0 decides, so that all ranks take part or none does
+        if not from_rank_zero(_installed, world.slow_group):  # rank 0 decides, so that all ranks take part or none does
             return None
         name = "efficientnet-lite0"
     return load_extractor(name, options.weights, world.device)
