@@ -23,13 +23,13 @@ _MOST_SHOWN = 5
 _SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
-class Place(NamedTuple):
+class Endpoint(NamedTuple):
     """Where a machine answers, and with what."""
 
     host: str
     address: str
     port: int
-    word: str
+    token: str
 
 
 def require_connected(store: Any, node: int, nodes: int, leads: bool) -> None:
@@ -55,48 +55,48 @@ def _try_all(store: Any, node: int, nodes: int) -> None:
     """Connect to all other machines, and let them connect to this one; leave what went wrong in the store."""
     with ExitStack() as stack:
         try:
-            place: Place | None = stack.enter_context(_answering())
+            endpoint: Endpoint | None = stack.enter_context(_answering())
             failures = []
         except OSError as error:
-            place, failures = None, [f"{socket.gethostname()} cannot listen ({error})"]
-        store.set(f"place {node}", json.dumps(place))
-        places = [json.loads(store.get(f"place {other}")) for other in range(nodes) if other != node]
+            endpoint, failures = None, [f"{socket.gethostname()} cannot listen ({error})"]
+        store.set(f"endpoint {node}", json.dumps(endpoint))
+        endpoints = [json.loads(store.get(f"endpoint {other}")) for other in range(nodes) if other != node]
         with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
-            found = pool.map(lambda other: _try(Place(*other)), (other for other in places if other))
+            found = pool.map(lambda other: _try(Endpoint(*other)), (other for other in endpoints if other))
             failures += [failure for failure in found if failure]
         store.set(f"failures {node}", json.dumps(failures))
         store.wait([f"failures {other}" for other in range(nodes)])  # until all have tried this one
 
 
-def _try(other: Place) -> str | None:
+def _try(other: Endpoint) -> str | None:
     """Return what is wrong with the way from this machine to another, None where nothing is."""
     here = socket.gethostname()
     try:
         with socket.create_connection((other.address, other.port), timeout=_SECONDS_TO_CONNECT) as connection:
-            heard = connection.recv(len(other.word), socket.MSG_WAITALL).decode(errors="replace")
+            heard = connection.recv(len(other.token), socket.MSG_WAITALL).decode(errors="replace")
     except OSError as error:
         return f"{here} cannot connect to {other.host} at {other.address} ({error})"
-    if heard != other.word:
+    if heard != other.token:
         return f"{here} meets another program at {other.address}, which {other.host} takes for its address"
     return None
 
 
 @contextmanager
-def _answering() -> Iterator[Place]:
+def _answering() -> Iterator[Endpoint]:
     """Answer whoever connects with a word; yield where."""
-    word, address = secrets.token_hex(8), own_address()
+    token, address = secrets.token_hex(8), own_address()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family, backlog=1024) as server:
-        thread = threading.Thread(target=_answer, args=(server, word.encode()), name="connections", daemon=True)
+        thread = threading.Thread(target=_answer, args=(server, token.encode()), name="connections", daemon=True)
         thread.start()
         try:
-            yield Place(socket.gethostname(), address, server.getsockname()[1], word)
+            yield Endpoint(socket.gethostname(), address, server.getsockname()[1], token)
         finally:
             server.shutdown(socket.SHUT_RDWR)  # wakes the thread
             thread.join()
 
 
-def _answer(server: socket.socket, word: bytes) -> None:
+def _answer(server: socket.socket, token: bytes) -> None:
     while True:
         try:
             connection, _ = server.accept()
@@ -105,7 +105,7 @@ def _answer(server: socket.socket, word: bytes) -> None:
                 return
             continue  # whoever came has gone
         with connection, suppress(OSError):
-            connection.sendall(word)
+            connection.sendall(token)
 
 
 def own_address() -> str:

@@ -12,25 +12,25 @@ import pytest
 import torch.distributed as dist
 
 from dist_dcgan.distributed import connections
-from dist_dcgan.distributed.connections import Place, own_address, require_connected
+from dist_dcgan.distributed.connections import Endpoint, own_address, require_connected
 from shards.common.errors import UserError
 
 MACHINES = 3
 
 
 class Store:
-    """A store in which one machine's place is what a test makes of it."""
+    """A store in which one machine's endpoint is what a test makes of it."""
 
     def __init__(self, store: Any, altered: dict[str, Any], visited: bool) -> None:
         self._store, self._altered, self._visited = store, altered, visited
 
     def set(self, key: str, value: str) -> None:
-        if key.startswith("place") and self._visited:
-            place = Place(*json.loads(value))
-            with socket.create_connection((place.address, place.port)) as visit:  # and is reset when it is closed
+        if key.startswith("endpoint") and self._visited:
+            endpoint = Endpoint(*json.loads(value))
+            with socket.create_connection((endpoint.address, endpoint.port)) as visit:  # and is reset when it is closed
                 visit.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        if key == "place 1":
-            value = json.dumps(Place(*json.loads(value))._replace(**self._altered))
+        if key == "endpoint 1":
+            value = json.dumps(Endpoint(*json.loads(value))._replace(**self._altered))
         self._store.set(key, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -68,7 +68,7 @@ def test_all_ranks_hear_of_a_machine_that_cannot_be_reached() -> None:
 
 
 def test_an_address_that_belongs_to_another_machine_is_told() -> None:
-    heard = what_ranks_hear(host="far", word="another word, as long")
+    heard = what_ranks_hear(host="far", token="another word, as long")
     assert len(set(heard)) == 1 and heard[0].count(", which far takes for its address") == 2
 
 
