@@ -6,25 +6,25 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dist_dcgan.distributed.peers import Place
+from dist_dcgan.distributed.peers import RankProcess
 from shards.common.errors import UserError
 
 _HOSTS_SHOWN = 5
 
 
-def agreed_device(places: Mapping[int, Place], rank: int, lenient: bool = False) -> torch.device:
+def agreed_device(processes: Mapping[int, RankProcess], rank: int, lenient: bool = False) -> torch.device:
     """Return the device of `rank`: its GPU if every rank has one, the CPU if no rank has.
 
-    All ranks call it with the same `places`, so that all decide alike: a rank that went to the CPU by itself would
+    All ranks call it with the same `processes`, so that all decide alike: a rank that went to the CPU by itself would
     leave the others waiting in NCCL's start. Raises UserError, on all ranks, with the hosts whose ranks lack a GPU; if
     `lenient`, all take the CPU then.
     """
-    lacking = [other for other, place in places.items() if place.local_rank >= place.gpus]
+    lacking = [other for other, process in processes.items() if process.local_rank >= process.gpus]
     if not lacking:
-        return torch.device("cuda", places[rank].local_rank)
-    if lenient or all(place.gpus == 0 for place in places.values()):
+        return torch.device("cuda", processes[rank].local_rank)
+    if lenient or all(process.gpus == 0 for process in processes.values()):
         return torch.device("cpu")
-    raise UserError(_lacking(places, sorted(lacking)))
+    raise UserError(_lacking(processes, sorted(lacking)))
 
 
 def set_up(device: torch.device) -> None:
@@ -34,25 +34,25 @@ def set_up(device: torch.device) -> None:
         torch.backends.cudnn.allow_tf32 = False
 
 
-def _lacking(places: Mapping[int, Place], lacking: Sequence[int]) -> str:
+def _lacking(processes: Mapping[int, RankProcess], lacking: Sequence[int]) -> str:
     """Return one line on the ranks that lack a GPU, by host, with the remedy."""
     by_host: dict[str, list[int]] = {}
     for rank in lacking:
-        by_host.setdefault(places[rank].host, []).append(rank)
+        by_host.setdefault(processes[rank].host, []).append(rank)
     found = []
     for host, ranks in by_host.items():
-        gpus, size = places[ranks[0]].gpus, sum(place.host == host for place in places.values())
+        gpus, size = processes[ranks[0]].gpus, sum(process.host == host for process in processes.values())
         shown = f"{gpus} GPU{'s' if gpus > 1 else ''} for {size} ranks" if gpus else "no GPU"
         found.append(f"host {host} shows {shown} ({_span(ranks)})")
     more = f"; and {len(found) - _HOSTS_SHOWN} more" if len(found) > _HOSTS_SHOWN else ""
-    fewest = min(places[rank].gpus for rank in lacking)
+    fewest = min(processes[rank].gpus for rank in lacking)
     remedy = (
         f"use --nproc_per_node={fewest}"
         if fewest
         else "mend the driver there (does nvidia-smi show the GPUs?), take the host out, or set CUDA_VISIBLE_DEVICES= "
         "on all hosts to use CPUs"
     )
-    others = "" if len(lacking) == len(places) else ", the other ranks have one each"
+    others = "" if len(lacking) == len(processes) else ", the other ranks have one each"
     return f"{'; '.join(found[:_HOSTS_SHOWN])}{more}{others}: {remedy}"
 
 

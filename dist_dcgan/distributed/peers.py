@@ -36,7 +36,7 @@ _SECONDS_BETWEEN_LOOKS_A_RANK = 0.001  # all of them ask one store
 _MOST_SHOWN = 5
 
 
-class Place(NamedTuple):
+class RankProcess(NamedTuple):
     """Where a rank runs, and what it has."""
 
     host: str
@@ -85,20 +85,20 @@ class Peers:
         self._store, self.rank, self.world_size = store, rank, world_size
         self._reported = False
         self._answered = False
-        self._neighbours: dict[int, Place] = {}
-        self._write("places", Place(socket.gethostname(), os.getpid(), _machine(), local_rank, gpus))
+        self._neighbours: dict[int, RankProcess] = {}
+        self._write("processes", RankProcess(socket.gethostname(), os.getpid(), _machine(), local_rank, gpus))
 
-    def everyone(self, patience_seconds: float) -> dict[int, Place]:
-        """Return the places of all ranks by rank, when all have entered; each rank calls it once.
+    def everyone(self, patience_seconds: float) -> dict[int, RankProcess]:
+        """Return the processes of all ranks by rank, when all have entered; each rank calls it once.
 
         Raises torch's DistError if they do not in `patience_seconds`.
         """
         if self._store.add("entered", 1) == self.world_size:
             self._store.set("all entered", "")
         self._store.wait(["all entered"], timedelta(seconds=patience_seconds))
-        places = self._places()
-        self._neighbours = {rank: place for rank, place in places.items() if _is_here(place)}
-        return places
+        processes = self._processes()
+        self._neighbours = {rank: process for rank, process in processes.items() if _is_here(process)}
+        return processes
 
     def report(self, why: str) -> None:
         """Say that this rank fails by itself, and why."""
@@ -151,33 +151,33 @@ class Peers:
         return True
 
     def _neighbour_ended(self) -> bool:
-        ended = {rank for rank, place in self._neighbours.items() if _has_ended(place)}
+        ended = {rank for rank, process in self._neighbours.items() if _has_ended(process)}
         return bool(ended - self._read("leaves").keys()) if ended else False
 
     def _explain(self) -> list[str]:
         deadline = time.monotonic() + _SECONDS_TO_ASK
         while True:
             ends = self._read("ends")
-            places = self._places()  # after the ends: who has ended had a place before
+            processes = self._processes()  # after the ends: a rank that has ended had entered before
             reasons = {rank: why for rank, why in ends.items() if why is not None}
             if reasons:
-                return [f"{_name(rank, places[rank])} failed: {why}" for rank, why in reasons.items()]
+                return [f"{_name(rank, processes[rank])} failed: {why}" for rank, why in reasons.items()]
             silent = [rank for rank in range(self.world_size) if rank not in ends]
-            if time.monotonic() > deadline or all(rank in places and _has_ended(places[rank]) for rank in silent):
-                return self._fates(silent, places)
+            if time.monotonic() > deadline or all(rank in processes and _has_ended(processes[rank]) for rank in silent):
+                return self._fates(silent, processes)
             time.sleep(max(_SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS_A_RANK * self.world_size))
 
-    def _fates(self, silent: list[int], places: dict[int, Place]) -> list[str]:
+    def _fates(self, silent: list[int], processes: dict[int, RankProcess]) -> list[str]:
         """Return what became of the ranks that have not come; those that answer count only if there are no others."""
         answers = self._read("answers")
         lost = [
-            _fate(rank, places[rank]) if rank in places else f"rank {rank} has not come"
+            _fate(rank, processes[rank]) if rank in processes else f"rank {rank} has not come"
             for rank in silent
-            if rank not in answers or _has_ended(places[rank])
+            if rank not in answers or _has_ended(processes[rank])
         ]
         if lost or not silent:
             return lost
-        shown = [f"{_name(rank, places[rank])} is busy or waits {answers[rank]}" for rank in silent[:_MOST_SHOWN]]
+        shown = [f"{_name(rank, processes[rank])} is busy or waits {answers[rank]}" for rank in silent[:_MOST_SHOWN]]
         return shown + ([f"{len(silent) - _MOST_SHOWN} more do"] if len(silent) > _MOST_SHOWN else [])
 
     def _write(self, board: str, content: Any) -> None:
@@ -189,8 +189,8 @@ class Peers:
             return {}
         return dict(json.loads(line) for line in self._store.get(board).decode().splitlines())
 
-    def _places(self) -> dict[int, Place]:
-        return {rank: Place(*place) for rank, place in self._read("places").items()}
+    def _processes(self) -> dict[int, RankProcess]:
+        return {rank: RankProcess(*process) for rank, process in self._read("processes").items()}
 
     def _ask(self, question: Callable[[], object]) -> None:
         """Ask the store, which may be gone or cut off, in a thread that need not come back."""
@@ -222,28 +222,28 @@ def _main_threads_line() -> str:
     return f"at {Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
-def _name(rank: int, place: Place) -> str:
-    return f"rank {rank} on {place.host} (process {place.pid})"
+def _name(rank: int, process: RankProcess) -> str:
+    return f"rank {rank} on {process.host} (process {process.pid})"
 
 
-def _is_here(place: Place) -> bool:
-    return place.machine != "" and place.machine == _machine()
+def _is_here(process: RankProcess) -> bool:
+    return process.machine != "" and process.machine == _machine()
 
 
-def _has_ended(place: Place) -> bool:
+def _has_ended(process: RankProcess) -> bool:
     """Return whether a process is known to have ended."""
-    return _is_here(place) and not _alive(place.pid)
+    return _is_here(process) and not _alive(process.pid)
 
 
-def _fate(rank: int, place: Place) -> str:
+def _fate(rank: int, process: RankProcess) -> str:
     """Return what became of a rank that says nothing; it is killed if it can be."""
-    if _has_ended(place):
-        return f"{_name(rank, place)} has ended"
-    if not _is_here(place):
-        return f"{_name(rank, place)} does not answer"
+    if _has_ended(process):
+        return f"{_name(rank, process)} has ended"
+    if not _is_here(process):
+        return f"{_name(rank, process)} does not answer"
     with suppress(ProcessLookupError):  # it ended meanwhile
-        os.kill(place.pid, signal.SIGKILL)
-    return f"{_name(rank, place)} does not answer and is killed"
+        os.kill(process.pid, signal.SIGKILL)
+    return f"{_name(rank, process)} does not answer and is killed"
 
 
 def _alive(pid: int) -> bool:

@@ -19,7 +19,7 @@ from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.distributed import world
 from dist_dcgan.distributed.devices import agreed_device, set_up
-from dist_dcgan.distributed.peers import Peers, Place
+from dist_dcgan.distributed.peers import Peers, RankProcess
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training.steps import is_out_of_memory
 from shards.common.errors import UserError
@@ -27,18 +27,18 @@ from shards.common.errors import UserError
 GPU = torch.device("cuda", 3)
 
 
-def places(*gpus: int, each: int = 2) -> dict[int, Place]:
+def processes(*gpus: int, each: int = 2) -> dict[int, RankProcess]:
     """`each` ranks per host, whose numbers of GPUs are given."""
     hosts = [(f"n{host}", local, count) for host, count in enumerate(gpus) for local in range(each)]
-    return {rank: Place(host, rank, host, local, count) for rank, (host, local, count) in enumerate(hosts)}
+    return {rank: RankProcess(host, rank, host, local, count) for rank, (host, local, count) in enumerate(hosts)}
 
 
 def test_every_rank_takes_its_gpu() -> None:
-    assert [str(agreed_device(places(2, 8), rank)) for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert [str(agreed_device(processes(2, 8), rank)) for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
 
 
 def test_all_take_the_cpu_if_nobody_has_a_gpu() -> None:
-    assert str(agreed_device(places(0, 0), 3)) == "cpu"
+    assert str(agreed_device(processes(0, 0), 3)) == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def test_all_take_the_cpu_if_nobody_has_a_gpu() -> None:
     ],
 )
 def test_hosts_that_lack_gpus_are_named_on_all_ranks(gpus: tuple[int, ...], text: str) -> None:
-    all_places = places(*gpus, each=8)
-    for rank in (0, len(all_places) - 1):
+    all_processes = processes(*gpus, each=8)
+    for rank in (0, len(all_processes) - 1):
         with pytest.raises(UserError, match=text):
-            agreed_device(all_places, rank)
-        assert str(agreed_device(all_places, rank, lenient=True)) == "cpu"
+            agreed_device(all_processes, rank)
+        assert str(agreed_device(all_processes, rank, lenient=True)) == "cpu"
 
 
 @pytest.fixture
