@@ -33,7 +33,7 @@ def _location(value: Any) -> Any:
 Location = Annotated[Path | str, BeforeValidator(_location)]
 
 
-class PlaceOptions(Options):
+class LocationOptions(Options):
     """Where a data set lies."""
 
     path: Location = _changeable(Path("data/bedroom_train"))
@@ -46,7 +46,7 @@ class PlaceOptions(Options):
     """Take `pipe:COMMAND` for a path: the shell command prints the file whose name stands for `{}` in it."""
 
 
-class DataOptions(PlaceOptions):
+class DataOptions(LocationOptions):
     """Where the images come from and in which order."""
 
     window_shards: int = Field(16, ge=1)

@@ -16,9 +16,9 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
-from dist_dcgan.config import PlaceOptions
+from dist_dcgan.config import LocationOptions
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.data.storage.opening import open_place
+from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.collectives import from_rank_zero
 from dist_dcgan.distributed.world import SLOW_SECONDS, process_group, under_torchrun
 from dist_dcgan.loggers.pictures import check_png, save_grid
@@ -43,7 +43,7 @@ class Evaluate(Options):
 
     run_dir: CliPositionalArg[Path]
     """Folder of the run."""
-    data: PlaceOptions = PlaceOptions()
+    data: LocationOptions = LocationOptions()
     """Shards to score against: the training split, as is usual for LSUN."""
     best: bool = False
     """Score the best generator so far by KID instead of the latest."""
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     check_sheet(options)
     run_directory = RunDirectory(options.run_dir)
     generator, description = load_generator(run_directory.best if options.best else run_directory.generator)
-    reader = ShardReader(open_place(options.data))
+    reader = ShardReader(open_location(options.data))
     check_data(str(options.data.path), reader.manifest, description["architecture"]["image_size"])
     with process_group(SLOW_SECONDS) as world:
         extractor = load_extractor(options.extractor, options.weights, world.device)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 
 from dist_dcgan.config import Config, Plan, from_command_line, make_plan, to_yaml
-from dist_dcgan.data.storage.location import Place
-from dist_dcgan.data.storage.opening import open_place
+from dist_dcgan.data.storage.location import DatasetLocation
+from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.world import under_torchrun, world_size_of_launch
 from dist_dcgan.models.networks import Discriminator, Generator, count_parameters, require_image_size
 from dist_dcgan.training.loop import train
@@ -27,15 +27,15 @@ from shards.manifest import Manifest
 def main(argv: Sequence[str]) -> None:
     """Train, or with --dry-run print what would be trained."""
     config, invocation = from_command_line(argv, about=__doc__)
-    place = open_place(config.data)
-    manifest = place.manifest
+    location = open_location(config.data)
+    manifest = location.manifest
     require_image_size(manifest.image_size, str(config.data.path))
     if invocation.dry_run:
         world_size = invocation.world_size or world_size_of_launch(None)
         describe(config, make_plan(config, world_size, manifest.samples), manifest)
         return
     plan = make_plan(config, world_size_of_launch(invocation.world_size), manifest.samples)
-    train_or_explain(config, plan, place, invocation.resume)
+    train_or_explain(config, plan, location, invocation.resume)
 
 
 def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
@@ -56,10 +56,10 @@ def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
     print("will it run here:  `python -m dist_dcgan.doctor` with the same flags tries it, under torchrun on all ranks")
 
 
-def train_or_explain(config: Config, plan: Plan, place: Place, resume: str) -> None:
+def train_or_explain(config: Config, plan: Plan, location: DatasetLocation, resume: str) -> None:
     """Train; when memory runs out, say with which batch and what to try."""
     try:
-        train(config, plan, place, resume)
+        train(config, plan, location, resume)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

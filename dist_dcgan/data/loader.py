@@ -17,7 +17,7 @@ from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.order import Indices, SampleOrder, rank_slots
 from dist_dcgan.data.prefetch import ClosedError, ShardPrefetcher
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.data.storage.location import Place
+from dist_dcgan.data.storage.location import DatasetLocation
 from dist_dcgan.distributed.node import NodeStore
 from dist_dcgan.distributed.world import World
 from dist_dcgan.random_streams import Key, uniform
@@ -49,15 +49,21 @@ class BatchLoader:
     """
 
     def __init__(
-        self, place: Place, config: Config, plan: Plan, world: World, first_step: int, node: NodeStore | None = None
+        self,
+        location: DatasetLocation,
+        config: Config,
+        plan: Plan,
+        world: World,
+        first_step: int,
+        node: NodeStore | None = None,
     ) -> None:
-        """Read from `place`; the ranks of `node` (by default this one alone) share the checking of shards."""
+        """Read from `location`; the ranks of `node` (by default this one alone) share the checking of shards."""
         self.plan, self._world = plan, world
         self._patience_seconds = _PATIENCE * config.distributed.timeout_seconds
-        self._order = SampleOrder(place.manifest, config.seed, config.data.window_shards)
-        self._prefetcher = ShardPrefetcher(place, self._order, node or NodeStore(), *self._positions(first_step))
-        self._reader = ShardReader(place, self._prefetcher.file)
-        self._image_size = place.manifest.image_size
+        self._order = SampleOrder(location.manifest, config.seed, config.data.window_shards)
+        self._prefetcher = ShardPrefetcher(location, self._order, node or NodeStore(), *self._positions(first_step))
+        self._reader = ShardReader(location, self._prefetcher.file)
+        self._image_size = location.manifest.image_size
         self._slots = rank_slots(plan.global_batch, world.rank, world.world_size)
         self._copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self._first_step = first_step

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dist_dcgan.data.order import SampleOrder
-from dist_dcgan.data.storage.location import FileState, Place, ShardFile
+from dist_dcgan.data.storage.location import DatasetLocation, FileState, ShardFile
 from dist_dcgan.distributed.node import NodeStore
 from shards.common.errors import UserError
 
@@ -35,13 +35,15 @@ class ShardPrefetcher:
     `seconds` counts the time that the thread was busy; `awaited` says what who reads is doing.
     """
 
-    def __init__(self, place: Place, order: SampleOrder, node: NodeStore, epoch: int, positions: range) -> None:
+    def __init__(
+        self, location: DatasetLocation, order: SampleOrder, node: NodeStore, epoch: int, positions: range
+    ) -> None:
         """Begin where samples at `positions` of `epoch` are read first.
 
         Raises UserError where the shards that are in use at a time cannot be kept at a time.
         """
-        place.require_room(shards_at_a_time(order, len(positions)))
-        self._place, self._order, self._node = place, order, node
+        location.require_room(shards_at_a_time(order, len(positions)))
+        self._location, self._order, self._node = location, order, node
         self._files: dict[int, tuple[int, ShardFile]] = {}
         self._epoch, self._read = epoch, self._windows(epoch, positions)
         self._moved = threading.Condition()
@@ -76,7 +78,7 @@ class ShardPrefetcher:
         """
         epoch, file = self._files.get(shard, (-1, None))
         if file is None or epoch != self._epoch:
-            self.awaited = f"waiting for {self._place.manifest.shards[shard].name}"
+            self.awaited = f"waiting for {self._location.manifest.shards[shard].name}"
             file = self._await(_topic(self._epoch, shard))
             self.awaited = "reading"
             self._files[shard] = self._epoch, file
@@ -100,7 +102,7 @@ class ShardPrefetcher:
                 if not self._may_prepare(window.number):
                     return
                 in_use = range(max(0, self._read.start - 1), window.number + 1)  # other ranks may be one behind
-                self._place.keep({shard for number in in_use for shard in self._order.window(number).shards})
+                self._location.keep({shard for number in in_use for shard in self._order.window(number).shards})
                 for shard in window.shards:
                     if self._closing:
                         return
@@ -122,7 +124,7 @@ class ShardPrefetcher:
     def _prepare(self, topic: str, shard: int) -> None:
         started = time.perf_counter()
         try:
-            file = self._place.ready(shard)
+            file = self._location.ready(shard)
             found = {"path": str(file.path), "state": file.state}
         except UserError as error:
             found = {"error": str(error)}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_dcgan.data.order import Indices
-from dist_dcgan.data.storage.location import Place, ShardFile, changed, state_of, unreadable
+from dist_dcgan.data.storage.location import DatasetLocation, ShardFile, changed, state_of, unreadable
 from shards.common.errors import UserError
 from shards.reader import NAME_FIELD
 
@@ -35,10 +35,10 @@ class ShardReader:
     server that went away, is then an error with the shard's name, and not the death of the process by SIGBUS.
     """
 
-    def __init__(self, place: Place, files: Callable[[int], ShardFile] | None = None) -> None:
-        """Read from `place`; `files` returns the checked file of a shard, by default when it is first used."""
-        self.manifest, self._place = place.manifest, place
-        self._files = files or lru_cache(maxsize=None)(place.ready)
+    def __init__(self, location: DatasetLocation, files: Callable[[int], ShardFile] | None = None) -> None:
+        """Read from `location`; `files` returns the checked file of a shard, by default when it is first used."""
+        self.manifest, self._location = location.manifest, location
+        self._files = files or lru_cache(maxsize=None)(location.ready)
         self._streams: dict[int, _Stream] = {}  # the longest unused first
         counts = np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
         self._ends = np.cumsum(counts)
@@ -64,16 +64,16 @@ class ShardReader:
         shards = np.searchsorted(self._ends, samples, "right")
         offsets = (samples - self._firsts[shards]) * self.manifest.layout.stride + start
         opened = self._opened(np.unique(shards).tolist())
-        view, place = memoryview(out).cast("B"), 0
+        view, position = memoryview(out).cast("B"), 0
         for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
             source = opened[shard]
             try:
-                count = os.preadv(source.file.fileno(), [view[place : place + length]], offset)
+                count = os.preadv(source.file.fileno(), [view[position : position + length]], offset)
             except OSError as error:
                 raise unreadable(source.found.path, error) from None
             if count != length:
                 raise changed(source.found.path)
-            place += length
+            position += length
         for source in opened.values():  # behind the reading: what it returned was read before any change
             if state_of(source.file) != source.found.state:
                 raise changed(source.found.path)
@@ -107,7 +107,7 @@ class ShardReader:
                 return _Stream(asked, file, stream)
             if stream is not None:
                 stream.close()
-            file = self._place.ready(shard)
+            file = self._location.ready(shard)
         if stream is not None:
             raise changed(file.path)
         raise UserError(f"shard {file.path} has gone: nobody may remove it during training")

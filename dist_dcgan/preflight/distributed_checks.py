@@ -74,23 +74,23 @@ def all_reduce(subject: Subject) -> Finding:
 
 def all_reduce_gradients(subject: Subject) -> Finding:
     """Add up as much as a step does."""
-    assert subject.place is not None
-    elements = gradient_elements(subject.config, subject.place.manifest.image_size)
+    assert subject.location is not None
+    elements = gradient_elements(subject.config, subject.location.manifest.image_size)
     seconds = _seconds_of_sum(subject.world, elements, _LARGE_REPEATS)
     return Finding("ok", f"{4 * elements / 1e6:,.1f} MB, the gradients of a step, in {1000 * seconds:,.1f} ms")
 
 
 def training_step(subject: Subject) -> Finding:
     """Build networks and optimizers and take some steps on random images, as training does, timing the last."""
-    assert subject.place is not None and subject.plan is not None
+    assert subject.location is not None and subject.plan is not None
     world, made = subject.world, subject.plan
     seconds = 0.0
     try:
         with training_stream(world.device):
-            state = TrainState(subject.config, made, world, subject.place.manifest.image_size)
-            take_step = prepare_step(state, subject.place.manifest.image_size)
+            state = TrainState(subject.config, made, world, subject.location.manifest.image_size)
+            take_step = prepare_step(state, subject.location.manifest.image_size)
             for _ in range(_steps(state)):
-                images = _random_images(state, subject.place.manifest.image_size)
+                images = _random_images(state, subject.location.manifest.image_size)
                 started = _now(world)
                 take_step(images)
                 seconds = _now(world) - started
@@ -129,8 +129,8 @@ def parameters(subject: Subject) -> Finding:
 
 def scores(subject: Subject) -> Finding:
     """Load what scores images while training; every rank takes part."""
-    assert subject.state is not None and subject.place is not None
-    QualityMeter(subject.state, ShardReader(subject.place), RunDirectory(subject.config.run_dir))
+    assert subject.state is not None and subject.location is not None
+    QualityMeter(subject.state, ShardReader(subject.location), RunDirectory(subject.config.run_dir))
     options = subject.config.quality
     if subject.state.plan.total_steps * subject.state.plan.global_batch < options.every_images:
         return Finding("ok", f"none: the run ends before {options.every_images:,} images")

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch.distributed as dist
 
 from dist_dcgan.config import Config, Invocation, Plan
-from dist_dcgan.data.storage.location import Place
+from dist_dcgan.data.storage.location import DatasetLocation
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training.train_state import TrainState
 from shards.common.errors import OneRankError, UserError
@@ -44,7 +44,7 @@ class Subject:
     world: World
     lost: str | None = None
     """Why this rank stands alone, where it did not find the others."""
-    place: Place | None = None
+    location: DatasetLocation | None = None
     plan: Plan | None = None
     state: TrainState | None = None
 

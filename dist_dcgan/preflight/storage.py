@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 from dist_dcgan.config import Config, Plan, make_plan, to_yaml
 from dist_dcgan.data.order import SampleOrder
 from dist_dcgan.data.prefetch import shards_at_a_time
-from dist_dcgan.data.storage.location import Place
-from dist_dcgan.data.storage.opening import open_place
+from dist_dcgan.data.storage.location import DatasetLocation
+from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.world import world_size_of_launch
 from dist_dcgan.models.networks import Discriminator, Generator, require_image_size
 from dist_dcgan.preflight.results import Finding, Subject, counted
@@ -35,10 +35,10 @@ def data_set(subject: Subject, stack: ExitStack) -> Finding:
     if options.cache_dir is not None:
         folder = stack.enter_context(probe_folder(options.cache_dir))
         options = options.model_copy(update={"cache_dir": folder / "cache"})
-    place = open_place(options)
-    manifest = place.manifest
+    location = open_location(options)
+    manifest = location.manifest
     require_image_size(manifest.image_size, str(options.path))
-    subject.place = place
+    subject.location = location
     digest = manifest.digest()[:12]
     shards = counted(len(manifest.shards), "shard")
     found = f"{manifest.samples:,} images of {manifest.image_size} pixels in {shards}, digest {digest}"
@@ -50,12 +50,12 @@ def first_shard(subject: Subject) -> Finding | None:
     """Read the shard that training begins with, on one rank of each node, against its SHA-256."""
     if subject.world.local_rank != 0:
         return None
-    place = _place(subject)
+    location = _location(subject)
     shard = _order(subject).window(0).shards[0]
     started = time.perf_counter()
-    place.ready(shard)
+    location.ready(shard)
     seconds = time.perf_counter() - started
-    entry = place.manifest.shards[shard]
+    entry = location.manifest.shards[shard]
     rate = entry.bytes / 1e6 / seconds
     return Finding("ok", f"{entry.name} matches its SHA-256: {entry.bytes / 1e6:,.1f} MB at {rate:,.0f} MB/s")
 
@@ -63,7 +63,7 @@ def first_shard(subject: Subject) -> Finding | None:
 def plan(subject: Subject) -> Finding:
     """Divide the data set and the batch among the ranks."""
     config, invocation = subject.config, subject.invocation
-    made = make_plan(config, world_size_of_launch(invocation.world_size), _place(subject).manifest.samples)
+    made = make_plan(config, world_size_of_launch(invocation.world_size), _location(subject).manifest.samples)
     subject.plan = made
     found = (
         f"{made.total_steps:,} steps of {made.global_batch} images, {made.batch_per_rank} per rank; "
@@ -77,9 +77,9 @@ def shuffling(subject: Subject) -> Finding:
     """Say among how many images the order is random."""
     order, made = _order(subject), _plan(subject)
     shards = order.window(0).shards
-    images = sum(_place(subject).manifest.shards[shard].samples for shard in shards)
+    images = sum(_location(subject).manifest.shards[shard].samples for shard in shards)
     found = f"among {images:,} images at a time ({counted(len(shards), 'shard')})"
-    everything = len(shards) == len(_place(subject).manifest.shards)
+    everything = len(shards) == len(_location(subject).manifest.shards)
     if everything or images >= _FEW_BATCHES * made.global_batch:
         return Finding("ok", found)
     return Finding("ok", f"{found}, few batches of {made.global_batch}: a larger --data.window-shards shuffles better")
@@ -90,10 +90,10 @@ def cache(subject: Subject) -> Finding | None:
     folder, gigabytes = subject.config.data.cache_dir, subject.config.data.cache_gb
     if folder is None or subject.world.local_rank != 0:
         return None
-    place = _place(subject)
-    place.require_room(shards_at_a_time(_order(subject), _plan(subject).global_batch))
+    location = _location(subject)
+    location.require_room(shards_at_a_time(_order(subject), _plan(subject).global_batch))
     try_writing(folder)
-    total = sum(entry.bytes for entry in place.manifest.shards)
+    total = sum(entry.bytes for entry in location.manifest.shards)
     staged = sum(path.stat().st_size for path in folder.glob("*.tar"))
     required = max(min(round(gigabytes * 1e9), total) - staged, 0)
     require_room(folder, required, "the cache takes", "a smaller --data.cache-gb, or another --data.cache-dir")
@@ -110,8 +110,8 @@ def run_directory(subject: Subject) -> Finding | None:
     newest = load_newest(run.checkpoints)
     if newest is None:
         return Finding("ok", f"{run.path} is free for a new run")
-    if subject.place is not None and subject.plan is not None:
-        digest = subject.place.manifest.digest()
+    if subject.location is not None and subject.plan is not None:
+        digest = subject.location.manifest.digest()
         require_same_run(run, subject.config, subject.plan.global_batch, digest, newest.values)
     return Finding("ok", f"{run.path} holds this run, which goes on from step {newest.values['step']:,}")
 
@@ -135,7 +135,7 @@ def room(subject: Subject) -> Finding | None:
     if not subject.world.is_main:
         return None
     run, config = RunDirectory(subject.config.run_dir), subject.config
-    image_size, steps = _place(subject).manifest.image_size, _plan(subject).total_steps
+    image_size, steps = _location(subject).manifest.image_size, _plan(subject).total_steps
     each, exports = checkpoint_bytes(config, image_size), export_bytes(config, image_size)
     # One more than are kept, for the next is whole before the oldest goes.
     kept = config.checkpoint.keep + 1 + steps // (config.checkpoint.keep_every_steps or steps + 1)
@@ -216,12 +216,12 @@ def _bytes(network: torch.nn.Module) -> int:
 
 
 def _order(subject: Subject) -> SampleOrder:
-    return SampleOrder(_place(subject).manifest, subject.config.seed, subject.config.data.window_shards)
+    return SampleOrder(_location(subject).manifest, subject.config.seed, subject.config.data.window_shards)
 
 
-def _place(subject: Subject) -> Place:
-    assert subject.place is not None
-    return subject.place
+def _location(subject: Subject) -> DatasetLocation:
+    assert subject.location is not None
+    return subject.location
 
 
 def _plan(subject: Subject) -> Plan:

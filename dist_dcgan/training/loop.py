@@ -10,7 +10,7 @@ from typing import Any
 from dist_dcgan.config import Config, Plan, to_values
 from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.reader import ShardReader
-from dist_dcgan.data.storage.location import Place
+from dist_dcgan.data.storage.location import DatasetLocation
 from dist_dcgan.distributed.collectives import barrier, from_rank_zero, require_same
 from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import World, process_group
@@ -31,13 +31,13 @@ from dist_dcgan.training.watchdog import was_skipped
 from shards.manifest import Manifest
 
 
-def train(config: Config, plan: Plan, place: Place, resume_mode: str) -> None:
+def train(config: Config, plan: Plan, place: DatasetLocation, resume_mode: str) -> None:
     """Train until the last step or a stop signal; every rank calls it with the same arguments."""
     with process_group(config.distributed.timeout_seconds) as world:
         train_in(world, config, plan, place, resume_mode)
 
 
-def train_in(world: World, config: Config, plan: Plan, place: Place, resume_mode: str) -> None:
+def train_in(world: World, config: Config, plan: Plan, place: DatasetLocation, resume_mode: str) -> None:
     """Train as one rank of `world`."""
     manifest = place.manifest
     with ExitStack() as stack:

@@ -27,7 +27,7 @@ from pydantic import Field
 from dist_dcgan.config import Config, Plan, make_plan
 from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.data.order import Indices, SampleOrder
-from dist_dcgan.data.storage.location import Place, ShardFile
+from dist_dcgan.data.storage.location import DatasetLocation, ShardFile
 from dist_dcgan.distributed.collectives import average_across_ranks
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training.stopping import StepAgreement
@@ -167,17 +167,17 @@ class Nowhere:
         raise AssertionError
 
 
-def slices_make_up_the_batch(place: Place, config: Config, plan: Plan, steps: Sequence[int]) -> bool:
+def slices_make_up_the_batch(location: DatasetLocation, config: Config, plan: Plan, steps: Sequence[int]) -> bool:
     """Return whether the samples of all ranks, one after the other, are the global batch at each of `steps`.
 
     Every rank has the product's own loader; none of them reads anything.
     """
     found: dict[int, list[Indices]] = {step: [] for step in steps}
     for rank in range(plan.world_size):
-        loader = BatchLoader(place, config, plan, World(rank, rank, plan.world_size, torch.device("cpu")), 0)
+        loader = BatchLoader(location, config, plan, World(rank, rank, plan.world_size, torch.device("cpu")), 0)
         for step in steps:
             found[step].append(loader.samples(step))
-    order = SampleOrder(place.manifest, config.seed, config.data.window_shards)
+    order = SampleOrder(location.manifest, config.seed, config.data.window_shards)
     for step, slices in found.items():
         epoch, start = divmod(step * plan.global_batch, plan.steps_per_epoch * plan.global_batch)
         together, expected = np.concatenate(slices), order.samples(epoch, start, start + plan.global_batch)
@@ -188,9 +188,9 @@ def slices_make_up_the_batch(place: Place, config: Config, plan: Plan, steps: Se
     return True
 
 
-def order_seconds(place: Place, config: Config, plan: Plan) -> float:
+def order_seconds(location: DatasetLocation, config: Config, plan: Plan) -> float:
     """Return the seconds a step in which rank 0 finds out its samples, over steps in a row."""
-    loader = BatchLoader(place, config, plan, World(0, 0, plan.world_size, torch.device("cpu")), 0)
+    loader = BatchLoader(location, config, plan, World(0, 0, plan.world_size, torch.device("cpu")), 0)
     loader.samples(0)
     started = time.perf_counter()
     for step in range(1, 1 + TIMED_STEPS):

@@ -24,8 +24,8 @@ from dist_dcgan.data.loader import BatchLoader
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage import remote
 from dist_dcgan.data.storage.cache import Cache
-from dist_dcgan.data.storage.location import Folder, Place
-from dist_dcgan.data.storage.opening import open_place
+from dist_dcgan.data.storage.location import DatasetLocation, Folder
+from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.data.storage.remote import OtherFolder
 from dist_dcgan.distributed.world import World
 from shards.common.errors import OneRankError, UserError
@@ -57,11 +57,11 @@ def web(source: Path) -> Iterator[str]:
         thread.join()
 
 
-def staged(location: Path | str, folder: Path, **options: Any) -> Place:
-    return open_place(DataOptions(path=location, cache_dir=folder, **options))
+def staged(location: Path | str, folder: Path, **options: Any) -> DatasetLocation:
+    return open_location(DataOptions(path=location, cache_dir=folder, **options))
 
 
-def staged_from_everywhere(source: Path, web: str, tmp_path: Path) -> list[Place]:
+def staged_from_everywhere(source: Path, web: str, tmp_path: Path) -> list[DatasetLocation]:
     """The data set as another folder, a web server and a command give it."""
     return [
         staged(source, tmp_path / "a"),
@@ -70,14 +70,14 @@ def staged_from_everywhere(source: Path, web: str, tmp_path: Path) -> list[Place
     ]
 
 
-def all_pixels(place: Place) -> np.ndarray:
+def all_pixels(place: DatasetLocation) -> np.ndarray:
     samples, size = place.manifest.samples, place.manifest.image_size
     out = np.empty((samples, size, size, 3), dtype=np.uint8)
     ShardReader(place).gather(np.arange(samples), out)
     return out
 
 
-def loader(place: Place, **data: Any) -> BatchLoader:
+def loader(place: DatasetLocation, **data: Any) -> BatchLoader:
     config = Config(global_batch=8, max_steps=36, data={"window_shards": 2, **data})
     return BatchLoader(place, config, make_plan(config, 1, place.manifest.samples), WORLD, 0)
 
@@ -225,7 +225,7 @@ def test_what_cannot_be_read_gets_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        open_place(DataOptions.model_validate(options))
+        open_location(DataOptions.model_validate(options))
     assert message in str(caught.value) and "secret" not in str(caught.value)
 
 

@@ -47,8 +47,8 @@ def subject(world: World = ALONE, **options: Any) -> Subject:
 
 def with_data(data: Path, world: World = ALONE, **options: Any) -> Subject:
     made = subject(world, data={"path": data}, **options)
-    made.place = Folder(data)
-    made.plan = make_plan(made.config, world.world_size, made.place.manifest.samples)
+    made.location = Folder(data)
+    made.plan = make_plan(made.config, world.world_size, made.location.manifest.samples)
     return made
 
 
@@ -309,9 +309,9 @@ def test_too_small_a_disk_fails_by_one_byte(demo_shards: Path, tmp_path: Path) -
 def test_a_cache_has_room_for_what_it_may_hold(demo_shards: Path, tmp_path: Path) -> None:
     of = with_data(demo_shards)
     assert storage.cache(of) is None
-    place = of.place
-    assert place is not None
-    total = sum(entry.bytes for entry in place.manifest.shards)
+    location = of.location
+    assert location is not None
+    total = sum(entry.bytes for entry in location.manifest.shards)
     for gigabytes, required in ((1.0, total), (5e-4, 500_000)):
         of = with_data(demo_shards)
         of.config = config(data={"path": demo_shards, "cache_dir": tmp_path / "cache", "cache_gb": gigabytes})

@@ -148,11 +148,11 @@ def _name(entry: ShardEntry) -> str:
     return f"{entry.sha256}.tar"
 
 
-def _read_manifest(parts: Path, place: str) -> Manifest:
+def _read_manifest(parts: Path, location: str) -> Manifest:
     try:
         return read_manifest(parts)
     except UserError as error:
-        raise FailedError(str(error).replace(str(parts), place)) from None
+        raise FailedError(str(error).replace(str(parts), location)) from None
 
 
 def _sound(part: Path, entry: ShardEntry) -> ShardFile:

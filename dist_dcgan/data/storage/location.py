@@ -29,7 +29,7 @@ class ShardFile(NamedTuple):
     state: FileState
 
 
-class Place(Protocol):
+class DatasetLocation(Protocol):
     """A data set where it lies."""
 
     manifest: Manifest

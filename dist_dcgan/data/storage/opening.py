@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dist_dcgan.config import PlaceOptions
+from dist_dcgan.config import LocationOptions
 from dist_dcgan.data.storage.cache import Cache
-from dist_dcgan.data.storage.location import Folder, Place
+from dist_dcgan.data.storage.location import DatasetLocation, Folder
 from dist_dcgan.data.storage.remote import Command, OtherFolder, Remote, WebServer
 from shards.common.errors import UserError
 
 
-def open_place(options: PlaceOptions) -> Place:
+def open_location(options: LocationOptions) -> DatasetLocation:
     """Return the data set; raises UserError, with the remedy, where there is none."""
     location = options.path
     if isinstance(location, Path) and not _exists(location):
