@@ -117,25 +117,25 @@ def _init(store: Any, peers: Peers, device: torch.device, timeout_seconds: float
 @contextmanager
 def _left_at_the_end(peers: Peers) -> Iterator[None]:
     """Leave the process group however it ends."""
-    together = False
+    all_ranks_end = False
     try:
         yield
-        together = True
+        all_ranks_end = True
     except BaseException as error:
-        together = is_alike(error)
+        all_ranks_end = is_alike(error)
         raise
     finally:
-        if together and peers.world_size > 1:
+        if all_ranks_end and peers.world_size > 1:
             peers.leave()
         if dist.is_initialized():
-            _leave_group(together)
+            _leave_group(all_ranks_end)
 
 
-def _leave_group(together: bool) -> None:
+def _leave_group(all_ranks_end: bool) -> None:
     # Whatever still refers to the group, as DDP does in a reference cycle, would keep gloo's threads alive until the
     # interpreter ends, where a thread that lets go of a tensor aborts the process.
     gc.collect()
-    if together or "nccl" not in dist.get_backend_config():
+    if all_ranks_end or "nccl" not in dist.get_backend_config():
         dist.destroy_process_group()
         return
     # NCCL's communicators end together: a rank that fails alone would wait here for peers that wait for it. On a GPU

@@ -124,13 +124,13 @@ def test_nccl_waits_longer_than_gloo_and_the_watch_explain(group: mock.Mock) -> 
 
 
 def test_a_rank_that_fails_alone_aborts_its_communicators_first(group: mock.Mock) -> None:
-    world._leave_group(together=False)
+    world._leave_group(all_ranks_end=False)
     names = [call[0] for call in group.mock_calls]
     assert names == ["default._get_backend", "default._get_backend().abort", "destroy"]
 
 
 def test_ranks_that_end_together_abort_nothing(group: mock.Mock) -> None:
-    world._leave_group(together=True)
+    world._leave_group(all_ranks_end=True)
     assert [call[0] for call in group.mock_calls] == ["destroy"]
 
 
