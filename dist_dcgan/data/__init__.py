@@ -1,1 +1,1 @@
-"""Which sample when, pixels from shards, batches on the device."""
+"""Sample order, reading of shards, batches on the device."""

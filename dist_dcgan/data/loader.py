@@ -1,4 +1,4 @@
-"""Batches for this rank, read ahead by a thread, from any step on."""
+"""Batches of this rank, read ahead by a thread, starting at any step."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from dist_dcgan.random_streams import Key, uniform
 from shards.common.errors import OneRankError, UserError
 
 _PATIENCE = 0.8
-"""Share of the time that other ranks wait in a collective: who waits for data is to say so before they give up."""
+"""Share of the collectives' timeout: a rank that lacks data reports it before its peers time out."""
 _SECONDS_BETWEEN_LOOKS = 0.005
 _SECONDS_TO_CLOSE = 5.0
-"""A thread that hangs in a file system that went away hangs for ever."""
+"""Limited, because a read from a file system that is gone may never return."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Batch:
     pixels: Tensor
     """uint8, (batch_per_rank, size, size, 3), on the device."""
     copied: torch.cuda.Event | None = None
-    """Comes to pass when the pixels have arrived there, where the device is a GPU."""
+    """CUDA event recorded after the copy of the pixels; None on a CPU."""
 
 
 class BatchLoader:
-    """Iterates over the batches of steps [first_step, total_steps); a context manager that ends its threads.
+    """Iterator over the batches of steps [first_step, total_steps); a context manager that ends its threads.
 
-    `waited` counts the seconds that the consumer waited for data. An error of a thread is raised by the iteration.
+    `waited` counts the seconds that the consumer waited for data. The iteration raises errors of the threads.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class BatchLoader:
         first_step: int,
         node: NodeStore | None = None,
     ) -> None:
-        """Read from `location`; the ranks of `node` (by default this one alone) share the checking of shards."""
+        """Read from `location`; the ranks of `node` (by default only this one) divide the checking of shards."""
         self.plan, self._world = plan, world
         self._patience_seconds = _PATIENCE * config.distributed.timeout_seconds
         self._order = SampleOrder(location.manifest, config.seed, config.data.window_shards)
@@ -80,7 +80,7 @@ class BatchLoader:
 
     @property
     def supplying(self) -> float:
-        """Seconds that the thread was busy which checks shards ahead of their use."""
+        """Seconds that the prefetcher's thread was busy."""
         return self._prefetcher.seconds
 
     def __enter__(self) -> BatchLoader:
@@ -94,7 +94,7 @@ class BatchLoader:
         self._thread.join(_SECONDS_TO_CLOSE)
 
     def wait_for_first(self) -> None:
-        """Wait until the first batch is there, however long that takes: the first shards have yet to be brought."""
+        """Wait without a limit until the first batch is ready: its shards may have to be fetched."""
         while self._ready.empty():
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
@@ -110,7 +110,7 @@ class BatchLoader:
             yield item
 
     def _next(self) -> Batch | BaseException | None:
-        """Wait for the next batch, less long than the other ranks wait for this one."""
+        """Wait for the next batch, for less time than the other ranks wait for this one."""
         started = time.perf_counter()
         try:
             return self._ready.get(timeout=self._patience_seconds)
@@ -124,7 +124,7 @@ class BatchLoader:
 
     def _produce(self) -> None:
         try:
-            # A thread starts on the first GPU: a context there, of each rank of the node, would take memory.
+            # A new thread uses GPU 0, where a CUDA context of every rank of the node would take memory.
             if self._copies is not None:
                 torch.cuda.set_device(self._world.device)
             for step in range(self._first_step, self.plan.total_steps):
@@ -133,15 +133,14 @@ class BatchLoader:
             self._hand_over(None)
         except ClosedError:
             pass
-        except BaseException as error:  # handed to the consumer, which raises it
+        except BaseException as error:  # raised by the consumer
             self._hand_over(error)
 
     def _read(self, step: int) -> Batch:
         samples, size = self.samples(step), self._image_size
         self._prefetcher.reach(*self._positions(step))
-        # On a stream of their own, copies run beside the training step. Fresh memory for each batch: torch's pinned
-        # allocator reuses a block only after the copies out of it are done, whereas a ring of our own would have to
-        # track how far the GPU has come.
+        # Copies on a separate stream overlap with the training step. Each batch takes new memory: torch's pinned
+        # allocator reuses a block only after the copies out of it are done, a ring of buffers would have to track them.
         with torch.cuda.stream(self._copies):
             pixels = torch.empty((len(samples), size, size, 3), dtype=torch.uint8, pin_memory=self._copies is not None)
             out: np.ndarray = pixels.numpy()
@@ -158,7 +157,7 @@ class BatchLoader:
         return epoch, range(start, start + self.plan.global_batch)
 
     def _hand_over(self, item: Batch | BaseException | None) -> bool:
-        """Queue `item`; return False where the consumer has gone."""
+        """Queue `item`; return False if the loader is closed."""
         while not self._closing.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -169,15 +168,15 @@ class BatchLoader:
 
 
 def to_images(batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Return the batch as (N, 3, size, size) in [-1, 1], channels_last as the pixels already lie."""
+    """Return the batch as (N, 3, size, size) in [-1, 1], channels_last like the pixels."""
     if batch.copied is not None:
         stream = torch.cuda.current_stream(batch.pixels.device)
         stream.wait_event(batch.copied)  # the GPU waits, not this thread
-        batch.pixels.record_stream(stream)  # else their memory might serve the next copy while this stream reads it
+        batch.pixels.record_stream(stream)  # else the next copy may reuse the memory while this stream reads it
     return batch.pixels.permute(0, 3, 1, 2).to(dtype).mul_(2 / 255).sub_(1)
 
 
 def flip(images: Tensor, key: Key, slots: range) -> Tensor:
-    """Mirror each image with probability 1/2, by the coin of its slot."""
+    """Mirror each image with probability 1/2, by a random number of its slot."""
     coins = uniform(key, slots, 1, images.device) < 0.5
     return torch.where(coins[:, :, None, None], images.flip(3), images)

@@ -1,7 +1,7 @@
-"""Which sample stands at which position of an epoch: a pure function, so that resuming is a seek.
+"""Sample order of each epoch: a pure function of the seed, so that resuming needs only a position.
 
-Shards are permuted; then the samples inside each window of consecutive shards are. A cold disk is thus read nearly in
-sequence, while a sample's neighbours change from epoch to epoch.
+Shards are permuted, then the samples inside each window of consecutive shards. Disk reads are thus nearly sequential,
+while a sample's neighbours change from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from shards.common.errors import UserError
 from shards.manifest import ORDER_VERSION, Manifest
 
 Indices: TypeAlias = NDArray[np.int64]
-"""Samples counted through all shards in the order of the manifest."""
+"""Sample numbers, counted from 0 over all shards in the order of the manifest."""
 
 
 class Window(NamedTuple):
     """Shards whose samples are shuffled together."""
 
     number: int
-    """Counted from 0 through all epochs."""
+    """Counted from 0 over all epochs."""
     epoch: int
     shards: list[int]
     """In the order of the epoch."""
 
 
 class SampleOrder:
-    """The order of all epochs of a data set, for one seed."""
+    """Sample order of every epoch of a data set, for one seed."""
 
     def __init__(self, manifest: Manifest, seed: int, window_shards: int) -> None:
         if manifest.order_version != ORDER_VERSION:
@@ -59,26 +59,26 @@ class SampleOrder:
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def window_at(self, epoch: int, position: int) -> int:
-        """Return the number of the window in which a position of an epoch lies."""
+        """Return the number of the window that contains a position of an epoch."""
         in_epoch = np.searchsorted(self._window_ends(epoch), position, "right")
         return epoch * self._windows_per_epoch + int(in_epoch)
 
     def window(self, number: int) -> Window:
-        """Return the window of a number."""
+        """Return window `number`."""
         epoch, in_epoch = divmod(number, self._windows_per_epoch)
         return Window(number, epoch, self._shards_of(epoch, in_epoch).tolist())
 
     def windows_of(self, samples: int) -> int:
-        """Return the most windows in which `samples` in a row may lie."""
-        shortest = int(np.sort(self._counts)[: self._window_shards].sum())  # of those with one before and one behind
+        """Return the largest number of windows that `samples` consecutive samples can span."""
+        shortest = int(np.sort(self._counts)[: self._window_shards].sum())  # of the windows between two others
         return min(2 + max(samples - 2, 0) // shortest, self._windows_per_epoch)
 
     def shards_in(self, windows: int) -> int:
-        """Return the most shards of `windows` in a row."""
+        """Return the largest number of shards in `windows` consecutive windows."""
         return min(windows * self._window_shards, len(self._counts))
 
     def _ends_of_windows(self, epoch: int) -> Indices:
-        """Return the position behind each window of an epoch."""
+        """Return the end position, exclusive, of each window of an epoch."""
         counts = self._counts[self._shards(epoch)]
         ends: Indices = np.cumsum(np.add.reduceat(counts, range(0, len(counts), self._window_shards)))
         return ends

@@ -1,4 +1,4 @@
-"""Shards made ready in the order of need, ahead of their use, each by one rank of the machine for all of its ranks."""
+"""Prefetching of shards: fetched and checked in the order of use, each by one rank of the node for all its ranks."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from dist_dcgan.distributed.node import NodeStore
 from shards.common.errors import UserError
 
 _WINDOWS_AHEAD = 1
-"""Further ahead, what was read to be checked would have left the memory again before its samples are used."""
+"""With more, a checked shard would leave the page cache before its samples are used."""
 _SECONDS_BETWEEN_LOOKS = 0.005
 _SECONDS_TO_CLOSE = 2.0
 
 
 def shards_at_a_time(order: SampleOrder, positions: int) -> int:
-    """Return the most shards in use at a time where so many positions of an epoch are read for a step."""
+    """Return the largest number of shards in use at once if a step reads `positions` samples."""
     return order.shards_in(1 + order.windows_of(positions) + _WINDOWS_AHEAD)
 
 
 class ClosedError(Exception):
-    """Raised where a file is awaited from a prefetcher that has been closed."""
+    """Raised by a wait for a shard when the prefetcher is closed."""
 
 
 class ShardPrefetcher:
-    """A context manager with a thread: it makes this rank's share of the shards ready, and tells the other ranks.
+    """Context manager with a thread that fetches and checks this rank's share of the shards for all ranks of the node.
 
-    `seconds` counts the time that the thread was busy; `awaited` says what who reads is doing.
+    `seconds` is the time that the thread was busy; `awaited` says what the reader is doing, for error messages.
     """
 
     def __init__(
         self, location: DatasetLocation, order: SampleOrder, node: NodeStore, epoch: int, positions: range
     ) -> None:
-        """Begin where samples at `positions` of `epoch` are read first.
+        """Start with the windows of `positions` in `epoch`.
 
-        Raises UserError where the shards that are in use at a time cannot be kept at a time.
+        Raises UserError if the location cannot hold all shards that are in use at once.
         """
         location.require_room(shards_at_a_time(order, len(positions)))
         self._location, self._order, self._node = location, order, node
@@ -61,10 +61,10 @@ class ShardPrefetcher:
         with self._moved:
             self._closing = True
             self._moved.notify_all()
-        self._thread.join(_SECONDS_TO_CLOSE)  # it may be in the middle of bringing what nobody needs any more
+        self._thread.join(_SECONDS_TO_CLOSE)  # it may still be fetching a shard that is no longer needed
 
     def reach(self, epoch: int, positions: range) -> None:
-        """Say that samples at `positions` of `epoch` are read next; raises what has ended the thread."""
+        """Set the samples that are read next, at `positions` of `epoch`; raises the error that ended the thread."""
         if self._failure is not None:
             raise self._failure
         with self._moved:
@@ -72,9 +72,9 @@ class ShardPrefetcher:
             self._moved.notify_all()
 
     def file(self, shard: int) -> ShardFile:
-        """Wait for the file of a shard in the epoch that has been reached.
+        """Wait until a shard is checked in the current epoch; return its file.
 
-        Raises UserError, on all ranks of the machine, where the shard is missing or damaged.
+        Raises UserError, on all ranks of the node, if the shard is missing or damaged.
         """
         epoch, file = self._files.get(shard, (-1, None))
         if file is None or epoch != self._epoch:
@@ -108,17 +108,17 @@ class ShardPrefetcher:
                         return
                     if shard % self._node.size == self._node.index:
                         self._prepare(_topic(window.epoch, shard), shard)
-        except BaseException as error:  # raised where a file is awaited
+        except BaseException as error:  # raised by `reach` and `file`
             self._failure = error
 
     def _may_prepare(self, window: int) -> bool:
-        """Wait until a window is near enough; return False where the prefetcher is closed before."""
+        """Wait until a window may be prefetched; return False if the prefetcher is closed first."""
         with self._moved:
             self._moved.wait_for(lambda: self._closing or window < self._read.stop + _WINDOWS_AHEAD)
             return not self._closing
 
     def _windows(self, epoch: int, positions: range) -> range:
-        """Return the windows in which positions lie: one, or two, or more where windows are smaller than batches."""
+        """Return the windows that contain `positions`: one or two, more if windows are smaller than batches."""
         return range(self._order.window_at(epoch, positions[0]), self._order.window_at(epoch, positions[-1]) + 1)
 
     def _prepare(self, topic: str, shard: int) -> None:

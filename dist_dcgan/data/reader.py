@@ -1,4 +1,4 @@
-"""Pixels and keys straight from the shards, wherever in them a sample lies."""
+"""Random access to pixels and keys in shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_dcgan.data.storage.location import DatasetLocation, ShardFile, changed
 from shards.common.errors import UserError
 from shards.reader import NAME_FIELD
 
-_OPEN_SHARDS = 64  # each holds a file descriptor; many systems allow 1,024 of them
+_OPEN_SHARDS = 64  # each takes a file descriptor; many systems allow 1,024
 _ATTEMPTS = 3
 
 Bytes = NDArray[np.uint8]
@@ -24,22 +24,22 @@ Bytes = NDArray[np.uint8]
 class _Stream(NamedTuple):
     asked: ShardFile
     found: ShardFile
-    """The same, unless that had gone and was brought again."""
+    """The same, unless that was missing or changed and was fetched again."""
     file: BinaryIO
 
 
 class ShardReader:
     """Random access to the samples of a data set.
 
-    Samples are read (preadv), not mapped: whatever befalls a file while it is in use, a cut, a failing disk, a
-    server that went away, is then an error with the shard's name, and not the death of the process by SIGBUS.
+    Samples are read with preadv, not mapped: a truncated file, a failing disk or a lost server then raises an error
+    with the shard's name instead of SIGBUS.
     """
 
     def __init__(self, location: DatasetLocation, files: Callable[[int], ShardFile] | None = None) -> None:
         """Read from `location`; `files` returns the checked file of a shard, by default when it is first used."""
         self.manifest, self._location = location.manifest, location
         self._files = files or lru_cache(maxsize=None)(location.ready)
-        self._streams: dict[int, _Stream] = {}  # the longest unused first
+        self._streams: dict[int, _Stream] = {}  # least recently used first
         counts = np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._firsts = self._ends - counts
@@ -47,7 +47,7 @@ class ShardReader:
     def gather(self, samples: Indices, out: Bytes) -> None:
         """Write the pixels of `samples` into `out`, uint8 of shape (len(samples), size, size, 3), contiguous.
 
-        Raises UserError naming the shard that is damaged, vanished or changed.
+        Raises UserError naming the shard that is damaged, missing or changed.
         """
         layout = self.manifest.layout
         self._read(samples, layout.pixel_offset, layout.pixel_bytes, out)
@@ -60,7 +60,7 @@ class ShardReader:
         return [name.tobytes().rstrip(b"\0").decode().removesuffix(".ppm") for name in names]
 
     def _read(self, samples: Indices, start: int, length: int, out: Bytes) -> None:
-        """Write the `length` bytes from `start` on of each sample's stride into `out`, one after the other."""
+        """Write bytes [start, start + length) of each sample's stride into `out`, one after the other."""
         shards = np.searchsorted(self._ends, samples, "right")
         offsets = (samples - self._firsts[shards]) * self.manifest.layout.stride + start
         opened = self._opened(np.unique(shards).tolist())
@@ -74,12 +74,12 @@ class ShardReader:
             if count != length:
                 raise changed(source.found.path)
             position += length
-        for source in opened.values():  # behind the reading: what it returned was read before any change
+        for source in opened.values():  # after the reads, to detect a change during them
             if state_of(source.file) != source.found.state:
                 raise changed(source.found.path)
 
     def _opened(self, shards: list[int]) -> dict[int, _Stream]:
-        """Return the open files of `shards`; closes what is open beside them beyond a number, or was removed."""
+        """Return the open files of `shards`; closes other files that were removed or exceed the limit."""
         opened = {}
         for shard in shards:
             asked, stream = self._files(shard), self._streams.pop(shard, None)
@@ -93,13 +93,13 @@ class ShardReader:
         return opened
 
     def _close_some(self) -> None:
-        """Close what is open beyond a number; a file that was removed takes room on the disk until it is closed."""
+        """Close files that exceed the limit or were removed, which take disk space until they are closed."""
         for shard, stream in list(self._streams.items()):
             if len(self._streams) >= _OPEN_SHARDS or os.fstat(stream.file.fileno()).st_nlink == 0:
                 self._streams.pop(shard).file.close()
 
     def _open(self, shard: int, asked: ShardFile) -> _Stream:
-        """Open a file; one that is not what it was, as where others make room in a cache, is asked for again."""
+        """Open a file; if it is missing or changed, as after eviction from a shared cache, get it again."""
         file = asked
         for _ in range(_ATTEMPTS):
             stream = _open(file)
@@ -114,13 +114,13 @@ class ShardReader:
 
 
 def _open(file: ShardFile) -> BinaryIO | None:
-    """Return the open file, None where there is none."""
+    """Return the open file, None if it does not exist."""
     try:
         stream = file.path.open("rb", buffering=0)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise unreadable(file.path, error) from None
-    if hasattr(os, "posix_fadvise"):  # a sample's neighbours on the disk are not the next to be read
+    if hasattr(os, "posix_fadvise"):  # samples are read in random order
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     return stream

@@ -1,4 +1,4 @@
-"""Shards staged on a disk of this machine, from wherever they lie, in the order in which they are needed."""
+"""Cache of a remote data set's shards on a local disk, filled in the order of use."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _MOST_MANIFEST_BYTES = 1 << 28
 
 
 class Cache:
-    """A data set that lies elsewhere; its shards are files in `folder` while they are needed.
+    """Remote data set whose shards are copied to `folder` while they are needed.
 
-    Files are named by their SHA-256, so that runs over the same data set, wherever it lies, find what others staged;
-    it is checked before it is used. Several processes may use one folder.
+    Files are named by their SHA-256, so that all runs over the same data set share them; each is checked before use.
+    Several processes may use one folder.
     """
 
     def __init__(self, remote: Remote, folder: Path, budget_bytes: int) -> None:
-        """Bring the manifest; shards follow as they are asked for, and make room beyond `budget_bytes`."""
+        """Fetch the manifest; shards are fetched on request, and others evicted to stay within `budget_bytes`."""
         self._remote, self._folder, self._budget_bytes = remote, folder, budget_bytes
         self._files: dict[int, ShardFile] = {}
         self._kept: frozenset[str] = frozenset()
@@ -53,11 +53,11 @@ class Cache:
             raise self._unusable(error) from None
 
     def keep(self, shards: Collection[int]) -> None:
-        """Keep these shards where others must make room."""
+        """Protect these shards from eviction."""
         self._kept = frozenset(_name(self.manifest.shards[shard]) for shard in shards)
 
     def require_room(self, shards: int) -> None:
-        """Raise UserError where that many shards do not fit in."""
+        """Raise UserError if that many shards exceed the budget."""
         needed = sum(sorted((entry.bytes for entry in self.manifest.shards), reverse=True)[:shards])
         if needed > self._budget_bytes:
             raise UserError(
@@ -66,7 +66,7 @@ class Cache:
             )
 
     def ready(self, shard: int) -> ShardFile:
-        """Return the file of a shard: the one that is here, or after bringing it."""
+        """Return the file of a shard; fetch it if it is not in the cache."""
         with self._lock:
             return self._ready(shard)
 
@@ -80,14 +80,14 @@ class Cache:
                 self._files[shard] = self._found(path, entry) or self._repeat(
                     entry.name, lambda: self._bring(path, entry)
                 )
-            with contextlib.suppress(FileNotFoundError, PermissionError):  # its last use; may be another user's file
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # last use; may be another user's file
                 os.utime(path, ns=(time.time_ns(), self._files[shard].state.changed_ns))
         except OSError as error:
             raise self._unusable(error) from None
         return self._files[shard]
 
     def _found(self, path: Path, entry: ShardEntry) -> ShardFile | None:
-        """Return the file that another run left; a damaged one is removed."""
+        """Return the cached file, None if there is none; a damaged one is removed."""
         try:
             return checked(path, entry) if path.exists() else None
         except UserError:
@@ -95,7 +95,7 @@ class Cache:
             return None
 
     def _repeat(self, name: str, bring: Callable[[], Result]) -> Result:
-        """Bring something, again where it does not come or comes damaged."""
+        """Fetch a file, again if the transfer fails or the file is damaged."""
         reason = ""
         for attempt in range(_ATTEMPTS):
             time.sleep(2**attempt - 1)
@@ -106,7 +106,7 @@ class Cache:
         raise OneRankError(f"{name} cannot be had from {self._remote}: {reason}")
 
     def _bring(self, path: Path, entry: ShardEntry) -> ShardFile:
-        """Bring a shard once; raises FailedError where it comes damaged, too."""
+        """Fetch a shard once; raises FailedError, also if the file is damaged."""
         part = self._parts / path.name
         self._make_room(entry.bytes)
         try:
@@ -116,10 +116,10 @@ class Cache:
             _remove(part)
 
     def _make_room(self, required_bytes: int) -> None:
-        """Remove what need not be kept, the longest unused first, until `required_bytes` more fit in."""
+        """Evict unprotected shards, least recently used first, until `required_bytes` more fit."""
         files = list[tuple[int, int, Path]]()
         for path in self._folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+            with contextlib.suppress(FileNotFoundError):  # another process evicts, too
                 if _STAGED.fullmatch(path.name):
                     status = path.stat()
                     files.append((status.st_atime_ns, status.st_size, path))
@@ -163,7 +163,7 @@ def _sound(part: Path, entry: ShardEntry) -> ShardFile:
 
 
 def _publish(part: Path, path: Path, file: ShardFile, entry: ShardEntry) -> ShardFile:
-    """Give a checked part its name, unless another process was faster: whoever has opened that one keeps it."""
+    """Link a checked part to its name; if another process was faster, keep that file, which may be open."""
     try:
         os.link(part, path)
     except FileExistsError:
@@ -179,17 +179,17 @@ def _remove(part: Path) -> None:
 
 
 def _folder_of_parts(owner: object, folder: Path) -> Path:
-    """Make a folder for what is on its way, locked while this process lives and removed with `owner`."""
+    """Make a folder for partial files, locked while this process runs and removed with `owner`."""
     parts = Path(tempfile.mkdtemp(prefix=_PARTS, dir=folder))
     descriptor = os.open(parts, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever taken for an orphan there
+    with contextlib.suppress(OSError):  # a file system without locks: orphans are not removed there
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     weakref.finalize(owner, _remove_parts, parts, descriptor)
     return parts
 
 
 def _remove_orphans(folder: Path) -> None:
-    """Remove what processes left that are no more."""
+    """Remove folders of partial files whose process has ended."""
     for parts in folder.glob(f"{_PARTS}*"):
         with contextlib.suppress(OSError):  # in use, another user's, or just removed by another
             if time.time() - parts.stat().st_mtime > _ORPHANED_SECONDS:  # one that was just made is about to be locked

@@ -1,4 +1,4 @@
-"""Where shards lie, and what makes one a file to read samples from: the size and the SHA-256 of the manifest."""
+"""Locations of a data set, and the check of a shard's file against the manifest: size and SHA-256."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 class FileState(NamedTuple):
-    """What tells a file from another of its name, and from itself before it was written to."""
+    """Identity of a file; differs if the file was replaced or written to."""
 
     inode: int
     size: int
@@ -23,38 +23,38 @@ class FileState(NamedTuple):
 
 
 class ShardFile(NamedTuple):
-    """A shard that was found as the manifest has it, and the state of its file at that time."""
+    """A shard that matched the manifest, and the state of its file at that time."""
 
     path: Path
     state: FileState
 
 
 class DatasetLocation(Protocol):
-    """A data set where it lies."""
+    """Interface of a data set's location."""
 
     manifest: Manifest
 
     def ready(self, shard: int) -> ShardFile:
-        """Return the file of a shard, checked; raises UserError with its name where it is missing or damaged."""
+        """Return the checked file of a shard; raises UserError with its name if it is missing or damaged."""
 
     def keep(self, shards: Collection[int]) -> None:
-        """Take note of the shards that are in use or next."""
+        """Protect the shards that are in use or next from eviction."""
 
     def require_room(self, shards: int) -> None:
-        """Raise UserError where that many shards cannot be kept at a time."""
+        """Raise UserError if that many shards cannot be kept at once."""
 
 
 class Folder:
-    """A data set in a folder. Each shard is read in whole once, to be checked, and again where its file changed."""
+    """Data set in a folder. Each shard is read completely once to check it, and again if its file changed."""
 
     def __init__(self, directory: Path) -> None:
-        """Read the manifest and look at the files; raises UserError naming what is missing or has another size."""
+        """Read the manifest and the file sizes; raises UserError naming what is missing or has another size."""
         self.directory, self.manifest = directory, read_manifest(directory)
         check_files(directory, self.manifest)
         self._checked: dict[int, ShardFile] = {}
 
     def ready(self, shard: int) -> ShardFile:
-        """Return the file of a shard; asks the disk for it ahead of time where it was checked before."""
+        """Return the checked file of a shard; if it was checked before, start reading it into the page cache."""
         entry = self.manifest.shards[shard]
         path = self.directory / entry.name
         if shard in self._checked and self._checked[shard].state == state_at(path):
@@ -64,14 +64,14 @@ class Folder:
         return self._checked[shard]
 
     def keep(self, shards: Collection[int]) -> None:
-        """Do nothing: all shards stay where they are."""
+        """Do nothing: no shard is evicted."""
 
     def require_room(self, shards: int) -> None:
         """Do nothing."""
 
 
 def checked(path: Path, entry: ShardEntry) -> ShardFile:
-    """Return the file at `path`; raises UserError where it is not the shard of the manifest."""
+    """Return the file at `path`; raises UserError if it does not match the manifest."""
     try:
         with path.open("rb", buffering=0) as file:
             state = state_of(file)
@@ -93,7 +93,7 @@ def state_of(file: BinaryIO) -> FileState:
 
 
 def state_at(path: Path) -> FileState | None:
-    """Return the state of the file at `path`, None where there is none to be had."""
+    """Return the state of the file at `path`, None if it is not accessible."""
     try:
         return _state(path.stat())
     except OSError:
@@ -101,24 +101,24 @@ def state_at(path: Path) -> FileState | None:
 
 
 def changed(path: Path) -> UserError:
-    """Return the error for a shard that somebody writes to."""
+    """Return the error for a shard that changed while in use."""
     return UserError(f"shard {path} changed while it was in use: nobody may write to a data set during training")
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
-    """Return the error for a shard that the operating system does not give."""
+    """Return the error for a shard that cannot be read."""
     return UserError(f"shard {path} cannot be read: {error.strerror}")
 
 
 def read_ahead(path: Path) -> None:
-    """Ask the operating system to bring a file into memory; returns at once, and says nothing where it cannot."""
+    """Start reading a file into the page cache; returns at once and ignores errors."""
     if not hasattr(os, "posix_fadvise"):
         return
     try:
         with path.open("rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
     except OSError:
-        pass  # who reads it says what is wrong
+        pass  # reading the file reports the error
 
 
 def _state(status: os.stat_result) -> FileState:

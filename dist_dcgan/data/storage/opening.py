@@ -1,4 +1,4 @@
-"""From what a user names to a data set."""
+"""Opens the data set that the options name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shards.common.errors import UserError
 
 
 def open_location(options: LocationOptions) -> DatasetLocation:
-    """Return the data set; raises UserError, with the remedy, where there is none."""
+    """Return the data set's location; raises UserError, with the remedy, if there is none."""
     location = options.path
     if isinstance(location, Path) and not _exists(location):
         raise UserError(

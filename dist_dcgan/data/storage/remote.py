@@ -1,4 +1,4 @@
-"""The files of a data set from where they lie: another folder, a web server, or what a command prints."""
+"""Fetches files of a data set from another folder, a web server or a command's output."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from shards.common.errors import UserError
 _SILENCE_SECONDS = 5.0
 _ATTEMPTS = 5
 _LONGEST_PAUSE_SECONDS = 8.0
-"""Given up after some 40 seconds of nothing, before other ranks have waited for distributed.timeout_seconds."""
+"""The limits end a transfer after about 40 seconds of silence, before distributed.timeout_seconds (60 by default)."""
 _CHUNK_BYTES = 1 << 20
 
 
 class FailedError(Exception):
-    """A file did not come; it may the next time. The text says why."""
+    """A transfer failed and may be tried again. The text says why."""
 
 
 class Remote(Protocol):
-    """Where the files lie; as text, its name."""
+    """Source of files; `str` returns its name."""
 
     def fetch(self, name: str, path: Path, most_bytes: int) -> None:
-        """Bring the file `name` to `path`; raises FailedError or, where another attempt is no use, UserError.
+        """Fetch the file `name` to `path`; raises FailedError, or UserError if another attempt is useless.
 
-        More than `most_bytes` is refused before it fills the disk.
+        A file of more than `most_bytes` is refused before it fills the disk.
         """
 
 
 class OtherFolder:
-    """A folder of another file system, as one that a cluster shares."""
+    """A folder on another file system, such as one that a cluster shares."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -60,10 +60,10 @@ class OtherFolder:
 
 
 class WebServer:
-    """A folder on a web server; what was cut goes on where it was."""
+    """A folder on a web server; an interrupted download resumes."""
 
     def __init__(self, address: str) -> None:
-        """Raise UserError where the address holds a password: it would be in logs and configurations."""
+        """Raise UserError if the address contains a password: it would appear in logs and configurations."""
         try:
             netloc = urlsplit(address).netloc
         except ValueError as error:
@@ -77,7 +77,7 @@ class WebServer:
 
     def fetch(self, name: str, path: Path, most_bytes: int) -> None:
         """Download the file."""
-        from shards.common.http import FetchOptions, fetch  # only here: who trains from a folder needs no HTTP
+        from shards.common.http import FetchOptions, fetch  # only here: a local folder needs no HTTP
 
         options = FetchOptions(
             attempts=_ATTEMPTS,
@@ -92,10 +92,10 @@ class WebServer:
 
 
 class Command:
-    """A shell command that prints the file whose name stands in place of `{}`."""
+    """A shell command that prints the file whose name replaces `{}`."""
 
     def __init__(self, command: str) -> None:
-        """Raise UserError where the command does not say where the name goes."""
+        """Raise UserError if the command has no `{}` for the name."""
         if "\0" in command:
             raise UserError("a command of data with a NUL in it")
         if "{}" not in command:
@@ -106,9 +106,9 @@ class Command:
         return f"pipe:{self._command}"
 
     def fetch(self, name: str, path: Path, most_bytes: int) -> None:
-        """Write what the command prints."""
+        """Write the command's output."""
         command = self._command.replace("{}", name)
-        process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)  # as asked for
+        process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)  # user's own
         assert process.stdout is not None
         written = 0
         try:
@@ -124,12 +124,12 @@ class Command:
             raise FailedError("the command does not end") from None
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+                os.killpg(process.pid, signal.SIGKILL)  # with its children
                 process.wait()
 
 
 def _next_bytes(descriptor: int) -> bytes:
-    """Return the next bytes of a pipe, none at its end."""
+    """Return the next bytes of a pipe, empty at its end."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     if not poll.poll(1000 * _SILENCE_SECONDS):
