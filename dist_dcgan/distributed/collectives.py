@@ -1,4 +1,4 @@
-"""The few collectives that training needs, beside those of DDP and batch norm."""
+"""Collectives that training needs, apart from those of DDP and batch norm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 def barrier(world: World) -> None:
-    """Wait until all ranks are here, which may take them minutes."""
+    """Wait until all ranks call it, which may take minutes."""
     if world.world_size > 1:
         dist.barrier(group=world.slow_group)
 
@@ -24,8 +24,8 @@ def from_rank_zero(function: Callable[[], Result], group: dist.ProcessGroup | No
     """Call `function` on rank 0 and return its result on all ranks; its UserError is raised on all ranks.
 
     The others wait in `group`: the default one, or `World.slow_group` if `function` may take minutes.
-    Whatever rank 0 decides or finds wrong, no peer is left waiting for it. Any other exception of rank 0 is not
-    passed on: the peers then fail with the broken connection and the process group reports the rank.
+    Other exceptions of rank 0 are not passed on: the peers fail with the broken connection, and the process group
+    reports the rank.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -41,7 +41,7 @@ def from_rank_zero(function: Callable[[], Result], group: dist.ProcessGroup | No
 
 
 def require_same(value: str, what: str) -> None:
-    """Raise UserError on all ranks where `value` differs between them."""
+    """Raise UserError on all ranks if `value` differs between them."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     for rank, other in enumerate(values):
@@ -60,9 +60,9 @@ def broadcast_from_rank_zero(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def average_across_ranks(rows: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
-    """Return the means over ranks of scalar tensors, as numbers; all rows have the same keys.
+    """Return the means over ranks of scalar tensors as floats; all rows have the same keys.
 
-    Training waits for the device here. The numbers are the same on all ranks, so what follows from them is agreed.
+    Synchronises host and device. The result is the same on all ranks, and so are decisions based on it.
     """
     packed = torch.stack([value.detach() for row in rows for value in row.values()]).double()
     if dist.get_world_size() > 1:

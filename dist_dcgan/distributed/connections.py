@@ -1,4 +1,4 @@
-"""Whether the machines of a run reach each other, tried before the first collective would hang on it."""
+"""Checks that the machines of a run can connect to each other, before a collective would hang."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
 class Endpoint(NamedTuple):
-    """Where a machine answers, and with what."""
+    """Address at which a machine listens, and the token that it answers."""
 
     host: str
     address: str
@@ -33,11 +33,10 @@ class Endpoint(NamedTuple):
 
 
 def require_connected(store: Any, node: int, nodes: int, leads: bool) -> None:
-    """Raise UserError, on all ranks, with the pairs of machines of which one cannot connect to the other.
+    """Raise UserError, on all ranks, with the pairs of machines that cannot connect.
 
-    Every rank calls it; of each machine, `node` of `nodes`, one rank leads and tries. Gloo connects each rank with each
-    other by the address to which a machine resolves its own name, and so it is done here. `store` is one of
-    torch.distributed, which all have reached already.
+    Every rank calls it; on each machine, number `node` of `nodes`, the rank with `leads` tries. As in gloo, a machine
+    offers the address to which it resolves its own name. `store` is one of torch.distributed, connected already.
     """
     if leads:
         _try_all(store, node, nodes)
@@ -52,7 +51,7 @@ def require_connected(store: Any, node: int, nodes: int, leads: bool) -> None:
 
 
 def _try_all(store: Any, node: int, nodes: int) -> None:
-    """Connect to all other machines, and let them connect to this one; leave what went wrong in the store."""
+    """Connect to all other machines, accept their connections, and write the failures to the store."""
     with ExitStack() as stack:
         try:
             endpoint: Endpoint | None = stack.enter_context(_answering())
@@ -65,11 +64,11 @@ def _try_all(store: Any, node: int, nodes: int) -> None:
             found = pool.map(lambda other: _try(Endpoint(*other)), (other for other in endpoints if other))
             failures += [failure for failure in found if failure]
         store.set(f"failures {node}", json.dumps(failures))
-        store.wait([f"failures {other}" for other in range(nodes)])  # until all have tried this one
+        store.wait([f"failures {other}" for other in range(nodes)])  # until all have tried to connect here
 
 
 def _try(other: Endpoint) -> str | None:
-    """Return what is wrong with the way from this machine to another, None where nothing is."""
+    """Return why this machine cannot connect to `other`, None if it can."""
     here = socket.gethostname()
     try:
         with socket.create_connection((other.address, other.port), timeout=_SECONDS_TO_CONNECT) as connection:
@@ -83,7 +82,7 @@ def _try(other: Endpoint) -> str | None:
 
 @contextmanager
 def _answering() -> Iterator[Endpoint]:
-    """Answer whoever connects with a word; yield where."""
+    """Answer each connection with a random token; yield the endpoint."""
     token, address = secrets.token_hex(8), own_address()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family, backlog=1024) as server:
@@ -103,16 +102,16 @@ def _answer(server: socket.socket, token: bytes) -> None:
         except OSError as error:
             if error.errno == errno.EINVAL:  # it was shut down
                 return
-            continue  # whoever came has gone
+            continue  # the client has disconnected
         with connection, suppress(OSError):
             connection.sendall(token)
 
 
 def own_address() -> str:
-    """Return the address under which gloo offers this machine to the others.
+    """Return the address at which gloo listens on this machine.
 
-    It is that of GLOO_SOCKET_IFNAME, else the first to which the machine's name resolves and which is its own, else
-    127.0.0.1. Raises OSError where there is no such interface.
+    It is that of GLOO_SOCKET_IFNAME, else the first local address to which the machine's name resolves, else 127.0.0.1.
+    Raises OSError if there is no such interface.
     """
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if interface:

@@ -1,4 +1,4 @@
-"""Which device a rank computes on: GPUs or the CPU, the same on all ranks of a run."""
+"""Choice of a rank's device: GPU or CPU, the same kind on all ranks of a run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _HOSTS_SHOWN = 5
 def agreed_device(processes: Mapping[int, RankProcess], rank: int, lenient: bool = False) -> torch.device:
     """Return the device of `rank`: its GPU if every rank has one, the CPU if no rank has.
 
-    All ranks call it with the same `processes`, so that all decide alike: a rank that went to the CPU by itself would
-    leave the others waiting in NCCL's start. Raises UserError, on all ranks, with the hosts whose ranks lack a GPU; if
-    `lenient`, all take the CPU then.
+    All ranks call it with the same `processes`, so that all decide alike: if only one took the CPU, the others would
+    hang in NCCL's initialisation. Raises UserError, on all ranks, with the hosts whose ranks lack a GPU; if `lenient`,
+    all take the CPU instead.
     """
     lacking = [other for other, process in processes.items() if process.local_rank >= process.gpus]
     if not lacking:
@@ -28,14 +28,14 @@ def agreed_device(processes: Mapping[int, RankProcess], rank: int, lenient: bool
 
 
 def set_up(device: torch.device) -> None:
-    """Make a GPU the main thread's default, and float32 there float32: cuDNN's convolutions take TF32 by default."""
+    """Make a GPU the main thread's current device, and turn off TF32, cuDNN's default for float32 convolutions."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False
 
 
 def _lacking(processes: Mapping[int, RankProcess], lacking: Sequence[int]) -> str:
-    """Return one line on the ranks that lack a GPU, by host, with the remedy."""
+    """Return one line that names the ranks without a GPU, by host, and the remedy."""
     by_host: dict[str, list[int]] = {}
     for rank in lacking:
         by_host.setdefault(processes[rank].host, []).append(rank)

@@ -1,4 +1,4 @@
-"""Whose an error is: a rank's own, a mistake that all ranks meet alike, or that of a peer which broke a collective."""
+"""Classifies errors: this rank's own, a user's mistake on all ranks, or a collective that a peer broke."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONNECTION_LOST = re.compile(r"closed by|reset by peer|refused|timed out|broken
 
 @contextmanager
 def explained(peers: Peers) -> Iterator[None]:
-    """Tell the peers of an error of this rank; raise OneRankError with the cause if they broke a collective."""
+    """Report an error of this rank to its peers; raise OneRankError with the cause if a peer broke a collective."""
     try:
         yield
     except BaseException as error:
@@ -30,21 +30,21 @@ def explained(peers: Peers) -> Iterator[None]:
 
 
 def is_alike(error: BaseException) -> bool:
-    """Return whether an error is a mistake of the user, which all ranks meet."""
+    """Return whether an error is a user's mistake, raised on all ranks."""
     return isinstance(error, UserError) and not isinstance(error, OneRankError)
 
 
 def cannot_go_on(peers: Peers, cause: str) -> str:
-    """Return the line in which a rank says why it ends."""
+    """Return the error message of a rank that ends because of `cause`."""
     return f"rank {peers.rank} of {peers.world_size} cannot go on: {cause}"
 
 
 def broke(error: BaseException) -> bool:
-    """Return whether an error is that of a collective that a peer broke, rather than this rank's own.
+    """Return whether an error comes from a collective that a peer broke, not from this rank.
 
-    Over NCCL this rank's own are those that its CUDA, its driver or its use of NCCL caused: torch names NCCL's result
-    (torch/csrc/distributed/c10d/NCCLUtils.cpp). A system error is, too, unless NCCL's last error tells of a lost
-    connection. A remote error, a timeout, or a communicator that was aborted is that of others.
+    With NCCL, an error is this rank's own if CUDA, the driver or the use of NCCL caused it: torch names NCCL's result
+    (torch/csrc/distributed/c10d/NCCLUtils.cpp). So is a system error, unless NCCL's last error reports a lost
+    connection. A remote error, a timeout and an aborted communicator are caused by peers.
     """
     text = str(error)
     if any(name in text for name in _OWN_NCCL_ERRORS):
@@ -57,9 +57,9 @@ def broke(error: BaseException) -> bool:
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return what an error says, without the place in the source that torch puts before it and the advice after it.
+    """Return an error's first sentence, without torch's source location before it and the advice after it.
 
-    If NCCL tells its last error, that follows.
+    NCCL's last error, if any, is appended.
     """
     text = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0])
     last = str(error).partition("Last error:\n")[2].partition("\n")[0]

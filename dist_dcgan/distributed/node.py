@@ -1,4 +1,4 @@
-"""The ranks of one machine, and a key-value store that they share."""
+"""Key-value store shared by the ranks of one node."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from dist_dcgan.distributed.world import World
 
 
 class NodeStore:
-    """This process among the ranks of its machine, and a board where they tell each other what they found."""
+    """Key-value store shared on the node; `index` is this process's index among its `size` ranks there."""
 
     def __init__(self, index: int = 0, size: int = 1, store: Any = None) -> None:
-        """By default the only rank; `store` is one of torch.distributed."""
+        """`store` is one of torch.distributed; by default this is the node's only rank."""
         self.index, self.size = index, size
         self._store = store or dist.HashStore()  # type: ignore[attr-defined]
 
     def set(self, topic: str, text: str) -> None:
-        """Put `text` on the board."""
+        """Set the value of `topic`."""
         self._store.set(topic, text)
 
     def get(self, topic: str) -> str | None:
-        """Return what stands on the board, None where nothing does yet."""
+        """Return the value of `topic`, None if it is not set yet."""
         return self._store.get(topic).decode() if self._store.check([topic]) else None
 
 
 def node_store(world: World, timeout_seconds: float) -> NodeStore:
-    """Return the node of this rank; every rank calls it. Ranks are on one machine where its name is the same."""
+    """Return the store of this rank's node; every rank calls it. Ranks with the same host name are on one node."""
     if world.world_size == 1:
         return NodeStore()
     names: list[Any] = [None] * world.world_size

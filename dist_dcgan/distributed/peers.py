@@ -1,12 +1,11 @@
-"""How ranks meet, and what became of the others if a collective breaks: who failed and why, ended, or hangs.
+"""Rendezvous of the ranks, and the diagnosis of a broken collective: which rank failed and why, ended, or hangs.
 
-The ranks keep boards in the store through which they met; under torchrun it lives in the agent, so that it outlives
-each of them.
+Ranks exchange reports through the rendezvous store; under torchrun it is part of the agent and outlives each rank.
 
-Who is blamed: ranks that report an error of their own; else those whose process has ended, or stopped (nothing in it
-answers for some seconds, so it is killed if it runs on this machine); else, and without being killed, those that answer
-but have not come to the end of the collective. These are busy, hang in a loop, or wait inside CUDA for one that does:
-it cannot be told from outside, so the line of Python at which each stands is told.
+The diagnosis names ranks that report an error of their own; else those whose process has ended or does not answer for
+some seconds (it is killed if it runs on this machine); else, without killing them, those that answer but have not
+reported the broken collective. The latter are busy, hang in a loop, or wait inside CUDA for such a rank; as this cannot
+be distinguished from outside, the message has the line of Python that each executes.
 """
 
 from __future__ import annotations
@@ -32,29 +31,28 @@ from shards.common.errors import OneRankError
 
 _SECONDS_TO_ASK = 2.0
 _SECONDS_BETWEEN_LOOKS = 0.02
-_SECONDS_BETWEEN_LOOKS_A_RANK = 0.001  # all of them ask one store
+_SECONDS_BETWEEN_LOOKS_A_RANK = 0.001  # all query one store
 _MOST_SHOWN = 5
 
 
 class RankProcess(NamedTuple):
-    """Where a rank runs, and what it has."""
+    """Process of a rank: its host, and the GPUs visible to it."""
 
     host: str
     pid: int
     machine: str
-    """Equal for processes that see each other's `pid`: containers may share the name of a host."""
+    """Equal for processes that see each other's `pid`; containers may share a host name."""
     local_rank: int
     gpus: int
-    """Number of GPUs that its host shows to it."""
+    """Number of GPUs that are visible to it."""
 
 
 def rendezvous(store: Any, rank: int, world_size: int, patience_seconds: float) -> Any:
-    """Return the part of `store` that belongs to this start of the ranks alone, when all have come.
+    """Wait until all ranks have joined; return a prefix of `store` that only this start of the ranks uses.
 
-    Torchrun keeps one store while it starts ranks again, so that they would find the addresses of those before them
-    (torch 2.14: "Connection refused"). Its count of restarts does not tell starts apart, as a node that is replaced
-    counts anew. So rank 0 numbers the starts, and answers each peer by a word that only that process can have said.
-    Raises OneRankError with the ranks that do not come in time.
+    Torchrun keeps one store across restarts, so that ranks would read the addresses of the previous start (torch 2.14:
+    "Connection refused"). Its count of restarts is not unique, as a replaced node begins at 0 again. So rank 0 numbers
+    the starts, and echoes each peer's random token. Raises OneRankError with the ranks that do not join in time.
     """
     if rank != 0:
         word = secrets.token_hex(8)
@@ -78,10 +76,10 @@ def rendezvous(store: Any, rank: int, world_size: int, patience_seconds: float) 
 
 
 class Peers:
-    """The boards of one process group: where each rank is, and which ranks failed, ask, answer, or left."""
+    """Reports of the ranks of one process group: their processes, and which failed, ask, answer, or left."""
 
     def __init__(self, store: Any, rank: int, world_size: int, local_rank: int = 0, gpus: int = 0) -> None:
-        """Enter this rank; `store` is one of torch.distributed."""
+        """Report this rank's process; `store` is one of torch.distributed."""
         self._store, self.rank, self.world_size = store, rank, world_size
         self._reported = False
         self._answered = False
@@ -89,9 +87,9 @@ class Peers:
         self._write("processes", RankProcess(socket.gethostname(), os.getpid(), _machine(), local_rank, gpus))
 
     def everyone(self, patience_seconds: float) -> dict[int, RankProcess]:
-        """Return the processes of all ranks by rank, when all have entered; each rank calls it once.
+        """Wait for all ranks; return their processes by rank. Each rank calls it once.
 
-        Raises torch's DistError if they do not in `patience_seconds`.
+        Raises torch's DistError after `patience_seconds`.
         """
         if self._store.add("entered", 1) == self.world_size:
             self._store.set("all entered", "")
@@ -101,34 +99,33 @@ class Peers:
         return processes
 
     def report(self, why: str) -> None:
-        """Say that this rank fails by itself, and why."""
+        """Report that this rank fails with an error of its own, and why."""
         self._reported = True
         self._ask(lambda: self._write("ends", why))
 
     def leave(self) -> None:
-        """Say that this rank ends in the normal way, so that its end is no failure to those that still run."""
+        """Report that this rank ends normally, so that its peers do not take its end for a failure."""
         self._ask(lambda: self._write("leaves", None))
 
     def explain(self) -> str:
-        """Return what ended the collective that broke on this rank; called in the main thread.
+        """Return what broke the collective on this rank; called in the main thread.
 
-        From now on SIGTERM is ignored: torchrun sends it as soon as one rank has ended, and this one is to say why.
+        Ignores SIGTERM from now on: torchrun sends it as soon as one rank has ended, before this one has reported why.
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return self.cause()
 
     def cause(self) -> str:
-        """Return what keeps this rank from going on.
+        """Return why this rank cannot go on; takes some seconds at most.
 
-        A rank of this machine that does not answer is killed, so that torchrun need not wait for it. Takes some seconds
-        at most, whatever state the others are in.
+        A rank of this machine that does not answer is killed, so that torchrun need not wait for it.
         """
         reached, found = threading.Event(), []
 
         def look() -> None:
             if not self._reported:
                 self._write("ends", None)
-            self._read("ends")  # writing waits for no answer
+            self._read("ends")  # waits for the store's answer, unlike writing
             reached.set()
             found.extend(self._explain())
 
@@ -138,10 +135,10 @@ class Peers:
         return "; ".join(found) or "a collective took too long, or a connection broke"
 
     def broken(self) -> bool:
-        """Return whether a rank has failed or asks what failed, or one of this machine has ended without leaving.
+        """Return whether a rank has failed or asks what failed, or one of this machine has ended without `leave`.
 
-        The watch of each rank calls it again and again: it costs one question to the store. If a rank asks, this one
-        answers, whatever its main thread waits for. Raises RuntimeError if the store is gone.
+        Each rank's watch polls it, at one query of the store. If a rank asks, this one answers, even if its main thread
+        is blocked. Raises RuntimeError if the store is gone.
         """
         if not self._store.check(["ends"]):
             return self._neighbour_ended()
@@ -158,7 +155,7 @@ class Peers:
         deadline = time.monotonic() + _SECONDS_TO_ASK
         while True:
             ends = self._read("ends")
-            processes = self._processes()  # after the ends: a rank that has ended had entered before
+            processes = self._processes()  # read after `ends`, so that every rank in `ends` is found
             reasons = {rank: why for rank, why in ends.items() if why is not None}
             if reasons:
                 return [f"{_name(rank, processes[rank])} failed: {why}" for rank, why in reasons.items()]
@@ -168,7 +165,7 @@ class Peers:
             time.sleep(max(_SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS_A_RANK * self.world_size))
 
     def _fates(self, silent: list[int], processes: dict[int, RankProcess]) -> list[str]:
-        """Return what became of the ranks that have not come; those that answer count only if there are no others."""
+        """Return the state of ranks that have not reported; those that answer are named only if all do."""
         answers = self._read("answers")
         lost = [
             _fate(rank, processes[rank]) if rank in processes else f"rank {rank} has not come"
@@ -184,7 +181,7 @@ class Peers:
         self._store.append(board, json.dumps([self.rank, content]) + "\n")
 
     def _read(self, board: str) -> dict[int, Any]:
-        """Return what each rank has written, of those that have."""
+        """Return what each rank has written to `board`, by rank."""
         if not self._store.check([board]):
             return {}
         return dict(json.loads(line) for line in self._store.get(board).decode().splitlines())
@@ -193,10 +190,10 @@ class Peers:
         return {rank: RankProcess(*process) for rank, process in self._read("processes").items()}
 
     def _ask(self, question: Callable[[], object]) -> None:
-        """Ask the store, which may be gone or cut off, in a thread that need not come back."""
+        """Query the store in a thread that may be left behind: the store may be gone or unreachable."""
 
         def ask() -> None:
-            with suppress(RuntimeError):  # the store went with its host
+            with suppress(RuntimeError):  # the store's host is gone
                 question()
 
         thread = threading.Thread(target=ask, name="peers", daemon=True)
@@ -205,17 +202,17 @@ class Peers:
 
 
 def _machine() -> str:
-    """Return what tells machines apart, and containers on one that do not see each other's processes."""
+    """Return an identifier of the machine and the PID namespace, empty if there is none."""
     try:
         started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         seen = f"{socket.gethostname()} {started} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux: processes that have ended cannot be told from others
+    except OSError:  # not Linux: ended processes cannot be detected
         return ""
-    return hashlib.sha256(seen.encode()).hexdigest()[:12]  # all ranks read it of all
+    return hashlib.sha256(seen.encode()).hexdigest()[:12]  # short, as all ranks read that of all
 
 
 def _main_threads_line() -> str:
-    """Return at which line of Python the main thread of this process is."""
+    """Return the line of Python that the main thread of this process executes."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "at its end"
@@ -236,12 +233,12 @@ def _has_ended(process: RankProcess) -> bool:
 
 
 def _fate(rank: int, process: RankProcess) -> str:
-    """Return what became of a rank that says nothing; it is killed if it can be."""
+    """Return the state of a rank that does not answer; kill it if it runs on this machine."""
     if _has_ended(process):
         return f"{_name(rank, process)} has ended"
     if not _is_here(process):
         return f"{_name(rank, process)} does not answer"
-    with suppress(ProcessLookupError):  # it ended meanwhile
+    with suppress(ProcessLookupError):  # it has ended meanwhile
         os.kill(process.pid, signal.SIGKILL)
     return f"{_name(rank, process)} does not answer and is killed"
 

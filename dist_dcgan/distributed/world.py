@@ -1,6 +1,6 @@
 """Process group, rank and device.
 
-Works the same without torchrun: one process is then a world of size 1, with a process group of its own.
+Without torchrun, one process is a world of size 1 with a process group of its own.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from shards.common.errors import OneRankError, UserError
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 SLOW_SECONDS = 1800.0
-"""Most seconds that ranks wait for each other where one may have to bring data, or to compute scores."""
+"""Seconds that ranks wait for each other while one may fetch data or compute scores."""
 MEETING_SECONDS = 300.0
 """Seconds in which all ranks must have started."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """Rank, device and process groups of this process."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
     slow_group: dist.ProcessGroup | None = None
-    """For moments at which ranks may be minutes apart, over the CPU; None where the default group serves as well."""
+    """Gloo group with a timeout of SLOW_SECONDS, for ranks that may be minutes apart; None: use the default group."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size} on {socket.gethostname()}"
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone writes files."""
+        """Whether this is rank 0, the only one that writes files."""
         return self.rank == 0
 
 
 def world_size_of_launch(expected: int | None) -> int:
-    """Return the number of ranks that torchrun started, 1 without it; raises UserError where another is expected."""
+    """Return the number of ranks that torchrun started, 1 without it; raises UserError if `expected` differs."""
     started_by_torchrun = "WORLD_SIZE" in os.environ
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if expected is not None and expected != world_size:
@@ -75,15 +75,15 @@ def world_size_of_launch(expected: int | None) -> int:
 
 @contextmanager
 def process_group(timeout_seconds: float, device_type: str | None = None) -> Iterator[World]:
-    """Join the peers that torchrun started (or stand alone) and leave them at the end.
+    """Join the ranks that torchrun started, or a group of one, and leave it at the end.
 
-    CPU tensors travel over gloo and CUDA tensors over NCCL, so that small decisions never wait for the GPU. With
-    `device_type` "cpu" no GPU is used; with "any", GPUs if every rank has one; by default GPUs, too, but a UserError is
+    Gloo handles CPU tensors and NCCL handles CUDA tensors, so that small decisions never wait for the GPU. With
+    `device_type` "cpu" no GPU is used; with "any", GPUs if every rank has one; by default the same, but a UserError is
     raised on all ranks if only some have one.
     """
     _die_with_torchrun()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    gpus = 0 if device_type == "cpu" else torch.cuda.device_count()  # takes seconds: before the ranks meet
+    gpus = 0 if device_type == "cpu" else torch.cuda.device_count()  # takes seconds, so before the rendezvous
     store, rank, world_size = _meeting_point(max(timeout_seconds, MEETING_SECONDS))
     peers = Peers(dist.PrefixStore("peers", store), rank, world_size, local_rank, gpus)  # type: ignore[attr-defined]
     watch = Watch(peers, world_size, timeout_seconds, lambda cause: _end_at_once(cannot_go_on(peers, cause)))
@@ -99,7 +99,7 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
 
 
 def _init(store: Any, peers: Peers, device: torch.device, timeout_seconds: float) -> None:
-    """Make the default group. NCCL, which names nobody, is to wait longer than gloo and the watch need to explain."""
+    """Make the default group. NCCL's timeout is longer, so that gloo or the watch, which name the rank, act first."""
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -109,14 +109,14 @@ def _init(store: Any, peers: Peers, device: torch.device, timeout_seconds: float
         world_size=peers.world_size,
         device_id=device if on_gpu else None,
     )
-    if on_gpu:  # torch has no argument for it: options of NCCL take the timeout of the call
+    if on_gpu:  # torch has no argument for it: NCCL's options take the call's timeout
         backend = dist.distributed_c10d._get_default_group()._get_backend(device)
         backend._set_default_timeout(timedelta(seconds=2 * timeout_seconds + 60))
 
 
 @contextmanager
 def _left_at_the_end(peers: Peers) -> Iterator[None]:
-    """Leave the process group however it ends."""
+    """Leave the process group at the end, also after an exception."""
     all_ranks_end = False
     try:
         yield
@@ -132,21 +132,21 @@ def _left_at_the_end(peers: Peers) -> Iterator[None]:
 
 
 def _leave_group(all_ranks_end: bool) -> None:
-    # Whatever still refers to the group, as DDP does in a reference cycle, would keep gloo's threads alive until the
-    # interpreter ends, where a thread that lets go of a tensor aborts the process.
+    # References to the group, such as DDP's reference cycle, would keep gloo's threads alive until the interpreter
+    # exits, where a thread that releases a tensor aborts the process.
     gc.collect()
     if all_ranks_end or "nccl" not in dist.get_backend_config():
         dist.destroy_process_group()
         return
-    # NCCL's communicators end together: a rank that fails alone would wait here for peers that wait for it. On a GPU
-    # that failed, these fail as well, and the first error is the one to be told.
+    # NCCL's communicators are destroyed collectively: a rank that fails alone would deadlock, so it aborts them. On a
+    # failed GPU that raises, too; the first error is the one to report.
     with suppress(RuntimeError):
         dist.distributed_c10d._get_default_group()._get_backend(torch.device("cuda")).abort()
         dist.destroy_process_group()
 
 
 def _end_at_once(reason: str) -> None:
-    """End this process, whatever its main thread waits for, as a OneRankError there would: its line, its status."""
+    """End this process at once, with the message and exit status of a OneRankError in the main thread."""
 
     def fail(argv: Sequence[str]) -> None:
         raise OneRankError(reason)
@@ -158,22 +158,22 @@ def _end_at_once(reason: str) -> None:
 
 
 def _meeting_point(patience_seconds: float) -> tuple[Any, int, int]:
-    """Return the store through which the ranks meet, this rank and their number, when all have come."""
+    """Wait until all ranks have joined; return the rendezvous store, this rank and the world size."""
     if "WORLD_SIZE" not in os.environ:
         return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     try:
         store, rank, world_size = next(torch_rendezvous("env://", timeout=timedelta(seconds=patience_seconds)))
         return rendezvous(store, rank, world_size, patience_seconds), rank, world_size
-    except (ValueError, RuntimeError) as error:  # torch's errors of stores are RuntimeErrors
+    except (ValueError, RuntimeError) as error:  # torch's store errors are RuntimeErrors
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OneRankError(f"cannot meet the other ranks at {place} ({first_sentence(error)})") from error
 
 
 def under_torchrun(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
-    """Return a command as torchrun starts it: what ends it is told to torchrun.
+    """Return `main` wrapped so that torchrun learns of its errors.
 
-    Torchrun starts ranks again that have failed (--max-restarts), and names the first failure. A mistake of the user,
-    which all ranks meet alike, is not tried again.
+    Torchrun restarts failed ranks (--max-restarts) and names the first failure. A UserError, which is raised on all
+    ranks, stops it without a restart.
     """
 
     def started(argv: Sequence[str]) -> None:
@@ -183,7 +183,7 @@ def under_torchrun(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[
             raise
         except UserError:
             if os.environ.get("LOCAL_RANK") == "0" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun passes it on, and the mistake is to be said
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun forwards it; the message comes first
                 os.kill(os.getppid(), signal.SIGTERM)
             raise
 
@@ -191,7 +191,7 @@ def under_torchrun(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[
 
 
 def _die_with_torchrun() -> None:
-    """Have the kernel kill this process when torchrun dies: it would train on, beside the run that takes its place."""
+    """Have the kernel kill this process when torchrun dies; it would otherwise keep training beside a restarted run."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
