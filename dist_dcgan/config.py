@@ -1,7 +1,7 @@
-"""Typed configuration: a YAML preset, then the command line, into one frozen object.
+"""Typed configuration: a YAML preset, overridden by the command line, as one frozen object.
 
-The only place that knows defaults, and they are the `paper` preset. `Config` says what a run computes and is stored
-with it; `Invocation` says how this process was started and is not.
+All defaults are defined here and equal the `paper` preset. `Config` describes what a run computes and is stored with
+it; `Invocation` describes how this process was started and is not stored.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from shards.common.errors import UserError
 
 
 def _changeable(default: Any, **constraints: Any) -> Any:
-    """A field that may differ when a run is continued: trained values depend on it by their last bits at most."""
+    """Field that may change when a run is continued: it alters the last bits of trained values at most."""
     return Field(default, json_schema_extra={"changeable": True}, **constraints)
 
 
 def _location(value: Any) -> Any:
-    """Leave an address as it is: as a path it would lose a slash."""
+    """Keep an address as a string: a Path would drop one of its slashes."""
     return Path(value) if isinstance(value, str) and not re.match(r"(pipe:|[a-z0-9]+://)", value) else value
 
 
@@ -34,23 +34,23 @@ Location = Annotated[Path | str, BeforeValidator(_location)]
 
 
 class LocationOptions(Options):
-    """Where a data set lies."""
+    """Location of a data set."""
 
     path: Location = _changeable(Path("data/bedroom_train"))
     """Folder or address (http, https) of shards that `python -m shards convert` wrote."""
     cache_dir: Path | None = _changeable(None)
-    """Folder on a disk of each machine to which shards are staged: for an address, or a slow file system."""
+    """Folder on a local disk of each machine to which shards are copied: for an address, or a slow file system."""
     cache_gb: float = _changeable(50.0, gt=0, allow_inf_nan=False)
-    """Most gigabytes of shards in cache_dir; others make room for what is needed next."""
+    """Maximum size of cache_dir in gigabytes; least recently used shards are evicted."""
     allow_commands: bool = _changeable(False)
-    """Take `pipe:COMMAND` for a path: the shell command prints the file whose name stands for `{}` in it."""
+    """Allow `pipe:COMMAND` as a path: the shell command prints the file whose name replaces `{}` in it."""
 
 
 class DataOptions(LocationOptions):
-    """Where the images come from and in which order."""
+    """Source and order of the images."""
 
     window_shards: int = Field(16, ge=1)
-    """Consecutive shards whose samples are shuffled together: more shuffles better, fewer reads a disk in sequence."""
+    """Consecutive shards whose samples are shuffled together: more shuffle better, fewer give sequential disk reads."""
     random_flip: bool = False
     """Mirror each image with probability 1/2. The paper does not."""
     prefetch: int = _changeable(4, ge=1)
@@ -58,7 +58,7 @@ class DataOptions(LocationOptions):
 
 
 class ModelOptions(Options):
-    """What the networks look like, beside `width`; the image size is the data set's."""
+    """Architecture of the networks, apart from `width`; the image size is the data set's."""
 
     latent_dim: int = Field(100, ge=1)
     """Dimensions of z."""
@@ -72,7 +72,7 @@ class NoiseOptions(Options):
     """Instance noise: Gaussian noise on the discriminator's inputs, real and fake (Sonderby et al. 2017)."""
 
     sigma: float = Field(0.0, ge=0)
-    """Standard deviation, where images span [-1, 1]; 0 turns it off: it learned no better (tests/stability)."""
+    """Standard deviation, for images in [-1, 1]; 0 turns it off, as noise did not help (tests/stability)."""
 
 
 class OptimizerOptions(Options):
@@ -89,18 +89,18 @@ class OptimizerOptions(Options):
 
 
 class EmaOptions(Options):
-    """Moving average of the generator's weights, which is what is sampled, scored and exported."""
+    """Moving average of the generator's weights; it is sampled, scored and exported."""
 
     half_life_images: float = Field(10_000, gt=0)
-    """Training images in which a weight's share of the average halves."""
+    """Half-life of the average in training images."""
     ramp_up: float = Field(0.05, gt=0)
-    """The half-life is at most this share of the images seen, so that a short run forgets its first weights."""
+    """Maximum half-life as a share of the images seen, so that a short run forgets its first weights."""
     statistics_images: int = Field(512, ge=1)
-    """Fixed images over which batch-norm statistics are recomputed for the averaged weights."""
+    """Images from fixed z over which batch-norm statistics are recomputed for the averaged weights."""
 
 
 class LogOptions(Options):
-    """What rank 0 writes, and how often."""
+    """Logging of rank 0."""
 
     every_steps: int = _changeable(10, ge=1, le=10)
     """Steps between rows of metrics.jsonl."""
@@ -111,16 +111,16 @@ class LogOptions(Options):
 
 
 class QualityOptions(Options):
-    """How good the images are, scored while training; `dist_dcgan.evaluate` scores a finished run."""
+    """Image quality, scored during training; `dist_dcgan.evaluate` scores a finished run."""
 
     extractor: Literal["auto", "efficientnet-lite0", "inception", "none"] = _changeable("auto")
-    """Feature network; auto: efficientnet-lite0 where the `eval` extra is installed, else none."""
+    """Feature network; auto: efficientnet-lite0 if the `eval` extra is installed, else none."""
     weights: Path | None = _changeable(None)
     """File of Inception's weights (see `dist_dcgan.evaluate`)."""
     every_images: int = _changeable(1_000_000, ge=1)
     """Training images between scores."""
     time_share: float | None = _changeable(None, gt=0, le=1)
-    """Most of the time that scores may take: one that would take more is left out. none: 0.03 on GPUs, 1 on CPUs."""
+    """Maximum share of the time for scores; a score that would exceed it is skipped. none: 0.03 on GPUs, 1 on CPUs."""
     fakes: int = _changeable(10_000, ge=4)
     """Generated images of a score."""
     reals: int = _changeable(10_000, ge=4)
@@ -131,67 +131,67 @@ class WandbOptions(Options):
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = _changeable("auto")
-    """auto: online where a key is configured, else disabled (`--wandb` for short)."""
+    """auto: online if a key is configured, else disabled (`--wandb` for short)."""
     project: str = _changeable("dist_dcgan")
-    """Project that the run is listed under."""
+    """Project of the run."""
     name: str | None = _changeable(None)
-    """Name of the run; the run directory's where none is given."""
+    """Name of the run; none: the run directory's name."""
 
 
 class CheckpointOptions(Options):
-    """What is kept so that a run can go on."""
+    """Checkpoints, from which a run can be continued."""
 
     every_minutes: float | None = _changeable(None, gt=0, allow_inf_nan=False)
-    """Minutes between checkpoints. Without this and every_steps: 10 on GPUs, and every 1,000 steps on CPUs."""
+    """Minutes between checkpoints. If this and every_steps are none: 10 on GPUs, and every 1,000 steps on CPUs."""
     every_steps: int | None = _changeable(None, ge=1)
-    """Steps between checkpoints, instead of minutes or beside them; one is always written at the end and on a stop."""
+    """Steps between checkpoints, instead of minutes or in addition; one is always written at the end and on a stop."""
     keep: int = _changeable(3, ge=1)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every_steps: int | None = _changeable(None, ge=1)
-    """At multiples of so many steps a checkpoint is written, too, and kept for good."""
+    """Checkpoints at multiples of this many steps are written as well, and never removed."""
 
 
 class DistributedOptions(Options):
-    """How the ranks work together."""
+    """Communication between ranks."""
 
     timeout_seconds: float = _changeable(60.0, gt=0)
-    """A collective that takes longer ends the run; the ranks wait as long for rank 0's checkpoints and grids."""
+    """Timeout of a collective, which ends the run; it also limits the wait for rank 0's checkpoints and grids."""
     batchnorm: Literal["auto", "native", "direct", "portable"] = _changeable("auto")
     """Cross-rank batch norm. native: torch's SyncBatchNorm (CUDA only); direct: its CUDA kernels without its host
     synchronisations; portable: plain torch, any device; auto: direct on CUDA, else portable."""
 
 
 class Config(Options):
-    """All that a run computes. The defaults are the `paper` preset."""
+    """Configuration of a run. The defaults are the `paper` preset."""
 
     data: DataOptions = DataOptions()
-    """Where the images come from, and in which order."""
+    """Source and order of the images."""
     run_dir: Path = _changeable(Path("runs/default"))
     """Folder of the run: configuration, metrics, samples, checkpoints, exported generator."""
     width: int = Field(128, ge=1)
     """Channels of the last hidden layer: 128 is the paper's 1024-512-256-128, 64 the reduced 512-64."""
     global_batch: int = Field(128, ge=2)
-    """Images per step over all ranks, whatever their number."""
+    """Images per step over all ranks, independent of their number."""
     batch_per_rank: int | None = Field(None, ge=1)
-    """Images per step and rank, instead of global_batch: the batch then grows with the ranks."""
+    """Images per step and rank, instead of global_batch; the global batch then grows with the number of ranks."""
     epochs: float = _changeable(5.0, gt=0)
-    """Length of the run in passes over the data; the paper shows 5 of LSUN bedroom."""
+    """Length of the run in passes over the data; the paper shows results of 5 on LSUN bedroom."""
     max_steps: int | None = _changeable(None, ge=1)
     """Length of the run in steps from its start, instead of epochs."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of everything random: weights, order, z, noise, flips."""
+    """Seed of all random numbers: weights, order, z, noise, flips."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs that have it, fp16 with loss scaling on older ones, fp32 on CPU. fp32: without TF32."""
+    """auto: bf16 on GPUs that support it, fp16 with loss scaling on older ones, fp32 on CPU. fp32: without TF32."""
     loss: Literal["logits", "sigmoid_bce"] = "logits"
-    """Cross-entropy on logits, or the literal sigmoid followed by cross-entropy (which dies at paper width)."""
+    """Cross-entropy on logits, or sigmoid followed by cross-entropy (whose gradient vanishes at paper width)."""
     compile: bool = _changeable(False)
     """Compile both networks with torch.compile."""
     cuda_graph: bool | None = _changeable(None)
-    """Launch a step as one CUDA graph, which saves the host's time; none: if there is one GPU."""
+    """Launch a step as one CUDA graph, which saves host time; none: on if there is one GPU."""
     model: ModelOptions = ModelOptions()
-    """What the networks look like."""
+    """Architecture of the networks."""
     noise: NoiseOptions = NoiseOptions()
-    """Noise on the images that the discriminator sees."""
+    """Noise on the inputs of the discriminator."""
     optimizer: OptimizerOptions = OptimizerOptions()
     """Adam, for both networks."""
     ema: EmaOptions = EmaOptions()
@@ -199,15 +199,15 @@ class Config(Options):
     log: LogOptions = LogOptions()
     """What is logged, and how often."""
     quality: QualityOptions = QualityOptions()
-    """Scores while training."""
+    """Scores during training."""
     on_collapse: Literal["warn", "stop"] = _changeable("warn")
-    """What to do where the watchdog finds that training went wrong."""
+    """Action if the watchdog detects that training went wrong."""
     wandb: WandbOptions = WandbOptions()
     """Weights & Biases."""
     checkpoint: CheckpointOptions = CheckpointOptions()
     """Checkpoints: when, and how many are kept."""
     distributed: DistributedOptions = DistributedOptions()
-    """How the ranks work together."""
+    """Communication between ranks."""
 
     @model_validator(mode="after")
     def _one_batch(self) -> Config:
@@ -220,15 +220,15 @@ class Invocation(Options):
     """How this process was started."""
 
     preset: str | None = None
-    """Configuration that comes with the package: paper (the default), paper_literal, narrow, quickstart or debug."""
+    """Configuration included in the package: paper (the default), paper_literal, narrow, quickstart or debug."""
     config: Path | None = None
     """Configuration from a YAML file, instead of a preset."""
     world_size: int | None = Field(None, ge=1)
     """Number of ranks expected: 1 without torchrun; with --dry-run any number, to check a plan."""
     resume: Literal["auto", "never"] = "auto"
-    """auto continues the run that is in run_dir; never refuses to touch one."""
+    """auto: continue the run in run_dir, if any; never: fail if run_dir holds a run."""
     dry_run: bool = False
-    """Print the resolved configuration and plan, create nothing, end."""
+    """Print the resolved configuration and plan, and exit; nothing is created."""
 
 
 class _CommandLine(Config, Invocation):
@@ -253,7 +253,7 @@ def from_command_line(
         base, where = read_yaml(invocation.config), str(invocation.config)
     else:
         base, where = read_preset(invocation.preset or "paper"), f"preset {invocation.preset or 'paper'}"
-    build(Config, base, where)  # so that a mistake in the file is told apart from one in the flags
+    build(Config, base, where)  # so that the message says whether the file or a flag is wrong
     if "batch_per_rank" in flags and "global_batch" not in flags:
         base.pop("global_batch", None)  # the command line's choice replaces the file's
     if "global_batch" in flags and "batch_per_rank" not in flags:
@@ -262,13 +262,13 @@ def from_command_line(
 
 
 def preset_names() -> list[str]:
-    """Return the names of the presets that come with the package."""
+    """Return the names of the presets in the package."""
     folder = resources.files("dist_dcgan") / "presets"
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """Return the keys that preset `name` sets; raises UserError with the nearest name for an unknown one."""
+    """Return the keys that preset `name` sets; raises UserError with the nearest name if it is unknown."""
     if name not in preset_names():
         known = preset_names()
         raise UserError(f"unknown preset {name!r}{nearest(name, known)} (there are: {', '.join(known)})")
@@ -276,7 +276,7 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in the YAML file at `path`; object tags are refused, nothing in it can run code."""
+    """Return the mapping in the YAML file at `path`; object tags are refused, so that no code can run."""
     try:
         return _parse_yaml(path.read_text(), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -284,7 +284,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def to_values(config: Config) -> dict[str, Any]:
-    """Return the whole configuration, as JSON knows it, from which the same object can be built."""
+    """Return the whole configuration as JSON types, from which the same object can be built."""
     values = config.model_dump(mode="json")
     if config.batch_per_rank is not None:
         del values["global_batch"]
@@ -297,7 +297,7 @@ def to_yaml(config: Config) -> str:
 
 
 def differences(stored: Config, current: Config) -> list[str]:
-    """Return `key: stored -> current` for every key that makes another run."""
+    """Return `key: stored -> current` for every differing key that may not change when a run is continued."""
     before, after = dict(_flatten(stored)), dict(_flatten(current))
     return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
 
@@ -318,7 +318,7 @@ class Plan:
 
 
 def make_plan(config: Config, world_size: int, samples: int) -> Plan:
-    """Return the plan for a data set of `samples` images; raises UserError where the sizes do not fit."""
+    """Return the plan for a data set of `samples` images; raises UserError if the sizes do not fit."""
     global_batch = config.batch_per_rank * world_size if config.batch_per_rank else config.global_batch
     if global_batch % world_size:
         fitting = [batch for batch in (global_batch - global_batch % world_size,) if batch]
