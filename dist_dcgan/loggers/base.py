@@ -1,4 +1,4 @@
-"""What every logger offers, and how a problem that must not stop training is reported."""
+"""Interface of loggers, and warnings about problems that must not stop training."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ Row = Mapping[str, float]
 
 
 class Logger(Protocol):
-    """Receives what happens in a run."""
+    """Receives the events of a run."""
 
     def metrics(self, row: Row) -> None:
-        """Take the metrics of a step."""
+        """Log the metrics of a step."""
 
     def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
-        """Take a grid: `draw` returns images (N, 3, size, size) in [-1, 1] and costs time."""
+        """Log a grid: `draw` computes images (N, 3, size, size) in [-1, 1], which takes time."""
 
     def alert(self, step: int, text: str) -> None:
-        """Take what a person should know at once, some lines."""
+        """Log a message of some lines for the user."""
 
     def close(self) -> None:
-        """Finish within seconds."""
+        """Finish; takes seconds at most."""
 
 
 class NullLogger:
-    """The logger of every rank but 0."""
+    """Logger of all ranks except 0."""
 
     def metrics(self, row: Row) -> None:
         """Do nothing."""
@@ -51,8 +51,8 @@ def warn(message: str) -> None:
 
 @contextlib.contextmanager
 def reported(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong inside, off the critical path, into a warning."""
+    """Turn an exception inside, which is not critical to training, into a warning."""
     try:
         yield
-    except Exception as error:  # a full disk, a missing font, ...: training has gone on or goes on
+    except Exception as error:  # a full disk, a missing font, ...: training continues
         warn(f"{what}: {error!r}")

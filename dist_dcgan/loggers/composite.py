@@ -1,6 +1,6 @@
 """Makes the loggers of rank 0: metrics.jsonl, sample grids, console, Weights & Biases.
 
-No logger may stop training: one that fails is reported once and dropped. The other ranks get a `NullLogger`.
+No logger may stop training: if one fails, it is reported and removed. The other ranks get a `NullLogger`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dist_dcgan.run.directory import RunDirectory
 
 
 def make_logger(config: Config, plan: Plan, world: World, run: RunDirectory, step: int, wandb_run_id: str) -> Logger:
-    """Return the logger of this rank, which goes on after `step`."""
+    """Return the logger of this rank; it continues after `step`."""
     if not world.is_main:
         return NullLogger()
     loggers: list[Logger] = []
@@ -35,7 +35,7 @@ def make_logger(config: Config, plan: Plan, world: World, run: RunDirectory, ste
 
 
 class CompositeLogger:
-    """Passes on to several loggers; one that fails is reported and dropped."""
+    """Passes events on to several loggers; if one fails, it is reported and removed."""
 
     def __init__(self, loggers: list[Logger]) -> None:
         self._loggers = loggers
@@ -60,6 +60,6 @@ class CompositeLogger:
         for logger in list(self._loggers):
             try:
                 getattr(logger, method)(*arguments)
-            except Exception as error:  # whatever a logger meets, training goes on
+            except Exception as error:  # training continues whatever a logger raises
                 warn(f"{type(logger).__name__} failed and is turned off: {error!r}")
                 self._loggers.remove(logger)

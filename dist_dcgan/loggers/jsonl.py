@@ -1,4 +1,4 @@
-"""The log file metrics.jsonl, from which everything else can be drawn again."""
+"""The log file metrics.jsonl, from which all other logs can be made again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.common.files import publish
 
 
 class JsonlLogger:
-    """Appends a line to metrics.jsonl per row, after cutting off what lies behind `step`."""
+    """Appends a line per row to metrics.jsonl, after removing rows after `step`."""
 
     def __init__(self, path: Path, step: int) -> None:
         if path.exists():
@@ -23,7 +23,7 @@ class JsonlLogger:
         self._file = path.open("a", buffering=1)
 
     def metrics(self, row: Row) -> None:
-        """Append the row; what is not finite becomes null, as JSON knows no infinity."""
+        """Append the row; values that are not finite become null, as JSON has no infinity."""
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._file.write(json.dumps(finite) + "\n")
 
@@ -31,7 +31,7 @@ class JsonlLogger:
         """Do nothing."""
 
     def alert(self, step: int, text: str) -> None:
-        """Append a row of its own."""
+        """Append a row with the step and the message."""
         self._file.write(json.dumps({"step": step, "alert": text}) + "\n")
 
     def close(self) -> None:
@@ -43,4 +43,4 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # the torn last line of a killed process
+        return float("inf")  # the incomplete last line of a killed process

@@ -35,7 +35,7 @@ class SampleFiles:
 
 
 def check_png(path: Path) -> None:
-    """Raise UserError where a picture cannot be written to `path` for --out."""
+    """Raise UserError if a picture cannot be written to `path` for --out."""
     if path.exists():
         raise UserError(f"{path} exists: name another with --out")
     if path.suffix != ".png":
@@ -45,11 +45,11 @@ def check_png(path: Path) -> None:
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write images (N, 3, size, size) in [-1, 1] as a PNG grid, about square where `columns` is not given."""
-    from torchvision.utils import save_image  # imported here: it takes seconds, and only one rank ever draws
+    """Write images (N, 3, size, size) in [-1, 1] as a PNG grid, about square if `columns` is not given."""
+    from torchvision.utils import save_image  # imported here: it takes seconds, and only one rank draws
 
     columns = columns or max(1, round(len(images) ** 0.5))
-    with atomic_file(path, durable=False) as file:  # W&B's process may look at any time
+    with atomic_file(path, durable=False) as file:  # W&B's process may read it at any time
         save_image(images.float(), file, format="png", nrow=columns, normalize=True, value_range=(-1, 1))
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases, kept where it cannot hurt: in a process of its own that training starts, ends and may kill."""
+"""Weights & Biases in a separate process that training starts, ends and may kill."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from dist_dcgan.run.directory import RunDirectory
 
 
 class WandbLogger:
-    """Has a process read metrics.jsonl and the pictures and pass them on.
+    """Starts a process that reads metrics.jsonl and the pictures and uploads them.
 
-    Training hands it nothing: a client that hangs, fails or takes the processor's time does so elsewhere, its threads,
-    exit hooks and signals stay out of this process, and what it missed it can read again.
+    Training sends it no data: a client that hangs, fails or uses CPU time cannot delay training, its threads, exit
+    hooks and signals stay out of this process, and it can read again what it missed.
     """
 
     _IMPORT_SECONDS = 60
-    _SLACK_SECONDS = 0.5  # for the process to keep its own limit and say what became of the run
+    _SLACK_SECONDS = 0.5  # for the process to reach its own limit and report
 
     def __init__(self, config: Config, run: RunDirectory, run_id: str) -> None:
-        """Start the process, which passes on what is logged from now on."""
+        """Start the process, which uploads what is logged from now on."""
         self._run, self._run_id = run, run_id
         self._close_seconds = close_seconds(config.wandb.mode)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "dist_dcgan.loggers.wandb_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for training, which then ends the process
+            start_new_session=True,  # Ctrl-C must reach only training, which then ends the process
         )
         order = {
             "run_dir": str(run.path.resolve()),
@@ -60,14 +60,14 @@ class WandbLogger:
         """Do nothing: the process reads metrics.jsonl."""
 
     def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
-        """Do nothing: the process looks for pictures."""
+        """Do nothing: the process finds pictures by itself."""
 
     def alert(self, step: int, text: str) -> None:
         """Do nothing: alerts are in metrics.jsonl."""
 
     def close(self) -> None:
-        """Have the rest sent, within 5 seconds after wandb is imported; name what is left to send."""
-        self._write(b"\n")  # without it the run has crashed
+        """Wait for the upload, 5 seconds (30 offline) after wandb is imported at most; print how to upload the rest."""
+        self._write(b"\n")  # without it the run counts as crashed
         with contextlib.suppress(OSError):
             self._stdin.close()
         self._wait_for_import()
@@ -77,7 +77,7 @@ class WandbLogger:
             warn("W&B did not end in time and is killed")
         elif self._process.returncode != 0:
             warn(f"W&B's process ended with status {self._process.returncode}")
-        # what the process has started is in its session, but for wandb-core, which ends after its parent
+        # the process's children are in its session, except wandb-core, which ends after its parent
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -90,20 +90,20 @@ class WandbLogger:
         return self._process.stdin
 
     def _write(self, message: bytes) -> None:
-        with contextlib.suppress(OSError):  # the process is gone: `close` tells why
+        with contextlib.suppress(OSError):  # the process is gone: `close` reports why
             self._stdin.write(message)
             self._stdin.flush()
 
     def _wait_for_import(self) -> None:
-        """Wait until the process says that wandb is there, or has ended."""
+        """Wait until the process reports the import of wandb, or has ended."""
         assert self._process.stdout is not None
-        waiting = select.poll()  # which, unlike select, takes any descriptor
+        waiting = select.poll()  # unlike select, poll takes any descriptor
         waiting.register(self._process.stdout, select.POLLIN)
         waiting.poll(1000 * self._IMPORT_SECONDS)
 
 
 def sync_command(run_dir: Path, run_id: str) -> str | None:
-    """Return the command that uploads all that W&B's server lacks of a run; None where it lacks nothing."""
+    """Return the command that uploads what W&B's server lacks of a run, None if it lacks nothing."""
     segments = run_dir.resolve().glob(f"wandb/*run-*-{run_id}*")
     left = sorted(segment for segment in segments if _is_left(segment))
     if not left:
@@ -112,7 +112,7 @@ def sync_command(run_dir: Path, run_id: str) -> str | None:
 
 
 def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration without what may hold a password: parts of the data set's address, or its command."""
+    """Return the configuration without possible passwords: parts of the data set's address, or its command."""
     path = str(config["data"]["path"])
     if path.startswith("pipe:"):
         path = "pipe:"
@@ -124,10 +124,10 @@ def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
 
 def _is_left(segment: Path) -> bool:
     if any(segment.glob("*.wandb.synced")) or not any(map(holds_rows, segment.glob("*.wandb"))):
-        return False  # it was uploaded by `wandb sync`, or there is nothing to
+        return False  # uploaded by `wandb sync`, or empty
     return segment.name.startswith("offline-run-") or (segment / UNSENT).exists()
 
 
 def _pictures(directory: Path) -> dict[str, int]:
-    """Return the times of change of the pictures that are there; what is drawn again has another."""
+    """Return the modification times, in ns, of the pictures; a picture that is drawn again gets a new one."""
     return {path.name: path.stat().st_mtime_ns for path in directory.glob("step-*.png")}

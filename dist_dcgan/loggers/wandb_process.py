@@ -1,10 +1,10 @@
-"""The process beside rank 0 that talks to Weights & Biases: `python -m dist_dcgan.loggers.wandb_process`.
+"""Process beside rank 0 that uploads to Weights & Biases: `python -m dist_dcgan.loggers.wandb_process`.
 
-It is told on its standard input what to record, as a line of JSON, and that the run has ended, by another line and the
-end of input; the end alone is that of a run that was killed. What it records it reads from the run directory.
+Its standard input holds a line of JSON that says what to record; another line followed by the end of input means that
+the run has ended, the end of input alone that it was killed. The data are read from the run directory.
 
-wandb is imported once; what then talks to the server is a fork, which may hang: after a while it is killed, and another
-one records into the run directory instead, from the start. Nothing here imports torch.
+wandb is imported once; a fork then connects to the server. If the fork hangs, it is killed after a timeout, and another
+fork records offline into the run directory, from the start. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 UNSENT = "unsent"
-"""A file in a segment that is not on the server, or not all of it."""
+"""Marker file in a segment that is not completely uploaded."""
 
-_INIT_SECONDS = 60.0  # for the server to take the run, while training goes on
+_INIT_SECONDS = 60.0  # for the server to accept the run, during training
 _LAST_INIT_SECONDS = 1.5  # the same, once training has ended
 _FINISH_SECONDS = 3.5
-_LOOK_SECONDS = 1.0  # between looks at what is new
+_LOOK_SECONDS = 1.0  # between checks for new rows and pictures
 
 _HEADER_BYTES = 7  # of a .wandb file
 
 _DONE, _FAILED, _NO_SERVER = range(3)  # exit status of the fork
-_START, _HAS_KEY, _RECORDS = b"0", b"1", b"2"  # how far the fork is
+_START, _HAS_KEY, _RECORDS = b"0", b"1", b"2"  # progress of the fork
 
 
 def holds_rows(file: Path) -> bool:
@@ -42,9 +42,9 @@ def holds_rows(file: Path) -> bool:
 
 
 def close_seconds(mode: str) -> float:
-    """Return the seconds in which the process ends after the run has and wandb is imported.
+    """Return the seconds within which the process ends, once the run has ended and wandb is imported.
 
-    A network that hangs must not hold up the end of a run; a disk needs its time and has an end.
+    A network that hangs must not delay the end of a run; offline, writing to disk takes longer but finishes.
     """
     return 30.0 if mode == "offline" else 5.0
 
@@ -60,15 +60,15 @@ class Order:
     name: str
     config: dict[str, Any]
     offset: int
-    """Bytes of metrics.jsonl that an earlier start has recorded."""
+    """Bytes of metrics.jsonl that an earlier start of the run has recorded."""
     pictures: dict[str, int]
-    """Times of change, in ns, of pictures that do not count as new."""
+    """Modification times, in ns, of pictures that are not new."""
     pid: int
-    """The process whose use of the machine is of interest."""
+    """The training process, whose CPU and GPU use is recorded."""
 
 
 class Training:
-    """What connects this process with training; whatever else prints or reads here does so in vain."""
+    """Connection to the training process; the standard streams of other code are redirected to /dev/null."""
 
     def __init__(self) -> None:
         # Private descriptors, which wandb-core does not inherit: nobody waits for it to close them.
@@ -81,41 +81,41 @@ class Training:
     def order(self) -> Order:
         """Read what to record."""
         line = b""
-        while not line.endswith(b"\n"):  # byte by byte: what follows says how the run ended
+        while not line.endswith(b"\n"):  # byte by byte: the rest of the input says how the run ended
             byte = os.read(self._orders, 1)
             if not byte:
-                raise SystemExit(0)  # training was killed as it began
+                raise SystemExit(0)  # training was killed at its start
             line += byte
         return Order(**json.loads(line))
 
     def tell_imported(self) -> None:
-        """Say that wandb is imported."""
+        """Report that wandb is imported."""
         _write(self._reports, "imported\n")
 
     def warn(self, text: str) -> None:
-        """Print one line of warning, without the key."""
+        """Print one line of warning, with the API key masked."""
         key = os.environ.get("WANDB_API_KEY")
         line = " ".join((text.replace(key, "***") if key else text).split())
         _write(self._errors, f"warning: {line}\n")
 
     def ended(self, wait: float = 0.0) -> bool:
-        """Return whether the run has ended, after waiting for that for some seconds."""
+        """Return whether the run has ended, after waiting up to `wait` seconds for it."""
         if select.select([self._orders], [], [], wait)[0] and self._ended_at is None:
             self._ended_at = time.monotonic()
         return self._ended_at is not None
 
     def seconds_since_end(self) -> float:
-        """Return how long ago `ended` first found that the run had."""
+        """Return the seconds since `ended` was first true."""
         return 0.0 if self._ended_at is None else time.monotonic() - self._ended_at
 
     def well(self) -> bool:
-        """Return whether the run that has ended did so of its own accord; asked once."""
+        """Return whether the run ended normally and was not killed; call it once, after its end."""
         return os.read(self._orders, 1) != b""
 
 
 @dataclass
 class Feed:
-    """Finds what is new in the run directory."""
+    """Finds new rows and pictures in the run directory."""
 
     order: Order
     _offset: int = field(init=False)
@@ -126,7 +126,7 @@ class Feed:
 
     def new(self) -> list[dict[str, Any]]:
         """Return rows, alerts and pictures (`{"step": ..., "picture": path}`) in the order of steps."""
-        rows = list(self._new_rows())  # before pictures: then no picture comes a look later than a row behind it
+        rows = list(self._new_rows())  # before pictures, so that a picture is never returned after a later row
         return sorted([*rows, *self._new_pictures()], key=lambda found: found["step"])
 
     def _new_rows(self) -> Iterator[dict[str, Any]]:
@@ -151,7 +151,7 @@ class Feed:
 def main() -> None:
     """Record a run until it ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they stop training, which then tells this process
+        signal.signal(number, signal.SIG_IGN)  # training handles them and then ends this process
     training = Training()
     order = training.order()
     os.environ["WANDB_SILENT"] = "true"  # else it asks the server for the user's name, to print it
@@ -159,8 +159,8 @@ def main() -> None:
         import wandb
 
         with contextlib.suppress(ImportError):
-            import wandb.apis.public  # which wandb.init imports: each fork would
-    except BaseException as error:  # whatever it is, it is not training's
+            import wandb.apis.public  # wandb.init imports it, in each fork
+    except BaseException as error:  # no error of wandb may affect training
         training.warn(f"W&B is turned off: it cannot be imported: {error!r}")
         return
     training.tell_imported()
@@ -169,7 +169,7 @@ def main() -> None:
 
 
 class Attempt:
-    """One fork that records, and its limits."""
+    """A fork that records the run, with its time limits."""
 
     def __init__(self, training: Training, order: Order, wandb: Any, mode: str) -> None:
         self._training, self._order, self._wandb, self._mode = training, order, wandb, mode
@@ -179,7 +179,7 @@ class Attempt:
         self._reached = _START
 
     def run(self) -> int:
-        """Return what became of it; _NO_SERVER where it has recorded nothing and another mode may."""
+        """Return the exit status; _NO_SERVER if nothing was recorded and another mode may be tried."""
         started = time.monotonic()
         fork = os.fork()
         if fork == 0:
@@ -196,7 +196,7 @@ class Attempt:
             time.sleep(0.05)
 
     def _too_slow(self, seconds: float) -> int | None:
-        """Return what to give up with after `seconds`, None where there is time left."""
+        """Return the exit status if a time limit has passed after `seconds`, else None."""
         training = self._training
         if training.ended() and training.seconds_since_end() > self._limit:
             training.warn("W&B did not finish in time")
@@ -210,11 +210,11 @@ class Attempt:
         return None
 
     def _record_and_exit(self) -> NoReturn:
-        """Record as the fork, and end without exit hooks: wandb's would wait for the network."""
+        """Record, in the fork, and exit without exit hooks: wandb's would wait for the network."""
         status = _FAILED
         try:
             status = self._record()
-        except BaseException as error:  # wandb raises errors of its own and of the network, and exits on some
+        except BaseException as error:  # wandb's and network errors; some are SystemExit
             if self._reached == _RECORDS or self._mode == "offline":
                 self._training.warn(f"W&B is turned off: {error!r}")
             else:
@@ -233,7 +233,7 @@ class Attempt:
         unsent = Path(run.dir).parent / UNSENT
         if self._mode == "online":
             unsent.touch()
-        wandb.define_metric("*", step_metric="step")  # steps behind the last one logged would be dropped after a resume
+        wandb.define_metric("*", step_metric="step")  # else steps before the last logged one are dropped after a resume
         feed, ended = Feed(self._order), False
         while not ended:
             ended = self._training.ended(wait=_LOOK_SECONDS)
@@ -261,7 +261,7 @@ class Attempt:
             wandb.log({key: float("nan") if value is None else value for key, value in found.items()})
 
     def _arguments(self) -> dict[str, Any]:
-        """Return what wandb.init is called with: no code and no console."""
+        """Return the arguments of wandb.init: no code and no console is recorded."""
         order, wandb = self._order, self._wandb
         options: dict[str, Any] = {
             "init_timeout": _INIT_SECONDS,
@@ -274,7 +274,7 @@ class Attempt:
             "console": "off",
         }
         if "x_stats_pid" in getattr(wandb.Settings, "model_fields", {}):
-            options["x_stats_pid"] = order.pid  # whose memory and GPU to show: not this process's
+            options["x_stats_pid"] = order.pid  # show training's memory and GPU, not this process's
         return {
             "project": order.project,
             "name": order.name,
@@ -288,13 +288,13 @@ class Attempt:
 
 
 def _require_written(segment: Path) -> None:
-    """Raise OSError where the disk is full, of which wandb itself says nothing."""
+    """Raise OSError if the disk is full, which wandb does not report."""
     if shutil.disk_usage(segment).free == 0 or not any(map(holds_rows, segment.glob("*.wandb"))):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(segment))
 
 
 def _write(descriptor: int, text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more
+    with contextlib.suppress(OSError):  # the reader is gone
         os.write(descriptor, text.encode())
 
 
