@@ -1,1 +1,1 @@
-"""Image quality as a number: feature extractors, distances between sets of features, scores of a generator."""
+"""Metrics of image quality: feature extractors, distances between sets of features, scores of a generator."""

@@ -1,9 +1,8 @@
-"""Distances between two sets of features, float (N, D) each, in float64: the numbers that torch-fidelity gives.
+"""Distances between two sets of features, float (N, D) each, in float64, equal to those of torch-fidelity.
 
-That library computes the Frechet and the kernel distance with numpy, on the CPU, with as many threads as there were at
-the start of the process (one under torchrun). So these two are written in torch here: they run on a GPU, or on all CPUs
-(`all_cpus`). Precision and recall are the library's; it belongs to the `eval` extra, whose presence `load_extractor`
-has checked.
+That library computes the Frechet and the kernel distance with numpy on the CPU, with the number of threads at the start
+of the process (one under torchrun). So both are written in torch here, to run on a GPU or on all CPUs (`all_cpus`).
+Precision and recall are the library's; it belongs to the `eval` extra, which `load_extractor` has checked.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _ROWS = 2000  # of features at a time: a matrix of distances takes 0.8 GB agains
 
 
 class KernelDistance(NamedTuple):
-    """Squared maximum mean discrepancy: its mean over random subsets, and the standard deviation over them."""
+    """Squared maximum mean discrepancy: mean and standard deviation over random subsets."""
 
     mean: float
     std: float
@@ -35,7 +34,7 @@ class KernelDistance(NamedTuple):
 
 @contextmanager
 def all_cpus() -> Iterator[None]:
-    """Compute with a thread for each CPU that this process may use, then with as many as before.
+    """Use one thread for each CPU available to this process, and restore the number of threads at the end.
 
     Under torchrun a rank has one thread, but ranks that wait for this one leave their CPUs idle.
     """
@@ -55,8 +54,8 @@ def frechet_distance(real: Tensor, fake: Tensor, device: torch.device = CPU) -> 
     """Return the Frechet distance of the Gaussians with the moments of both sets (Heusel et al. 2017).
 
     With covariances A A^T and B B^T, the trace of the root of their product is the sum of the singular values of A^T B.
-    The eigenvalues of C1^(1/2) C2 C1^(1/2) are their squares, and the root of one that should be 0 is not: with fewer
-    samples than dimensions that costs seven digits.
+    The eigenvalues of C1^(1/2) C2 C1^(1/2) are their squares; with fewer samples than dimensions, the roots of
+    eigenvalues that should be 0 would cost seven digits.
     """
     (mean_1, a), (mean_2, b) = (_moments(features, device) for features in (fake, real))
     traces = a.square().sum() + b.square().sum()
@@ -66,7 +65,7 @@ def frechet_distance(real: Tensor, fake: Tensor, device: torch.device = CPU) -> 
 def _moments(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the mean (D,) and a factor A (D, min(N, D)) of the covariance A A^T, in float64.
 
-    Taken from some rows at a time: millions may not fit the device.
+    Computed from some rows at a time: millions may not fit into the device's memory.
     """
     count, dimensions = features.shape
     mean = torch.stack([rows.to(device).double().sum(0) for rows in features.split(_ROWS)]).sum(0) / count
@@ -77,13 +76,13 @@ def _moments(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     for rows in centred:
         covariance.addmm_(rows.T, rows, alpha=1 / (count - 1))
     values, vectors = torch.linalg.eigh(covariance)
-    return mean, vectors * values.clamp(min=0).sqrt()  # those below 0 are rounding errors
+    return mean, vectors * values.clamp(min=0).sqrt()  # negative values are rounding errors
 
 
 def kernel_distance(real: Tensor, fake: Tensor, device: torch.device = CPU) -> KernelDistance:
     """Return the unbiased estimate with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
-    Over 100 subsets of 1,000, or of half the smaller set where that is less, so that subsets differ.
+    Over 100 subsets of 1,000, or of half the smaller set if that is less, so that subsets differ.
     """
     size = min(KID_SUBSET_SIZE, len(real) // 2, len(fake) // 2)
     random = np.random.RandomState(_KID_SEED)
@@ -107,9 +106,9 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
-    """Return the share of fakes among the reals and of reals among the fakes (Kynkaanniemi et al. 2019).
+    """Return precision (share of fakes in the reals' manifold) and recall (the converse) (Kynkaanniemi et al. 2019).
 
-    Among means: no farther from one of them than its own third neighbour.
+    A manifold is the union of spheres around the samples; the radius is the distance to the third nearest neighbour.
     """
     from torch_fidelity.metric_prc import prc_features_to_metric
 

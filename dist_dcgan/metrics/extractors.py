@@ -33,14 +33,14 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature network, and what must be known to compare its scores with others."""
+    """A feature network, with what is needed to compare its scores with others."""
 
     name: str
-    """Its name in scores: `kid_<name>`."""
+    """Name in scores: `kid_<name>`."""
     weights_sha256: str
     """SHA-256 of the file of weights."""
     resize: str
-    """How images are brought to its input size."""
+    """How images are resized to the network's input size."""
     dimensions: int
     """Number of features."""
     batch: int
@@ -50,7 +50,7 @@ class Extractor:
 
     @property
     def is_fid_network(self) -> bool:
-        """Whether scores may be called FID: the weights are the published port of the 2015 network."""
+        """Whether scores may be called FID: if the weights are the published port of the 2015 network."""
         return self.name == "inception" and self.weights_sha256.startswith(FID_WEIGHTS)
 
 
@@ -66,7 +66,7 @@ def missing_packages() -> list[str]:
 
 
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
-    """Return extractor `name` on `device`; raises UserError where a package of the `eval` extra or weights are missing.
+    """Return extractor `name` on `device`; raises UserError if a package of the `eval` extra or weights are missing.
 
     `weights` is needed for `inception` only.
     """
@@ -120,7 +120,7 @@ def _inception(path: Path, device: torch.device) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     weights, digest = _read_weights(path), file_sha256(path)
-    # The library unpickles the file that it is given: it gets one that is written here from the tensors alone.
+    # The library unpickles its file, so it gets one that is written here from the tensors alone.
     with tempfile.TemporaryDirectory() as folder:
         safe = Path(folder) / "inception.pth"
         torch.save(weights, safe)
@@ -140,15 +140,15 @@ def _inception(path: Path, device: torch.device) -> Extractor:
 
 
 def _batch(device: torch.device) -> int:
-    """Return how many images a device takes at a time.
+    """Return the batch size for `device`.
 
-    Measured on a CPU: 16 is 1.7 times as fast as 32. On a GPU 256 took 7 GiB beside training, and small GPUs have 8.
+    On a CPU 16 is 1.7 times as fast as 32 (measured). On a GPU 256 took 7 GiB beside training, and small GPUs have 8.
     """
     return 16 if device.type == "cpu" else 64
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
-    """Return the tensors of a .safetensors or .pth file; nothing in it can run code."""
+    """Return the tensors of a .safetensors or .pth file; loading runs no code from it."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -159,6 +159,6 @@ def _read_weights(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]  # an EOFError has no text
         raise UserError(f"weights {path} cannot be read: {reason}") from None
-    except Exception as error:  # pickle.UnpicklingError and what a hostile file provokes beyond it
+    except Exception as error:  # pickle.UnpicklingError, or any other that a hostile file causes
         raise UserError(f"weights {path} are not plain tensors: {type(error).__name__}") from None
     return weights

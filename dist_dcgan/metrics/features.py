@@ -1,4 +1,4 @@
-"""Features of sets of images: all ranks extract, rank 0 holds the result."""
+"""Features of sets of images, extracted on all ranks and gathered on rank 0."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from shards.common.errors import OneRankError, UserError
 from shards.common.files import publish
 
 Images: TypeAlias = Callable[[range], Tensor]
-"""Returns the images at some places of a set, uint8 (N, 3, size, size) on any device."""
+"""Returns the images at the given positions of a set, uint8 (N, 3, size, size) on any device."""
 
 
 def extract(images: Images, count: int, extractor: Extractor, world: World) -> Tensor:
-    """Return features of the first `count` images, float32 (count, D) on the CPU; on ranks but 0 (0, D).
+    """Return features of the first `count` images, float32 (count, D) on the CPU; (0, D) on ranks other than 0.
 
-    Every rank calls it and extracts a contiguous share. They meet after each batch, with patience: a rank may have to
-    bring or to check many shards for it.
+    Every rank calls it and extracts a contiguous share. They gather each batch over `World.slow_group`, as a rank may
+    have to fetch or check many shards for it.
     """
     share = -(-count // world.world_size)
     mine = range(min(world.rank * share, count), min((world.rank + 1) * share, count))
@@ -51,10 +51,10 @@ def extract(images: Images, count: int, extractor: Extractor, world: World) -> T
 
 
 def real_features(reader: ShardReader, extractor: Extractor, count: int, world: World) -> Tensor:
-    """Return features of `count` images of a data set (all, where it has fewer) as `extract` does.
+    """Return features of `count` images of a data set (all if it has fewer) as `extract` does.
 
-    Which images is a function of the data set and the count alone. Rank 0 keeps the result in a cache, named by the
-    data set's digest, the extractor and the count.
+    The images depend only on the data set and the count. Rank 0 caches the result in a file named by the data set's
+    digest, the extractor and the count.
     """
     chosen = scored_samples(reader, count)
     path = _cache_file(reader, extractor, len(chosen))
@@ -70,7 +70,7 @@ def real_features(reader: ShardReader, extractor: Extractor, count: int, world: 
     def read(places: range) -> Tensor:
         try:
             return read_images(reader, chosen[places.start : places.stop])
-        except UserError as error:  # a damaged shard is met by one rank, which must say so itself
+        except UserError as error:  # only this rank reads the damaged shard, so it must report it
             raise OneRankError(f"{world}: {error}") from error
 
     features = extract(read, len(chosen), extractor, world)
@@ -80,7 +80,7 @@ def real_features(reader: ShardReader, extractor: Extractor, count: int, world: 
 
 
 def scored_samples(reader: ShardReader, count: int) -> Indices:
-    """Return the samples of a data set that scores are taken against: a random choice, the same in every run."""
+    """Return the samples of a data set that scores use: a random choice, the same in every run."""
     order = permutation(stream_seed(0, "scored samples", 0), reader.manifest.samples)[:count]
     samples: Indices = np.sort(order.numpy())
     return samples
@@ -95,7 +95,7 @@ def read_images(reader: ShardReader, samples: Indices) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Return images in [-1, 1] as uint8, rounded: scores compare what a file would hold."""
+    """Return images in [-1, 1] as uint8, rounded, as a file would hold them."""
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -108,7 +108,7 @@ def _cache_file(reader: ShardReader, extractor: Extractor, count: int) -> Path |
 
 
 def _read_cache(path: Path | None, shape: tuple[int, int]) -> list[Tensor]:
-    """Return the cached features, none where they are not there or not sound."""
+    """Return the cached features, an empty list if the file is missing or damaged."""
     if path is None:
         return []
     try:
@@ -127,5 +127,5 @@ def _write_cache(path: Path | None, features: Tensor) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         publish(path, save({"features": features}))
-    except OSError as error:  # a full or read-only home costs time at the next score, nothing else
+    except OSError as error:  # a full or read-only home only makes the next score slower
         print(f"warning: features are not cached: {error}", file=sys.stderr, flush=True)

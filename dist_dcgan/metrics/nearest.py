@@ -1,4 +1,4 @@
-"""Generated images beside the real ones that lie nearest in feature space: a look for copies."""
+"""Generated images beside their nearest real images in feature space, to detect copies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dist_dcgan.metrics.features import read_images, scored_samples
 
 
 def beside_nearest(images: Tensor, fake: Tensor, real: Tensor, reader: ShardReader, count: int) -> Tensor:
-    """Return rows of an image and its `count` nearest real ones, uint8 (len(images) * (1 + count), 3, size, size).
+    """Return rows of an image and its `count` nearest real images, uint8 (len(images) * (1 + count), 3, size, size).
 
     `fake` are the features of the images, `real` those of `scored_samples(reader, len(real))`.
     """

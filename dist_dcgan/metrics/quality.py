@@ -1,4 +1,4 @@
-"""Scores of a set of generated images against a data set, under names that say what was computed."""
+"""Scores of generated images against a data set, under names that include the extractor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Quality = dict[str, float]
 def quality(real: Tensor, fake: Tensor, extractor: Extractor, device: torch.device = CPU) -> Quality:
     """Return Frechet distance and kernel distance of two sets of features; NaN if a feature is not finite.
 
-    They are computed on `device`; on the CPU with all threads that this process may use.
+    They are computed on `device`; on the CPU with all CPUs available to this process.
     """
     frechet, mean, std, subset_size = float("nan"), float("nan"), float("nan"), 0
     if _finite(real, fake):
@@ -32,7 +32,7 @@ def quality(real: Tensor, fake: Tensor, extractor: Extractor, device: torch.devi
 
 
 def coverage(real: Tensor, fake: Tensor) -> Quality:
-    """Return precision and recall, whose cost grows with the square of the number of images."""
+    """Return precision and recall; the cost grows with the square of the number of images."""
     precision, recall = precision_recall(real, fake) if _finite(real, fake) else (float("nan"), float("nan"))
     return {"precision": precision, "recall": recall}
 
@@ -47,7 +47,7 @@ def kid_name(extractor: Extractor) -> str:
 
 
 def frechet_name(extractor: Extractor, fakes: int) -> str:
-    """Return the name of the Frechet distance: FID with the number of images, where the network is that of FID."""
+    """Return the name of the Frechet distance: FID with the number of images, if the network is that of FID."""
     if not extractor.is_fid_network:
         return f"fd_{extractor.name}"
     return f"fid{fakes // 1000}k" if fakes % 1000 == 0 else f"fid{fakes}"

@@ -1,4 +1,4 @@
-"""Scores as a command prints them: with everything that must be known to compare them with others."""
+"""Prints scores with all that is needed to compare them with others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.manifest import Manifest
 def circumstances(
     run: str, description: dict[str, Any], data: str, manifest: Manifest, extractor: Extractor
 ) -> dict[str, str]:
-    """Return what scores of a generator, with its description, against a data set were taken with."""
+    """Return the generator, data set and extractor of a score; `description` is the exported generator's JSON."""
     return {
         "generator": f"{run}, step {description['step']}",
         "generator_sha256": description["sha256"],
@@ -27,7 +27,7 @@ def circumstances(
 
 
 def show(scores: Quality, context: dict[str, str], as_json: bool) -> None:
-    """Print scores and what they were taken with, as a table or as one line of JSON."""
+    """Print scores and their context, as a table or as one line of JSON."""
     if as_json:
         finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
         print(json.dumps(finite | context))
