@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of the global batch.
+"""Batch norm over the global batch of all ranks.
 
 | kind | layer | computed by | on |
 |---|---|---|---|
@@ -6,13 +6,13 @@
 | direct | `DirectBatchNorm` | torch's CUDA kernels for it, called without that synchronisation | CUDA |
 | portable | `CrossRankBatchNorm` | plain torch | any device |
 
-torch's `SyncBatchNorm` raises on CPU tensors, and DDP refuses CPU networks that hold even a subclass of it. The other
-two take one collective each way. The ranks hold equally many samples by construction, so no counts are exchanged.
+torch's `SyncBatchNorm` raises on CPU tensors, and DDP refuses CPU networks that contain it or a subclass. The other two
+need one collective in forward and one in backward. All ranks have equally many samples, so no counts are exchanged.
 
-The portable layer takes moments per sample in float32 and combines them in float64. A sample's moments do not depend on
-which rank holds it, so 1 and N ranks normalise by the same bits but for the rounding of float64. With float32
-throughout, as in the other two, they differ by about 1e-6, enough to turn some ReLU over at its kink within five steps
-(measured at width 8: parameters 4e-3 apart).
+The portable layer computes moments per sample in float32 and combines them in float64. A sample's moments do not depend
+on its rank, so 1 and N ranks normalise by equal values, up to the rounding of float64. With float32 throughout, as in
+the other two, they differ by about 1e-6, enough to change the sign of some ReLU's input within five steps (measured at
+width 8: parameters 4e-3 apart).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def make_norm(kind: str, device: torch.device) -> Norm:
 class CrossRankBatchNorm(nn.BatchNorm2d):
     """Batch norm over the samples of all ranks; input (N, C, H, W), any memory format, on any device.
 
-    Equals `nn.BatchNorm2d` over the concatenated batch, running statistics and gradients included. Outputs in training
-    depend on this batch alone: after a forward that was not finite, the next one is right again (the running
-    statistics are not, as torch's own).
+    Equals `nn.BatchNorm2d` over the concatenated batch, including running statistics and gradients. Outputs in training
+    depend on this batch alone: after a non-finite forward the next one is correct (the running statistics stay
+    non-finite, as torch's own do).
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ class CrossRankBatchNorm(nn.BatchNorm2d):
         assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
         mean, variance = _moments(input)
         if (world_size := _world_size()) > 1:
-            # No shift towards the mean: the ranks share none but the running mean, and one value that is not finite
-            # would stay in that. In float64, the difference errs by about 1e-15 * (mean / deviation)^2.
+            # Not shifted by a mean: the ranks share only the running mean, which stays non-finite after one non-finite
+            # value. In float64, the difference has an error of about 1e-15 * (mean / deviation)^2.
             moments = torch.stack([mean, torch.addcmul(variance, mean, mean)])
             mean, square = _sum_across_ranks(moments) / world_size
             variance = torch.addcmul(square, mean, mean, value=-1).clamp_(min=0)
@@ -91,11 +91,11 @@ class CrossRankBatchNorm(nn.BatchNorm2d):
         """Return the gradients of input and, if `affine`, those of weight and bias over this rank's samples.
 
         It costs a reduction and two affine passes, less than torch's own CPU kernel (measured on 32x128x32x32
-        channels_last: 4 against 17 ms), so one rank takes this way too.
+        channels_last: 4 against 17 ms), so one rank uses it too.
         """
         inverse_std = torch.rsqrt(variance + self.eps)
         wide = _wide(grad)
-        # Samples in their own type, their sums in float64.
+        # Sums within a sample in its own type, sums over samples in float64.
         sums = torch.stack([wide.sum([2, 3]), (wide * input).sum([2, 3])]).sum(1, dtype=torch.float64)
         sums[1].addcmul_(mean, sums[0], value=-1).mul_(inverse_std)
         grad_bias, grad_weight = (row.to(weight.dtype, copy=True) for row in sums) if affine else (None, None)
@@ -111,9 +111,9 @@ class CrossRankBatchNorm(nn.BatchNorm2d):
 
 
 class DirectBatchNorm(CrossRankBatchNorm):
-    """The same by torch's CUDA kernels, without synchronisation of host and GPU; one rank alone is `nn.BatchNorm2d`.
+    """The same with torch's CUDA kernels, without synchronising host and GPU; on one rank it is `nn.BatchNorm2d`.
 
-    Parameters are float32 if the input is of half precision, as under autocast.
+    Parameters are float32 if the input is in half precision, as under autocast.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class DirectBatchNorm(CrossRankBatchNorm):
     def _gradients(
         self, grad: Tensor, input: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor, affine: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        # The kernels look at the memory format of one of the two and read both by it.
+        # The kernels take the memory format from one of the two tensors and read both with it.
         grad = grad.contiguous(memory_format=_memory_format(input))
         sum_grad, sum_product, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
             grad, input, mean, inverse_std, weight, True, affine, affine
@@ -199,7 +199,7 @@ def _moments_per_sample_on_cpu(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _wide(values: Tensor) -> Tensor:
-    """Return half-precision values as float32: moments of activations do not fit 8 or 11 bits."""
+    """Return half-precision values as float32: moments of activations need more than 8 or 11 bits."""
     return values.to(_wide_type(values))
 
 
@@ -213,13 +213,13 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _memory_format(values: Tensor) -> torch.memory_format:
-    """Return the format that torch's kernels read and write these values in."""
+    """Return the memory format in which torch's kernels read and write these values."""
     channels_last = values.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _sum_across_ranks(values: Tensor) -> Tensor:
-    """Return the sum, made in place."""
+    """Return the sum over ranks, computed in place."""
     if _world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -230,7 +230,7 @@ def _world_size() -> int:
 
 
 def _count(input: Tensor) -> int:
-    """Return how many values a channel has on this rank, which is as many as on every other."""
+    """Return the number of values per channel on this rank, equal on all ranks."""
     return input.numel() // input.shape[1]
 
 
@@ -239,5 +239,5 @@ def _global_count(input: Tensor) -> int:
 
 
 def _counts(input: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return each rank's count as torch's kernels want them, filled in on the device."""
+    """Return each rank's count, as torch's kernels expect them, filled in on the device."""
     return input.new_full((_world_size(),), _count(input), dtype=dtype)

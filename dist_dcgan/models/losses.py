@@ -1,6 +1,6 @@
-"""GAN losses: pure functions of logits, computed in float32 or better whatever the networks ran in.
+"""GAN losses: pure functions of logits, computed in at least float32, independent of the networks' precision.
 
-`generator_loss` is the non-saturating form of Goodfellow et al. 2014 (section 3): G is rewarded where D says real.
+`generator_loss` is the non-saturating form of Goodfellow et al. 2014 (section 3): cross-entropy against "real".
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def logits_bce(logits: Tensor, target: float) -> Tensor:
 
 
 def sigmoid_bce(logits: Tensor, target: float) -> Tensor:
-    """Return the same value the literal way, sigmoid first.
+    """Return the same value computed from the sigmoid.
 
-    Below a logit of about -27 its gradient decays to nothing, so a G that D once rejects with confidence gets no
-    signal any more (soumith/dcgan.torch#81). Kept to show that.
+    Below a logit of about -27 its gradient vanishes, so that G stops learning once D rejects its images with confidence
+    (soumith/dcgan.torch#81). Kept to demonstrate that.
     """
     probabilities = _at_least_float32(logits).sigmoid()
     return F.binary_cross_entropy(probabilities, torch.full_like(probabilities, target))

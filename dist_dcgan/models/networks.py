@@ -1,6 +1,6 @@
 """Generator and discriminator of DCGAN (Radford et al. 2015, arXiv 1511.06434, figure 1 and section 3).
 
-Convolutions have no bias where batch norm follows, and neither where it does not: the widely used ports do the same.
+No convolution has a bias, not even without a batch norm after it, as in the widely used ports.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IMAGE_SIZES = (32, 64, 128)
 
 
 def require_image_size(image_size: int, where: str) -> None:
-    """Raise UserError where no networks draw images of that many pixels a side, as the data set `where` has them."""
+    """Raise UserError if the networks do not support `image_size`, that of the data set `where`."""
     if image_size not in IMAGE_SIZES:
         sizes = ", ".join(map(str, IMAGE_SIZES))
         raise UserError(f"{where} has images of {image_size} pixels: convert to one of {sizes}")
@@ -65,7 +65,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Maps images to logits: positive where it takes them for real.
+    """Maps images to logits, positive for images that it classifies as real.
 
     Input: (N, 3, image_size, image_size) in [-1, 1]. Output: logits of shape (N,).
     `width` is the channels of the first hidden layer; each layer after it has twice as many.
@@ -99,7 +99,7 @@ def init_weights(network: nn.Module, generator: torch.Generator) -> None:
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Return the number of trained values."""
+    """Return the number of parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
