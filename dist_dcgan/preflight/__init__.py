@@ -1,1 +1,1 @@
-"""What must hold before a run: a check each, on every rank, and one table of what they found."""
+"""Checks before a run, executed on every rank and reported in one table."""

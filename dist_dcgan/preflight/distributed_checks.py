@@ -1,4 +1,4 @@
-"""What the ranks do together: meet, add up, and take a step of the training that is to come."""
+"""Checks across ranks: process group, all-reduce, and a training step."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _SMALL_REPEATS = 20
 _LARGE_REPEATS = 3
 _STEPS = 2
 _STEPS_CUDA = 15
-"""The first ones choose algorithms, fill the allocator and rebuild DDP's buckets: the last is timed."""
+"""The first ones select algorithms, fill the allocator and rebuild DDP's buckets; the last is timed."""
 _STEPS_FP16 = 17
-"""Until the loss scale has come down from 2**16 to 1, where it must."""
+"""Enough for the loss scale to fall from 2**16 to 1 if necessary."""
 
 
 def join(timeout_seconds: float, stack: ExitStack) -> tuple[World, str | None]:
-    """Join the other ranks until `stack` ends; where that fails, stand alone and return why."""
+    """Join the other ranks until `stack` ends; if that fails, return a World without a group and the reason."""
     try:
         return stack.enter_context(process_group(timeout_seconds, "any")), None
-    except (RuntimeError, ValueError, OSError, UserError) as error:  # torch's own are RuntimeErrors
+    except (RuntimeError, ValueError, OSError, UserError) as error:  # torch's errors are RuntimeErrors
         rank, local_rank, world_size = (
             int(os.environ.get(name, default))
             for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
@@ -51,7 +51,7 @@ def join(timeout_seconds: float, stack: ExitStack) -> tuple[World, str | None]:
 
 
 def process_group_found(subject: Subject) -> Finding:
-    """Say who is there."""
+    """Report the ranks, hosts and backend of the process group."""
     world = subject.world
     if subject.lost is not None:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -68,12 +68,12 @@ def process_group_found(subject: Subject) -> Finding:
 
 
 def all_reduce(subject: Subject) -> Finding:
-    """Add up 1 KB over all ranks."""
+    """Check and time an all-reduce of 1 KB."""
     return Finding("ok", f"1 KB in {1000 * _seconds_of_sum(subject.world, _SMALL_ELEMENTS, _SMALL_REPEATS):.2f} ms")
 
 
 def all_reduce_gradients(subject: Subject) -> Finding:
-    """Add up as much as a step does."""
+    """Check and time an all-reduce of as many values as a step has gradients."""
     assert subject.location is not None
     elements = gradient_elements(subject.config, subject.location.manifest.image_size)
     seconds = _seconds_of_sum(subject.world, elements, _LARGE_REPEATS)
@@ -81,7 +81,7 @@ def all_reduce_gradients(subject: Subject) -> Finding:
 
 
 def training_step(subject: Subject) -> Finding:
-    """Build networks and optimizers and take some steps on random images, as training does, timing the last."""
+    """Build networks and optimizers and take some training steps on random images; time the last."""
     assert subject.location is not None and subject.plan is not None
     world, made = subject.world, subject.plan
     seconds = 0.0
@@ -108,7 +108,7 @@ def training_step(subject: Subject) -> Finding:
 
 
 def gradients(subject: Subject) -> Finding:
-    """Look whether every parameter got a finite gradient, the same on all ranks."""
+    """Check that every parameter has a finite gradient, the same on all ranks."""
     assert subject.state is not None
     found: dict[str, Tensor] = {}
     for prefix, network in (("generator", subject.state.generator), ("discriminator", subject.state.discriminator)):
@@ -122,13 +122,13 @@ def gradients(subject: Subject) -> Finding:
 
 
 def parameters(subject: Subject) -> Finding:
-    """Look whether all that a checkpoint holds is the same on all ranks after these steps."""
+    """Check that all tensors of a checkpoint are the same on all ranks after these steps."""
     assert subject.state is not None
     return _equal({f"after a step, {name}": tensor for name, tensor in subject.state.tensors().items()}, subject.world)
 
 
 def scores(subject: Subject) -> Finding:
-    """Load what scores images while training; every rank takes part."""
+    """Load the feature network that scores images during training; every rank takes part."""
     assert subject.state is not None and subject.location is not None
     QualityMeter(subject.state, ShardReader(subject.location), RunDirectory(subject.config.run_dir))
     options = subject.config.quality
@@ -138,7 +138,7 @@ def scores(subject: Subject) -> Finding:
 
 
 def fingerprint(tensor: Tensor) -> str:
-    """Return some digits that stand for the bits of a tensor, whatever its memory format."""
+    """Return a short hash of a tensor's bits, independent of its memory format."""
     content = tensor.detach().cpu().reshape(-1).view(torch.uint8)  # in the order of indices
     return hashlib.sha256(content.numpy().tobytes()).hexdigest()[:12]
 
@@ -163,10 +163,10 @@ def _random_images(state: TrainState, image_size: int) -> Tensor:
 
 
 def _seconds_of_sum(world: World, elements: int, repeats: int) -> float:
-    """Return the median time of an all-reduce; raises UserError where a sum is wrong."""
+    """Return the median seconds of an all-reduce; raises UserError if a sum is wrong."""
     expected = world.world_size * (world.world_size + 1) / 2
     seconds = []
-    for _ in range(1 + repeats):  # the first makes connections
+    for _ in range(1 + repeats):  # the first opens connections
         content = torch.full((elements,), world.rank + 1.0, device=world.device)
         started = _now(world)
         dist.all_reduce(content)
@@ -188,7 +188,7 @@ def _now(world: World) -> float:
 
 
 def _peak(world: World) -> str:
-    """Return the most memory so far: what torch took of the GPU, or the whole process."""
+    """Return the peak memory so far: torch's on the GPU, or that of the process."""
     if world.device.type == "cuda":
         total = torch.cuda.get_device_properties(world.device).total_memory
         return f"{torch.cuda.max_memory_allocated(world.device) / 2**30:.2f} of {total / 2**30:.0f} GiB a GPU"

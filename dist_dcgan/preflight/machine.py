@@ -1,4 +1,4 @@
-"""What is installed and what the machine has."""
+"""Checks of installed packages and of the machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SMALL_SHARED_MEMORY = 64 << 20
 
 
 def versions(subject: Subject) -> Finding:
-    """Look at Python, torch and torchvision; torch and the code of this project must be the same on all ranks."""
+    """Check versions; torch and the code of this project must be the same on all ranks."""
     found = f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {_version('torchvision')}"
     same = {"the version of torch": str(torch.__version__), f"the code of {_PACKAGE}": _code()}
     try:
@@ -41,7 +41,7 @@ def versions(subject: Subject) -> Finding:
 
 
 def requirements(subject: Subject) -> Finding:
-    """Hold every package that the installed distribution asks for against its floor."""
+    """Check every package that the installed distribution requires against its minimum version."""
     try:
         asked = _requirements("")
     except metadata.PackageNotFoundError:
@@ -54,7 +54,7 @@ def requirements(subject: Subject) -> Finding:
 
 
 def eval_extra(subject: Subject) -> Finding:
-    """Look for what scores need."""
+    """Check for the packages that scores need."""
     try:
         below = dict(_below(_requirements("eval")))
     except metadata.PackageNotFoundError:
@@ -66,7 +66,7 @@ def eval_extra(subject: Subject) -> Finding:
 
 
 def devices(subject: Subject) -> Finding:
-    """Hold the ranks of this node against its GPUs."""
+    """Compare the ranks of this node with its GPUs."""
     gpus, ranks = torch.cuda.device_count(), ranks_of_node()
     if 0 < gpus < ranks:
         return Finding("FAILED", f"{ranks} ranks on this node, but {counted(gpus, 'GPU')}: use --nproc_per_node={gpus}")
@@ -85,7 +85,7 @@ def devices(subject: Subject) -> Finding:
 
 
 def threads(subject: Subject) -> Finding:
-    """Hold the threads of this node's ranks against its cores."""
+    """Compare the threads of this node's ranks with its cores."""
     each, ranks, cores = torch.get_num_threads(), ranks_of_node(), _cores()
     found = f"{counted(ranks, 'rank')} of {counted(each, 'thread')} on {counted(cores, 'core')}"
     if each * ranks <= cores:
@@ -96,7 +96,7 @@ def threads(subject: Subject) -> Finding:
 
 
 def shared_memory(subject: Subject) -> Finding | None:
-    """Look at /dev/shm, over which NCCL passes data between the GPUs of a node."""
+    """Check the size of /dev/shm, which NCCL uses between the GPUs of a node."""
     if sys.platform != "linux" or not _SHARED_MEMORY.is_dir():
         return None
     total = shutil.disk_usage(_SHARED_MEMORY).total
@@ -107,7 +107,7 @@ def shared_memory(subject: Subject) -> Finding | None:
 
 
 def wandb(subject: Subject) -> Finding | None:
-    """Say what W&B's mode comes to on rank 0; asks no server and never shows a key."""
+    """Report W&B's resulting mode, on rank 0; contacts no server and never shows a key."""
     if not subject.world.is_main:
         return None
     mode = subject.config.wandb.mode
@@ -133,7 +133,7 @@ def _cores() -> int:
 
 
 def _code() -> str:
-    """Return some digits that stand for the files of this package: two checkouts may have one version."""
+    """Return a short hash of this package's files, as two checkouts may have the same version."""
     digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(os.fsencode(path.relative_to(root)) + b"\0" + path.read_bytes())
@@ -148,7 +148,7 @@ def _version(package: str) -> str:
 
 
 def _requirements(extra: str) -> list[Requirement]:
-    """Return what the distribution asks for without extras, or what one of them adds."""
+    """Return the requirements of the distribution without extras, or those that `extra` adds."""
     asked = [Requirement(text) for text in metadata.requires(_PACKAGE) or ()]
     plain = [item for item in asked if item.marker is None or item.marker.evaluate({"extra": ""})]
     if not extra:
@@ -157,7 +157,7 @@ def _requirements(extra: str) -> list[Requirement]:
 
 
 def _below(asked: list[Requirement]) -> Iterator[tuple[str, str]]:
-    """Yield what pip is to be asked for, and what is wrong, of each package that is missing or too old."""
+    """Yield the requirement for pip, and the problem, of each package that is missing or too old."""
     for requirement in asked:
         found = _version(requirement.name)
         wanted = f"{requirement.name}{requirement.specifier}"
@@ -168,13 +168,13 @@ def _below(asked: list[Requirement]) -> Iterator[tuple[str, str]]:
 
 
 def _source_of_key() -> str | None:
-    """Return where W&B finds a key, in its order: the environment, its settings, .netrc."""
+    """Return where W&B finds a key, None if nowhere; in W&B's order: environment, settings, .netrc."""
     for variable in ("WANDB_IDENTITY_TOKEN_FILE", "WANDB_API_KEY"):
         if os.environ.get(variable):
             return variable
     folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
     settings = configparser.ConfigParser(interpolation=None)
-    with contextlib.suppress(OSError, UnicodeDecodeError, configparser.Error):  # W&B passes such a file over, too
+    with contextlib.suppress(OSError, UnicodeDecodeError, configparser.Error):  # W&B skips such a file, too
         settings.read([folder / "settings", Path("wandb", "settings")])
     if settings.get("default", "api_key", fallback=""):
         return "its settings"

@@ -1,4 +1,4 @@
-"""What a check finds on a rank, and what all ranks make of it together."""
+"""Results of checks on each rank, and their combination over all ranks."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _LONGEST_TEXT = 400
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: on one rank, or on all of them."""
+    """Result of one check, on one rank or combined over all."""
 
     level: Level
     text: str
-    """What was found and, where it is not ok, the remedy."""
+    """The result and, if it is not ok, the remedy."""
     same: Mapping[str, str] = field(default_factory=dict)
-    """What must be the same on all ranks, by name."""
+    """Values that must be the same on all ranks, by name."""
     remedy: str = ""
-    """What to do where it is not."""
+    """Remedy if `same` differs between ranks."""
 
 
 @dataclass
 class Subject:
-    """What is examined, and what the checks so far have made of it for the later ones."""
+    """Input of the checks, and objects that earlier checks have created for later ones."""
 
     config: Config
     invocation: Invocation
     world: World
     lost: str | None = None
-    """Why this rank stands alone, where it did not find the others."""
+    """Why this rank has no process group, None if it has one."""
     location: DatasetLocation | None = None
     plan: Plan | None = None
     state: TrainState | None = None
@@ -54,16 +54,16 @@ class Check(NamedTuple):
 
     thing: str
     examine: Callable[[Subject], Finding | None]
-    """None on a rank that has nothing to look at; where all say so, the line is left out."""
+    """Returns None on a rank with nothing to check; if all ranks do, the line is omitted."""
     needs: tuple[str, ...] = ()
-    """Things without which it makes no sense."""
+    """Checks that must not have failed or been skipped."""
 
 
 def examine_all(checks: Sequence[Check], subject: Subject, tell: Callable[[str, Finding], None]) -> dict[str, Finding]:
-    """Make the checks, one after the other, and return what all ranks found; `tell` hears of each at once.
+    """Run the checks in order and return the combined results; `tell` is called with each result at once.
 
-    Every rank makes the same ones, for whether one is skipped follows from what all have found. Raises OneRankError
-    where the others are gone.
+    Every rank runs the same checks, as skipping depends on combined results only. Raises OneRankError if the other
+    ranks are gone.
     """
     found: dict[str, Finding] = {}
     for check in checks:
@@ -73,7 +73,7 @@ def examine_all(checks: Sequence[Check], subject: Subject, tell: Callable[[str, 
             mine = attempt(check, subject)
             try:
                 agreed = agree(gather(subject.world, mine))
-            except RuntimeError:  # a peer was killed: what this rank knows is all that anybody will learn
+            except RuntimeError:  # a peer was killed: report this rank's own result
                 text = "" if mine is None else f", and found: {mine.level}, {mine.text}"
                 raise OneRankError(
                     f"{subject.world} lost the other ranks at the check of {check.thing}{text}"
@@ -85,18 +85,18 @@ def examine_all(checks: Sequence[Check], subject: Subject, tell: Callable[[str, 
 
 
 def attempt(check: Check, subject: Subject) -> Finding | None:
-    """Return what a check finds on this rank: whatever it raises is a failure, and no reason to stop."""
+    """Return the result of a check on this rank; any exception becomes a failure."""
     try:
         return check.examine(subject)
     except UserError as error:
         text = str(error)
-    except Exception as error:  # the purpose of the check is to meet it here and not in training
+    except Exception as error:  # the check exists to find it before training does
         text = f"{type(error).__name__}: {error}"
     return Finding("FAILED", " ".join(text.split())[:_LONGEST_TEXT])
 
 
 def gather(world: World, value: Any) -> list[Any]:
-    """Return the values of all ranks; they may come minutes apart. A rank that stands alone has only its own."""
+    """Return the values of all ranks, which may call it minutes apart; without a process group only this rank's."""
     if not dist.is_initialized() or world.world_size == 1:
         return [value]
     values: list[Any] = [None] * world.world_size
@@ -105,7 +105,7 @@ def gather(world: World, value: Any) -> list[Any]:
 
 
 def agree(findings: Sequence[Finding | None]) -> Finding | None:
-    """Return the worst of what the ranks found, with the ranks named unless all found the same."""
+    """Return the most severe result of the ranks, naming the ranks unless all have the same."""
     concerned = {rank: finding for rank, finding in enumerate(findings) if finding is not None}
     if not concerned:
         return None
@@ -126,11 +126,11 @@ def agree(findings: Sequence[Finding | None]) -> Finding | None:
 
 
 def _difference(concerned: Mapping[int, Finding]) -> str | None:
-    """Return which rank has something else than most others, and the remedy."""
+    """Return the first value in `same` that differs between ranks, with the deviating ranks and the remedy."""
     having = {rank: finding for rank, finding in concerned.items() if finding.same}
     for name in dict.fromkeys(name for finding in having.values() for name in finding.same):
         values = {rank: finding.same.get(name, "none") for rank, finding in having.items()}
-        usual = Counter(values.values()).most_common(1)[0][0]  # of equally many, that of the lowest rank
+        usual = Counter(values.values()).most_common(1)[0][0]  # in a tie, that of the lowest rank
         others = [rank for rank, value in values.items() if value != usual]
         if others:
             most = next(rank for rank, value in values.items() if value == usual)

@@ -1,4 +1,4 @@
-"""The checks of a preflight in their order."""
+"""The list of checks in their order."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dist_dcgan.preflight.results import Check, Finding, Subject, examine_all
 
 
 def examine(config: Config, invocation: Invocation, tell: Callable[[str, Finding], None]) -> dict[str, Finding]:
-    """Make every check and return what all ranks found, by thing; rank 0 has `tell` hear of each at once.
+    """Run every check and return the combined results by name; rank 0 calls `tell` with each result at once.
 
-    Nothing stays on any disk.
+    Leaves nothing on disk.
     """
     with ExitStack() as stack:
         world, lost = distributed_checks.join(config.distributed.timeout_seconds, stack)
@@ -23,7 +23,7 @@ def examine(config: Config, invocation: Invocation, tell: Callable[[str, Finding
 
 
 def checks(stack: ExitStack) -> list[Check]:
-    """Return the checks; `stack` ends what one of them opens for later ones."""
+    """Return the checks; `stack` closes what a check opens for later ones."""
     step = "training step"
     return [
         Check("versions", machine.versions),
@@ -52,4 +52,4 @@ def checks(stack: ExitStack) -> list[Check]:
 
 
 def _nobody(thing: str, finding: Finding) -> None:
-    """Do nothing: rank 0 tells."""
+    """Do nothing: only rank 0 reports."""

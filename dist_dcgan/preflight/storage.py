@@ -1,4 +1,4 @@
-"""The data set, and the disks that a run writes to. Nothing that is written to try them stays."""
+"""Checks of the data set and of the disks that a run writes to; test files are removed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FEW_BATCHES = 10
 
 
 def data_set(subject: Subject, stack: ExitStack) -> Finding:
-    """Read the manifest and look at the files, as training does; what is to be cached goes where `stack` removes it."""
+    """Read the manifest and the file sizes, as training does; a cache is replaced by a folder that `stack` removes."""
     options = subject.config.data
     if options.cache_dir is not None:
         folder = stack.enter_context(probe_folder(options.cache_dir))
@@ -47,7 +47,7 @@ def data_set(subject: Subject, stack: ExitStack) -> Finding:
 
 
 def first_shard(subject: Subject) -> Finding | None:
-    """Read the shard that training begins with, on one rank of each node, against its SHA-256."""
+    """Check the SHA-256 of training's first shard, on one rank of each node."""
     if subject.world.local_rank != 0:
         return None
     location = _location(subject)
@@ -61,7 +61,7 @@ def first_shard(subject: Subject) -> Finding | None:
 
 
 def plan(subject: Subject) -> Finding:
-    """Divide the data set and the batch among the ranks."""
+    """Compute the plan of the run: steps, and batch per rank."""
     config, invocation = subject.config, subject.invocation
     made = make_plan(config, world_size_of_launch(invocation.world_size), _location(subject).manifest.samples)
     subject.plan = made
@@ -74,7 +74,7 @@ def plan(subject: Subject) -> Finding:
 
 
 def shuffling(subject: Subject) -> Finding:
-    """Say among how many images the order is random."""
+    """Report the number of images that are shuffled together."""
     order, made = _order(subject), _plan(subject)
     shards = order.window(0).shards
     images = sum(_location(subject).manifest.shards[shard].samples for shard in shards)
@@ -86,7 +86,7 @@ def shuffling(subject: Subject) -> Finding:
 
 
 def cache(subject: Subject) -> Finding | None:
-    """Try the disk of the cache, on one rank of each node."""
+    """Test the disk of the cache, on one rank of each node."""
     folder, gigabytes = subject.config.data.cache_dir, subject.config.data.cache_gb
     if folder is None or subject.world.local_rank != 0:
         return None
@@ -101,7 +101,7 @@ def cache(subject: Subject) -> Finding | None:
 
 
 def run_directory(subject: Subject) -> Finding | None:
-    """Look whether this run may begin or go on in its folder, on rank 0, which alone writes there."""
+    """Check that this run may start or continue in its folder, on rank 0, the only one that writes there."""
     if not subject.world.is_main:
         return None
     run = RunDirectory(subject.config.run_dir)
@@ -117,7 +117,7 @@ def run_directory(subject: Subject) -> Finding | None:
 
 
 def writing(subject: Subject) -> Finding | None:
-    """Try the disk of the run directory, on rank 0."""
+    """Test the disk of the run directory, on rank 0."""
     if not subject.world.is_main:
         return None
     try:
@@ -131,13 +131,13 @@ def writing(subject: Subject) -> Finding | None:
 
 
 def room(subject: Subject) -> Finding | None:
-    """Hold the disk of the run directory against what the run keeps there, on rank 0."""
+    """Compare the free space for the run directory with the size of its files, on rank 0."""
     if not subject.world.is_main:
         return None
     run, config = RunDirectory(subject.config.run_dir), subject.config
     image_size, steps = _location(subject).manifest.image_size, _plan(subject).total_steps
     each, exports = checkpoint_bytes(config, image_size), export_bytes(config, image_size)
-    # One more than are kept, for the next is whole before the oldest goes.
+    # One more than are kept, because the next is written before the oldest is removed.
     kept = config.checkpoint.keep + 1 + steps // (config.checkpoint.keep_every_steps or steps + 1)
     there = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
     required = max(kept * each - there, each) + exports
@@ -157,19 +157,19 @@ def checkpoint_bytes(config: Config, image_size: int) -> int:
 
 
 def export_bytes(config: Config, image_size: int) -> int:
-    """Return the bytes of the two generators beside the checkpoints, the latest and the best."""
+    """Return the bytes of the two exported generators, the latest and the best."""
     return 2 * _bytes(_networks(config.model_copy(update={"precision": "fp32"}), image_size)[0])
 
 
 def gradient_elements(config: Config, image_size: int) -> int:
-    """Return the number of gradients that a step adds up over the ranks."""
+    """Return the number of gradient values that a step sums over the ranks."""
     return sum(parameter.numel() for network in _networks(config, image_size) for parameter in network.parameters())
 
 
 def try_writing(path: Path) -> Path:
-    """Write, sync, rename, lock and remove a file where `path` lies; returns the folder.
+    """Write, sync, rename, lock and remove a file in `path` or its nearest existing parent; returns that folder.
 
-    Raises OSError or UserError where that is not to be had.
+    Raises OSError or UserError if one of these fails.
     """
     with probe_folder(path) as folder:
         publish(folder / "probe", b"written by dist_dcgan.doctor\n")
@@ -180,7 +180,7 @@ def try_writing(path: Path) -> Path:
                     with FileLock(folder / "lock", timeout=0, is_singleton=False):
                         raise UserError(f"file locks hold nobody off in {folder.parent}: use another file system")
                 except Timeout:
-                    pass  # as it should be
+                    pass  # as expected
         except NotImplementedError:
             raise UserError(f"there are no file locks in {folder.parent}: use another file system") from None
         return folder.parent
@@ -188,14 +188,14 @@ def try_writing(path: Path) -> Path:
 
 @contextmanager
 def probe_folder(path: Path) -> Iterator[Path]:
-    """Make a folder in `path` or the nearest folder above it that exists, and remove it with all that is in it."""
+    """Make a folder in `path` or its nearest existing parent, and remove it with its content at the end."""
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     with tempfile.TemporaryDirectory(prefix=_PROBE, dir=existing, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
 def require_room(folder: Path, required: int, purpose: str, remedy: str) -> None:
-    """Raise UserError, with the remedy, where the disk of a folder has less room."""
+    """Raise UserError, with the remedy, if the disk of `folder` has less than `required` bytes free."""
     try:
         check_room(folder, required, purpose)
     except UserError as error:
@@ -203,7 +203,7 @@ def require_room(folder: Path, required: int, purpose: str, remedy: str) -> None
 
 
 def _networks(config: Config, image_size: int) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Return both networks with shapes and no memory."""
+    """Return both networks on the meta device, without memory."""
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     with torch.device("meta"):
         generator = Generator(config.width, image_size, config.model.latent_dim, config.model.kernel_size)
