@@ -35,41 +35,41 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds."""
+    """Content of a checkpoint."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
 
 
 class Retention(NamedTuple):
-    """Which checkpoints stay when another is written."""
+    """Which checkpoints are kept when another is written."""
 
     newest: int
     every_steps: int | None = None
-    """Those at multiples of so many steps stay for good."""
+    """Those at multiples of this many steps are never removed."""
 
 
 def save_checkpoint(
     directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], retention: Retention
 ) -> Path:
-    """Write `directory/step-N`, N from `values["step"]`, then remove those that need not stay.
+    """Write `directory/step-N`, N from `values["step"]`, then remove checkpoints by `retention`.
 
-    It appears under its name only when it is complete, on disk and read back. Raises UserError, and leaves nothing
-    behind, where it cannot be written.
+    It gets its name only after it is complete, on disk and read back. If it cannot be written, raises UserError and
+    removes partial files.
     """
     final = directory / f"step-{values['step']:08d}"
     temporary = final.with_name(final.name + ".tmp")
     try:
-        for left in directory.glob("step-*.tmp"):  # by a killed process
+        for left in directory.glob("step-*.tmp"):  # of a killed process
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write(temporary, tensors, values)
-        if final.exists():  # an earlier attempt at this step, found damaged, or this process would have resumed from it
+        if final.exists():  # damaged, else this process would have resumed from it
             shutil.rmtree(final)
         temporary.rename(final)
         sync_directory(directory)
         published = list_checkpoints(directory)
-        for old in published[: published.index(final) + 1][: -retention.newest]:  # later ones were passed over
+        for old in published[: published.index(final) + 1][: -retention.newest]:  # later ones were found damaged
             if retention.every_steps is None or _step_of(old) % retention.every_steps:
                 shutil.rmtree(old)
     except OSError as error:
@@ -99,7 +99,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Return the checkpoint at `path`; raises ValueError saying what is wrong with it."""
+    """Return the checkpoint at `path`; raises ValueError with the reason if it is not sound."""
     try:
         content = json.loads((path / _VALUES).read_bytes())
         if content.pop("sha256", None) != _json_sha256(content):
@@ -114,9 +114,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_newest(directory: Path) -> Checkpoint | None:
-    """Return the newest checkpoint in `directory` that is sound, None where there are none at all.
+    """Return the newest sound checkpoint in `directory`, None if there are no checkpoints.
 
-    Says which it had to pass over; raises UserError where none is sound, rather than begin again from nothing.
+    Warns of each damaged one that it skips; raises UserError if none is sound, so that a run does not begin again.
     """
     found = list_checkpoints(directory)
     for path in reversed(found):
@@ -155,14 +155,14 @@ class _Folder(Options):
 
 
 class _Prune(_Folder):
-    """Remove the older checkpoints of a run that nobody is training."""
+    """Remove the older checkpoints of a run that is not in training."""
 
     keep: int = Field(1, ge=1)
-    """Newest sound checkpoints that stay."""
+    """Number of newest sound checkpoints to keep."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run a command on the checkpoints of a run."""
+    """Run a subcommand on the checkpoints of a run."""
     commands: dict[str, tuple[type[_Folder], Callable[[Any, list[Path]], object]]] = {
         "inspect": (_Folder, _inspect),
         "verify": (_Folder, _verify),
@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _inspect(options: _Folder, found: list[Path]) -> list[Path]:
-    """Print what each holds; return those that are sound."""
+    """Print the content of each; return the sound ones."""
     sound = []
     for path in found:
         try:
@@ -195,14 +195,14 @@ def _inspect(options: _Folder, found: list[Path]) -> list[Path]:
 
 
 def _verify(options: _Folder, found: list[Path]) -> None:
-    """Raise UserError where one is damaged."""
+    """Raise UserError if one is damaged."""
     damaged = len(found) - len(_inspect(options, found))
     if damaged:
         raise UserError(f"{damaged} of the {len(found)} checkpoints of {options.run_dir} are damaged: prune them")
 
 
 def _prune(options: _Prune, found: list[Path]) -> None:
-    """Remove all but the newest sound ones."""
+    """Remove all except the newest sound ones."""
     try:
         with FileLock(options.run_dir / "run.lock", timeout=0):
             kept = _inspect(options, found)[-options.keep :]

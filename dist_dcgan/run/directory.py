@@ -1,6 +1,6 @@
-"""The folder of a run: what lies where, who may write to it, and whether a run may go on in it.
+"""The folder of a run: its files, its lock, and whether a configuration may continue in it.
 
-python -m dist_dcgan.run.directory FLAGS OF TRAINING: print where these flags put it; launchers ask.
+python -m dist_dcgan.run.directory FLAGS OF TRAINING: print its path, for launchers.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from shards.common.errors import UserError
 from shards.common.files import publish
 
 LOGS = "logs"
-"""Folder of what ranks printed, where launch/ keeps it."""
+"""Folder of the ranks' output, written by launch/."""
 _LOCK = "run.lock"
 _HOLDER = "run.holder.json"
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Names of the files of a run."""
+    """Paths of the files of a run."""
 
     path: Path
 
@@ -53,7 +53,7 @@ class RunDirectory:
 
     @property
     def curves(self) -> Path:
-        """Picture of the metrics."""
+        """Plot of the metrics."""
         return self.path / "curves.png"
 
     @property
@@ -63,7 +63,7 @@ class RunDirectory:
 
     @property
     def generator(self) -> Path:
-        """The averaged generator's weights; a JSON beside them says how to rebuild it."""
+        """The averaged generator's weights; a JSON file beside them describes how to rebuild it."""
         return self.path / "generator_ema.safetensors"
 
     @property
@@ -73,13 +73,13 @@ class RunDirectory:
 
     @property
     def stopped(self) -> Path:
-        """Marker of a run that a signal ended before its last step: a launcher starts it again."""
+        """Marker of a run that a signal stopped before its last step, so that a launcher restarts it."""
         return self.path / "STOPPED"
 
 
 @contextmanager
 def claimed_for_all(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
-    """Have rank 0 hold the folder for all ranks as `claimed` does; its UserError is raised on all of them."""
+    """Lock the folder on rank 0 as `claimed` does; its UserError is raised on all ranks."""
     with ExitStack() as held:
         from_rank_zero(lambda: held.enter_context(claimed(run, config, resume)))
         yield
@@ -87,10 +87,10 @@ def claimed_for_all(run: RunDirectory, config: Config, resume: str) -> Iterator[
 
 @contextmanager
 def claimed(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
-    """Hold the folder as its only writer, after checking that this configuration may go on there.
+    """Lock the folder for this process, after checking that this configuration may continue in it.
 
-    Raises UserError where another process holds it, where it holds something else than a run, or a run of another
-    configuration, and where `resume` is "never" and there is a run already. Nothing is changed then.
+    Raises UserError, and changes nothing, if another process has the lock, if the folder contains other files than a
+    run, or a run of another configuration, or any run while `resume` is "never".
     """
     require_fitting(run, config, resume)
     lock = _lock(run.path)
@@ -101,7 +101,7 @@ def claimed(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
 
 
 def require_fitting(run: RunDirectory, config: Config, resume: str) -> None:
-    """Raise UserError where this configuration may not go on in the folder, whoever holds it; changes nothing."""
+    """Raise UserError if this configuration may not continue in the folder; ignores the lock, changes nothing."""
     is_run = run.config.is_file()
     if not is_run and run.path.is_dir() and any(_is_content(entry.name) for entry in run.path.iterdir()):
         raise UserError(f"run directory {run.path} holds files but no run: name an empty or new one with --run-dir")
@@ -113,19 +113,19 @@ def require_fitting(run: RunDirectory, config: Config, resume: str) -> None:
 
 
 def _is_content(name: str) -> bool:
-    """Return whether a file is more than what launchers and locks leave before a run begins."""
+    """Return whether a file is not one that launchers and locks create before a run begins."""
     return not name.startswith("run.") and name != LOGS
 
 
 def require_unclaimed(run: RunDirectory) -> None:
-    """Raise UserError, with the holder, where a process holds the folder; changes nothing."""
+    """Raise UserError, with the process, if another process has locked the folder; changes nothing."""
     with _errors(run.path):
         if (run.path / _LOCK).exists():
             FileLock(run.path / _LOCK, timeout=0).acquire().lock.release()
 
 
 def record(run: RunDirectory, config: Config) -> None:
-    """Store the configuration that the run now goes on with; it is not stopped any more."""
+    """Store the configuration with which the run starts or continues, and remove the marker of a stopped run."""
     publish(run.config, to_yaml(config).encode())
     run.stopped.unlink(missing_ok=True)
 
@@ -133,9 +133,9 @@ def record(run: RunDirectory, config: Config) -> None:
 def require_same_run(
     run: RunDirectory, config: Config, global_batch: int, digest: str, values: Mapping[str, Any]
 ) -> None:
-    """Raise UserError where the values of its newest checkpoint are of another data set, global batch or configuration.
+    """Raise UserError if `values`, of the newest checkpoint, have another data set, global batch or configuration.
 
-    The checkpoint may have been put there from another run.
+    The checkpoint may have been copied from another run.
     """
     if values["manifest_digest"] != digest:
         raise UserError(
@@ -163,14 +163,14 @@ def _lock(path: Path) -> FileLock:
 
 @contextmanager
 def _errors(path: Path) -> Iterator[None]:
-    """Say what keeps the folder from being held."""
+    """Turn errors of locking into UserErrors with the reason."""
     try:
         yield
     except Timeout:
         holder = path / _HOLDER
         who = holder.read_text() if holder.is_file() else "an unknown process"
         raise UserError(f"run directory {path} is in use by {who}: wait for it, or name another") from None
-    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+    except (OSError, NotImplementedError) as error:  # the latter if the file system has no locks
         raise UserError(f"run directory {path} cannot be used: {error}: name another with --run-dir") from None
 
 
@@ -183,7 +183,7 @@ def _require_equal(what: str, stored: Config, config: Config) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the run directory that the flags of training name."""
+    """Print the run directory of the given flags of training."""
     print(from_command_line(argv)[0].run_dir)
 
 

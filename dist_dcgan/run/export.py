@@ -1,4 +1,4 @@
-"""The averaged generator as a file of its own, with what is needed to rebuild it anywhere."""
+"""Export of the averaged generator as a file, with a description to rebuild it on any machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def export_generator(
 
 
 def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the exported generator in eval mode, and its description; raises UserError where it is not sound."""
+    """Return the exported generator in eval mode, and its description; raises UserError if it is not sound."""
     if not path.is_file():
         raise UserError(f"no exported generator at {path}: it is written at the end of a run and when it is stopped")
     try:
@@ -66,7 +66,7 @@ def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def is_finite(network: nn.Module) -> bool:
-    """Return whether all weights are numbers: pixels, and so scores, would hide it where they are not."""
+    """Return whether all weights are finite; pixels, and so scores, would hide values that are not."""
     return all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints written beside training: when they are due, and the thread that writes a copy, never two at once."""
+"""Asynchronous checkpoints: their schedule, and the thread that writes a copy of the tensors, one at a time."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ MINUTES_ON_GPU = 10.0
 
 
 class Schedule(NamedTuple):
-    """When checkpoints are due, beside the one at the end and on a stop signal."""
+    """When checkpoints are due, apart from the one at the end and on a stop signal."""
 
     seconds: float | None
-    """So often by the clock of rank 0; None if never."""
+    """Interval by the clock of rank 0; None: not by time."""
     steps: tuple[int, ...]
     """At multiples of each of these."""
 
     def due_at(self, step: int) -> bool:
-        """Return whether one is due after `step`, whatever the clock says."""
+        """Return whether one is due after `step`, independent of the clock."""
         return any(step % every == 0 for every in self.steps)
 
 
 def make_schedule(options: CheckpointOptions, device: torch.device) -> Schedule:
-    """Return what the configuration asks for; if it names neither minutes nor steps, what suits the device.
+    """Return the configured schedule; with neither minutes nor steps, a default for the device.
 
-    A GPU takes 1,000 steps in seconds, a CPU in an hour.
+    1,000 steps take seconds on a GPU and an hour on a CPU.
     """
     minutes, steps = options.every_minutes, options.every_steps
     if minutes is None and steps is None:
@@ -47,10 +47,10 @@ def make_schedule(options: CheckpointOptions, device: torch.device) -> Schedule:
 
 
 class Saver:
-    """Writes the checkpoints of a run; a context manager that ends when the last one is written."""
+    """Writes the checkpoints of a run; a context manager that waits for the last one at its end."""
 
     def __init__(self, directory: Path, retention: Retention, device: torch.device) -> None:
-        """`device` is that of the tensors."""
+        """`device` is the device of the tensors."""
         self._directory, self._retention, self._device = directory, retention, device
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_use, initargs=(device,))
         self._buffers: dict[str, Tensor] = {}
@@ -63,14 +63,14 @@ class Saver:
         self._thread.shutdown()
 
     def save(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Copy what is to be written, and begin to write it; waits for the one before, as `wait` does.
+        """Copy the tensors and start to write them; waits for the previous checkpoint first, as `wait` does.
 
-        On a GPU the copies are only queued on the current stream. They hold what the tensors are now, although nothing
-        waits for them here: the next step changes the tensors on the same stream, and so after the copies.
+        On a GPU the copies are queued on the current stream without waiting for them. The next step changes the tensors
+        on the same stream, and so after the copies.
         """
         self.wait()
         for name, tensor in tensors.items():
-            if name not in self._buffers:  # page-locked, so that the GPU copies by itself
+            if name not in self._buffers:  # pinned memory, for asynchronous copies
                 self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[name].copy_(tensor.detach(), non_blocking=True)
         copies = {name: self._buffers[name] for name in tensors}
@@ -84,24 +84,24 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the last one could not be written; `wait` raises why."""
+        """Whether the last checkpoint could not be written; `wait` raises the error."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self) -> None:
-        """Wait until all is written, and the buffers are free; raises UserError where it cannot be."""
+        """Wait until the last checkpoint is written and the buffers are free; raises UserError if writing failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
 
 def _use(device: torch.device) -> None:
-    """Have the writing thread use the GPU of this rank: a thread begins on GPU 0, and would take memory there."""
+    """Set this rank's GPU in the writing thread: a new thread uses GPU 0 and would allocate memory there."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def _recorded_event() -> torch.cuda.Event:
-    """Return an event that the current stream reaches after what is queued on it; waiting for it takes no CPU time."""
+    """Return an event recorded after the work queued on the current stream; waiting for it takes no CPU time."""
     event = torch.cuda.Event(blocking=True)
     event.record()
     return event

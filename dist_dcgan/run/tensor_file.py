@@ -1,7 +1,7 @@
-"""A safetensors file as a stream of bytes, the same that `safetensors.torch.save` returns in one piece.
+"""A safetensors file as a stream of bytes, equal to the result of `safetensors.torch.save`.
 
-The library builds the whole file in memory, and before its version 0.8 holds the interpreter lock until it is written:
-training would stand still beside it. Here each part is small, and writing or hashing it releases the lock.
+The library builds the whole file in memory, and before version 0.8 holds the interpreter lock until it is written,
+which would stop training. Here each part is small, and writing or hashing it releases the lock.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Names of the types, in the order in which the format has their tensors: those of large elements first."""
+"""Names of the types, in the order of their tensors in the format: larger elements first."""
 _ALIGNMENT = 8  # of the first tensor's bytes
 _PART = 1 << 20
 
@@ -30,21 +30,21 @@ _PART = 1 << 20
 def serialised(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """Yield the bytes of the file, at most 1 MiB at a time after the header.
 
-    Tensors may be on any device and of any memory format: one that is not contiguous on the CPU is copied when its turn
-    comes.
+    Tensors may be on any device and in any memory format; one that is not contiguous on the CPU is copied when it is
+    yielded.
     """
     rank = {dtype: index for index, dtype in enumerate(_DTYPES)}
     ordered = dict(sorted(tensors.items(), key=lambda item: (rank[item[1].dtype], item[0])))
     yield _header(ordered)
     for tensor in ordered.values():
-        # As bytes, for numpy has no bfloat16; `reshape`, for a scalar has no bytes.
+        # As bytes, because numpy has no bfloat16; `reshape`, because a scalar cannot be viewed as bytes.
         content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         for first in range(0, len(content), _PART):
             yield content[first : first + _PART]
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return the length of the description, and the description padded with spaces."""
+    """Return the length of the description, then the description padded with spaces."""
     description, first = {}, 0
     for name, tensor in tensors.items():
         offsets = [first, first + tensor.nbytes]
