@@ -18,7 +18,7 @@ from shards.common.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Examine and print; raises UserError where a check failed."""
+    """Run the checks and print the results; raises UserError if a check failed."""
     config, invocation = from_command_line(argv, "python -m dist_dcgan.doctor", __doc__)
     found = examine(config, invocation, show)
     failed = [thing for thing, finding in found.items() if finding.level == "FAILED"]

@@ -48,9 +48,9 @@ class Evaluate(Options):
     best: bool = False
     """Score the best generator so far by KID instead of the latest."""
     fakes: int = Field(50_000, ge=4)
-    """Generated images (`--num` for short, but not under torchrun, which takes that for an option of its own)."""
+    """Generated images (`--num` for short, except under torchrun, which takes it for an option of its own)."""
     reals: int = Field(50_000, ge=4)
-    """Real images; all, where the data set has fewer."""
+    """Real images; all if the data set has fewer."""
     extractor: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
     """Feature network; inception, with its 2015 weights, gives FID."""
     weights: Path | None = None
@@ -58,7 +58,7 @@ class Evaluate(Options):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of z."""
     nearest: int | None = Field(None, ge=1, le=32)
-    """Also draw samples beside that many of their nearest real images, into --out: a look for copies."""
+    """Also draw samples beside this many of their nearest real images, into --out, to detect copies."""
     out: Path | None = None
     """PNG to write with --nearest."""
     as_json: bool = False
@@ -66,7 +66,7 @@ class Evaluate(Options):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Score and print."""
+    """Compute the scores and print them."""
     options = build(Evaluate, parse_flags(Evaluate, argv, "python -m dist_dcgan.evaluate", SHORT_FLAGS, __doc__))
     check_sheet(options)
     run_directory = RunDirectory(options.run_dir)
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check_sheet(options: Evaluate) -> None:
-    """Raise UserError where the sheet of nearest images cannot be written, before anything is computed."""
+    """Raise UserError if the sheet of nearest images cannot be written, before anything is computed."""
     if (options.nearest is None) != (options.out is None):
         raise UserError("--nearest K and --out X.png belong together: give both or none")
     if options.out is not None:
@@ -107,7 +107,7 @@ def check_sheet(options: Evaluate) -> None:
 
 
 def check_data(name: str, manifest: Manifest, image_size: int) -> None:
-    """Raise UserError where a data set cannot be compared with images of a size."""
+    """Raise UserError if a data set cannot be compared with images of `image_size`."""
     if manifest.samples < 4:
         raise UserError(f"{name} has {manifest.samples} images, too few to score against: use more")
     if manifest.image_size != image_size:

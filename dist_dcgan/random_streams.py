@@ -1,8 +1,8 @@
 """Random numbers as a function of (seed, stream name, step, slot), the same for every world size and device.
 
-A slot is a place in the global batch. Nothing is drawn in sequence, so there is no generator state to save: a rank
-computes the numbers of its own slots and no others. The bits are SplitMix64 (Steele, Lea, Flood 2014) of a counter,
-in integer arithmetic that is exact on every device.
+A slot is a position in the global batch. Numbers are not drawn in sequence, so there is no generator state to save, and
+a rank computes the numbers of its own slots only. The bits are SplitMix64 (Steele, Lea, Flood 2014) of a counter, in
+integer arithmetic that is exact on every device.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _UNIT = 2.0**-24  # uniform numbers have 24 bits, what a float32 holds exactly
 Key: TypeAlias = int | Tensor
 """64 bits from `stream_seed`: a number, or an int64 scalar on the device that `set_key` filled.
 
-Both give the same numbers. A captured CUDA graph repeats a number for ever, but reads a tensor anew in each replay.
+Both give the same numbers. A captured CUDA graph keeps a number constant, but reads a tensor again in each replay.
 """
 
 
 def stream_seed(seed: int, stream: str, step: int) -> int:
-    """Return 64 bits that belong to this seed, stream and step."""
+    """Return 64 bits determined by seed, stream and step."""
     digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def set_key(key: Tensor, value: int) -> None:
-    """Fill `key`, an int64 scalar, with 64 bits; on a GPU they travel as the argument of a kernel, without a copy."""
+    """Fill `key`, an int64 scalar, with 64 bits; on a GPU they are passed as a kernel argument, without a copy."""
     key.fill_(_signed(value))
 
 
@@ -67,10 +67,10 @@ def permutation(key: Key, size: int) -> Tensor:
 
 
 def _shift_right(x: Tensor, by: int) -> Tensor:
-    """Shift in zeros from the left, where torch's `>>` would repeat the sign bit."""
+    """Shift right and fill with zeros; torch's `>>` repeats the sign bit."""
     return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _signed(value: int) -> int:
-    """Return the int64 that has the same bits."""
+    """Return the int64 with the same bits."""
     return value - (1 << 64) if value >> 63 else value

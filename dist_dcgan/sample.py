@@ -37,7 +37,7 @@ class Sample(Options):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the grid and say where it is."""
+    """Write the grid and print its path."""
     options = build(Sample, parse_flags(Sample, argv, "python -m dist_dcgan.sample", about=__doc__))
     check_png(options.out)
     run_directory = RunDirectory(options.run_dir)

@@ -25,7 +25,7 @@ from shards.manifest import Manifest
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train, or with --dry-run print what would be trained."""
+    """Train; with --dry-run only print the configuration and plan."""
     config, invocation = from_command_line(argv, about=__doc__)
     location = open_location(config.data)
     manifest = location.manifest
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
-    """Print the resolved configuration and what follows from it; nothing is created."""
+    """Print the resolved configuration and the sizes that follow from it; nothing is created."""
     if os.environ.get("RANK", "0") != "0":
         return
     with torch.device("meta"):
@@ -57,7 +57,7 @@ def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
 
 
 def train_or_explain(config: Config, plan: Plan, location: DatasetLocation, resume: str) -> None:
-    """Train; when memory runs out, say with which batch and what to try."""
+    """Train; raises OneRankError with the batch size and a remedy if memory runs out."""
     try:
         train(config, plan, location, resume)
     except RuntimeError as error:
