@@ -1,1 +1,1 @@
-"""The loop, the step, what is saved and what is logged."""
+"""The training loop, the training step, and what they save and log."""

@@ -1,4 +1,4 @@
-"""What was seen when gradients would not be finite any more."""
+"""Dump of the training state when gradients stay non-finite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shards.common.files import publish
 
 
 def write_dump(run: RunDirectory, state: TrainState, rows: Sequence[Row]) -> Path:
-    """Write the last rows, and where among values and last gradients the trouble is; return the file."""
+    """Write the last rows, and per tensor and gradient the number of non-finite elements; return the file's path."""
     path = run.path / f"not_finite-step-{state.step:08d}.json"
     gradients = {
         f"{prefix}.{name}": parameter.grad

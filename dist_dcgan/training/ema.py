@@ -21,7 +21,7 @@ def draw_latents(config: Config, key: Key, slots: range, device: torch.device) -
 def ema_decay(config: Config, images_seen: int, global_batch: int) -> float:
     """Return the decay of one step.
 
-    The half-life grows with the images seen up to its full length: otherwise a run of a few hundred steps would
+    The half-life grows with the images seen up to its full length; otherwise a run of a few hundred steps would
     export its first weights.
     """
     half_life = min(config.ema.half_life_images, config.ema.ramp_up * images_seen)
@@ -31,13 +31,13 @@ def ema_decay(config: Config, images_seen: int, global_batch: int) -> float:
 
 @torch.no_grad()
 def update_ema(averaged: nn.Module, current: nn.Module, weight: Tensor, finite: Tensor) -> None:
-    """Move the averaged parameters towards the current ones by `weight`, 1 - decay, as a float32 scalar.
+    """Move the averaged parameters towards the current ones by `weight`, 1 - decay, a float32 scalar.
 
-    `finite`, a bool scalar, says whether the gradients were finite: if not, loss scaling skipped the step, and nothing
-    is averaged. Both are read on the device, so that nothing waits for them.
-    Buffers are left: statistics of other weights would be wrong for the averaged ones (`recompute_statistics`).
+    `finite`, a bool scalar, is False if the optimizer skipped the step due to non-finite gradients; the average then
+    stays. Both are read on the device, without synchronising the host.
+    Buffers are not averaged: batch-norm statistics belong to other weights (`recompute_statistics`).
     """
-    weight = (finite * weight).to(next(averaged.parameters()).dtype)  # networks are of one type
+    weight = (finite * weight).to(next(averaged.parameters()).dtype)  # a network has one dtype
     for average, parameter in zip(averaged.parameters(), current.parameters(), strict=True):
         average.lerp_(parameter, weight)
 
@@ -47,7 +47,7 @@ def recompute_statistics(generator: nn.Module, config: Config, device: torch.dev
     """Set the batch-norm statistics of `generator` to those of its own images from fixed z.
 
     A pure function of the weights without communication, so that rank 0 can call it alone: `generator` has local batch
-    norms. Until it is called, the statistics are those of some earlier weights.
+    norms. Before the call, the statistics are those of earlier weights.
     """
     norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]

@@ -1,7 +1,7 @@
-"""The step as training takes it: warmed up, and on a GPU recorded as one CUDA graph that the host launches at once.
+"""The training step, warmed up, and on a GPU captured as one CUDA graph that the host launches at once.
 
-A step launches some 500 kernels. At 128 images and the paper's width this takes the host longer than the GPU needs for
-the work: on an H100 17 against 5.4 ms (tests/gpu/results).
+A step launches about 500 kernels. With 128 images at the paper's width the host takes longer to launch them than the
+GPU to execute them: on an H100 17 against 5.4 ms (tests/gpu/results).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from dist_dcgan.training.train_state import TrainState
 from shards.common.errors import UserError
 
 TakeStep = Callable[[Tensor], Metrics]
-"""Takes one step on this rank's images, (batch_per_rank, 3, size, size) in [-1, 1], channels_last, and counts it."""
+"""Takes and counts one step on this rank's images, (batch_per_rank, 3, size, size) in [-1, 1], channels_last."""
 
 WARM_UP_STEPS = 12
-"""Before a graph is recorded: DDP waits for the GPU in its first 10 iterations, which must not be recorded."""
+"""Steps before capture: DDP synchronises with the GPU in its first 10 iterations, which cannot be captured."""
 
 
 @contextmanager
 def training_stream(device: torch.device) -> Iterator[None]:
-    """Work on a stream other than the default one, of which no graph can be recorded; on a CPU this changes nothing.
+    """Work on a stream other than the default one, on which no graph can be captured; does nothing on a CPU.
 
-    The state must be built within, too: DDP and autograd add gradients up on the stream that was current then.
+    The state must be built inside as well: DDP and autograd accumulate gradients on the stream that is current then.
     """
     if device.type == "cpu":
         yield
@@ -41,12 +41,12 @@ def training_stream(device: torch.device) -> Iterator[None]:
 
 
 def prepare_step(state: TrainState, image_size: int) -> TakeStep:
-    """Return what takes a step; call it within `training_stream`, as all that it returns.
+    """Return a function that takes a step; call both within `training_stream`.
 
-    First it takes steps on grey images and undoes them. DDP rebuilds its gradient buckets after its first backward,
-    which changes the order of summation: without this, a resumed run of 4 ranks would differ in the last bits from one
-    that was never interrupted. It warms up the allocator and shows at once whether memory suffices. Raises UserError
-    if the configuration wants a graph on a CPU.
+    First takes steps on grey images and undoes them. DDP rebuilds its gradient buckets after its first backward, which
+    changes the order of summation: without this, a resumed run of 4 ranks would differ in the last bits from an
+    uninterrupted one. It also warms up the allocator and shows at once whether memory suffices. Raises UserError if the
+    configuration asks for a graph on a CPU.
     """
     with_graph = takes_graph(state)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
@@ -64,27 +64,27 @@ def prepare_step(state: TrainState, image_size: int) -> TakeStep:
 
 
 def takes_graph(state: TrainState) -> bool:
-    """Return whether steps are replays of a graph; raises UserError if they were to be on a CPU."""
+    """Return whether steps are replays of a graph; raises UserError if that is configured on a CPU."""
     wanted, device = state.config.cuda_graph, state.world.device
     if wanted and device.type == "cpu":
         raise UserError("--cuda-graph needs a GPU: leave it out")
-    if wanted is None:  # over several GPUs nobody has seen it run
+    if wanted is None:  # not tested on several GPUs
         return device.type == "cuda" and state.world.world_size == 1
     return wanted
 
 
 class Replay:
-    """Takes steps by replaying one that was recorded: the same kernels on the same memory, with new contents."""
+    """Takes steps by replaying a captured one: the same kernels on the same memory, with new contents."""
 
     def __init__(self, state: TrainState, like: Tensor) -> None:
-        """Record a step of `state` on images such as `like`; nothing is computed."""
+        """Capture a step of `state` on images like `like`; nothing is computed."""
         self._state = state
         self._real = torch.empty_like(like)
         self._names: list[str] = []
         self._metrics, self._replay = record(self._step)
 
     def __call__(self, real: Tensor) -> Metrics:
-        """Take one step on `real`, and count it."""
+        """Take and count one step on `real`."""
         self._state.inputs.fill(self._state.step)
         self._real.copy_(real)
         self._replay()
@@ -98,9 +98,9 @@ class Replay:
 
 
 def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    """Record `work` on the current stream; return the tensor that each replay fills with its result, and the replay."""
+    """Capture `work` on the current stream; return its result tensor, which each replay fills, and the replay."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: what other threads allocate meanwhile is not recorded
+    # thread_local: other threads may allocate during the capture
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         result = work()
     return result, graph.replay

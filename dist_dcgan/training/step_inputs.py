@@ -1,7 +1,7 @@
-"""What differs from one training step to the next, images apart: scalars on the device, filled before the step.
+"""Inputs of a training step other than images: scalars on the device, filled before the step.
 
 A captured CUDA graph repeats each kernel with the arguments that it had at capture. A Python number would therefore be
-the same in every replay; a tensor is read anew.
+the same in every replay; a tensor is read again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StepInputs:
         self.ema_weight: Tensor = torch.zeros((), dtype=torch.float32, device=device)
 
     def fill(self, step: int) -> None:
-        """Set the inputs of `step`, counted from 0; neither copies from the host nor waits for the device."""
+        """Set the inputs of `step`, counted from 0, without host copies or synchronisation."""
         for stream, key in self.keys.items():
             set_key(key, stream_seed(self._config.seed, stream, step))
         images_seen = (step + 1) * self._global_batch

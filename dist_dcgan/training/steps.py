@@ -1,7 +1,7 @@
-"""One training step: D learns from real and generated images, then G from what D now says.
+"""One training step: D is updated on real and generated images, then G through the updated D.
 
 Cost in forward passes of one network: D on real 3 (forward, and backward twice that), D on fake 3, G 3, D under G 2.
-The usual loop spends one more, on weight gradients of D in G's turn that nobody uses.
+The usual loop needs one more, for unused weight gradients of D in G's update.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dist_dcgan.training.ema import draw_latents, update_ema
 from dist_dcgan.training.train_state import TrainState
 
 Metrics = dict[str, Tensor]
-"""Scalars on the device: gradient norms of the whole network, else means over this rank's images."""
+"""Scalars on the device: gradient norms over the whole network, all others means over this rank's images."""
 
 _OUT_OF_MEMORY = (
     "can't allocate memory",  # the CPU
@@ -32,7 +32,7 @@ _OUT_OF_MEMORY = (
 
 
 def train_step(state: TrainState, real: Tensor) -> Metrics:
-    """Take one step on `real`, this rank's images (batch_per_rank, 3, size, size) in [-1, 1]; counts it in `state`."""
+    """Take and count one step on `real`, this rank's images (batch_per_rank, 3, size, size) in [-1, 1]."""
     state.inputs.fill(state.step)
     metrics = step_on_device(state, real)
     state.step += 1
@@ -40,10 +40,10 @@ def train_step(state: TrainState, real: Tensor) -> Metrics:
 
 
 def step_on_device(state: TrainState, real: Tensor) -> Metrics:
-    """Do the work of a step: a function of the tensors of `state`, of its `inputs` and of `real`, and of nothing else.
+    """Compute a step, from the tensors of `state`, its `inputs` and `real` only.
 
-    It uses no number that changes from step to step and never waits for the device, so a CUDA graph can capture it.
-    G runs forward once: its images serve D's turn, cut from the graph, and then its own.
+    Uses no Python number that changes between steps and never synchronises, so a CUDA graph can capture it. G runs
+    forward once: its images are used, detached, for D's update and then for its own.
     """
     if state.config.data.random_flip:
         real = flip(real, state.inputs.keys["flip"], state.slots)
@@ -58,10 +58,10 @@ def step_on_device(state: TrainState, real: Tensor) -> Metrics:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a step failed for want of memory, on a GPU or on the CPU.
+    """Return whether a step failed because memory ran out, on a GPU or on the CPU.
 
-    CUDA itself and its libraries take memory beside torch's, and say so in RuntimeErrors of their own. One that is
-    raised while a CUDA graph is recorded is followed by another, which says that the recording failed.
+    CUDA and its libraries allocate memory outside torch, and raise RuntimeErrors of their own. During the capture of a
+    CUDA graph such an error is the context of another one, which reports that the capture failed.
     """
     if isinstance(error.__context__, RuntimeError) and is_out_of_memory(error.__context__):
         return True
@@ -69,11 +69,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def discriminator_step(state: TrainState, real: Tensor, fake: Tensor) -> Metrics:
-    """Update D on real and generated images, as two batches with statistics of their own.
+    """Update D on real and generated images, as two batches with separate batch-norm statistics.
 
-    The real half adds its gradients up locally; the fake half's backward then reduces the sum, once. One autocast
-    context spans both forwards: it casts each weight once and drops the copies when it is left. It opens and closes
-    within the step, so a CUDA graph that captures the step captures the casts.
+    Gradients of the real half accumulate locally; the fake half's backward reduces the sum once. One autocast context
+    contains both forwards, so that it casts each weight once. It opens and closes within the step, so that a CUDA graph
+    captures the casts.
     """
     state.optimizer_d.zero_grad(set_to_none=True)
     with state.autocast():
@@ -96,9 +96,9 @@ def discriminator_step(state: TrainState, real: Tensor, fake: Tensor) -> Metrics
 
 
 def generator_step(state: TrainState, fake: Tensor) -> Metrics:
-    """Update G by the gradient of its images under the updated D.
+    """Update G by the gradient of its loss through the updated D.
 
-    D is called raw and frozen: through DDP its gradients would be computed and reduced for nobody.
+    D is called without DDP and frozen, because its gradients are not used.
     """
     state.optimizer_g.zero_grad(set_to_none=True)
     with _frozen(state.discriminator), state.autocast():
@@ -124,9 +124,9 @@ def _with_noise(state: TrainState, images: Tensor, stream: str) -> Tensor:
 
 
 def _update(state: TrainState, optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler, network: nn.Module) -> Tensor:
-    """Apply the reduced gradients and return their norm; where they are not finite, the step is skipped.
+    """Apply the reduced gradients and return their norm; if they are not finite, the step is skipped.
 
-    They are equal on all ranks, an infinity on one of them included, so all ranks skip together.
+    Reduced gradients are equal on all ranks, including an infinity from one of them, so all ranks skip the same steps.
     """
     scaler.unscale_(optimizer)
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
@@ -146,9 +146,9 @@ def _mean(logits: Tensor) -> Tensor:
 
 
 def diversity(images: Tensor) -> Tensor:
-    """Return how much the images of a batch differ: the standard deviation over them of their 8x8 thumbnails.
+    """Return the diversity of a batch: the standard deviation over images of their 8x8 thumbnails; 0 for one image.
 
-    Thumbnails, because images of one layout under different noise differ in every pixel. 0 where a rank has one image.
+    Thumbnails, because images of the same layout with different noise differ in every pixel.
     """
     thumbnails = F.adaptive_avg_pool2d(images.detach().float(), 8)
     return thumbnails.std(0, correction=0).mean()

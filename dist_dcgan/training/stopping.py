@@ -1,4 +1,4 @@
-"""What all ranks do at the same step although not all know of it: end on a signal, and save by the clock."""
+"""Agreement of all ranks on the step at which they stop after a signal, or save by the clock."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def steps_between_agreements(world_size: int) -> int:
-    """Return how often ranks agree: at each step, up to 63 of them."""
+    """Return the number of steps between agreements: 1 for up to 63 ranks."""
     return 1 + world_size // 64
 
 
 class Agreed(NamedTuple):
-    """What the ranks have agreed to do after this step."""
+    """Actions that the ranks have agreed on, after this step."""
 
     stop: bool
-    """End: a rank was asked to."""
+    """Stop training: a rank has received a signal."""
     save: bool
-    """Save: a checkpoint was due by the clock of rank 0."""
+    """Write a checkpoint: one is due by the clock of rank 0."""
 
 
 class StepAgreement:
     """Turns signals and the clock into flags that all ranks see at the same step.
 
-    The handler only sets a flag. `agreed` reduces the flags of all ranks over the CPU backend and reads the result
-    one step later, so that it waits neither for the peers nor for the GPU. Gloo passes them from rank to rank in a
-    ring, which of many ranks takes longer than a step: they agree every few steps. Before the ranks have met there is
-    nothing to save, and a signal just ends the process.
+    The signal handler only sets a flag. `agreed` reduces the flags of all ranks over the CPU backend and reads the
+    result one step later, so that it waits neither for peers nor for the GPU. With many ranks, gloo's ring takes longer
+    than a step, so they agree every few steps. Before the rendezvous there is nothing to save, and a signal ends the
+    process.
     """
 
     def __init__(self, save_seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """A save is due `save_seconds` from now, and from the time at which the last one was; None for never."""
+        """A save is due `save_seconds` after now and after each due save; None: never."""
         self._stop_requested = False
         self._save_seconds, self._clock, self._since = save_seconds, clock, clock()
         self._calls = 0
@@ -58,7 +58,7 @@ class StepAgreement:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def agreed(self) -> Agreed:
-        """Return the flags of all ranks when they last agreed; call it once a step on all ranks."""
+        """Return the flags of all ranks, as last reduced; every rank calls it once per step."""
         self._calls += 1
         if self._calls % steps_between_agreements(dist.get_world_size()):
             return Agreed(stop=False, save=False)
@@ -72,11 +72,11 @@ class StepAgreement:
         return found
 
     def request_stop(self) -> None:
-        """Ask for a stop, as a signal does."""
+        """Request a stop, as a signal does."""
         self._stop_requested = True
 
     def _save_is_due(self) -> bool:
-        """Return whether it is by this rank's clock, which then begins anew; never on ranks but 0."""
+        """Return whether a save is due by rank 0's clock, and restart the clock if so; False on other ranks."""
         if self._save_seconds is None or dist.get_rank() != 0:
             return False
         now = self._clock()

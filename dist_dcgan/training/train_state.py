@@ -1,4 +1,4 @@
-"""Everything that training changes, and the one registry of what a checkpoint holds."""
+"""The training state, and the one registry of the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ class TrainState:
         self.ddp_discriminator = self._wrap(self.discriminator)
         self.optimizer_g = _adam(self.generator, config, config.optimizer.lr_g)
         self.optimizer_d = _adam(self.discriminator, config, config.optimizer.lr_d)
-        # Without loss scaling they still have Adam skip a step whose gradients are not finite, on the device.
+        # With a scale of 1 they still make Adam skip a step with non-finite gradients, on the device.
         first_scale = 2.0**16 if self.precision == "fp16" else 1.0
         self.scaler_g = torch.amp.GradScaler(world.device.type, first_scale)
         self.scaler_d = torch.amp.GradScaler(world.device.type, first_scale)
 
     @property
     def images_seen(self) -> int:
-        """Training images that the steps so far have used."""
+        """Number of training images used by the steps so far."""
         return self.step * self.plan.global_batch
 
     def passed(self, every_images: int) -> bool:
@@ -79,15 +79,15 @@ class TrainState:
         return self.images_seen // every_images > before // every_images
 
     def autocast(self, enabled: bool = True) -> AbstractContextManager[None]:
-        """Return the context in which the networks run: half precision for bf16 and fp16, else nothing.
+        """Return the context in which the networks run: autocast for bf16 and fp16, else without effect.
 
-        Losses and backward passes run outside, or within one that is not `enabled`.
+        Losses and backward passes run outside, or within one with `enabled=False`.
         """
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.world.device.type, dtype=half, enabled=enabled and half is not None)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the live tensors of a checkpoint by name; they are written in place by `load_tensors`."""
+        """Return the live tensors of a checkpoint by name; `load_tensors` writes them in place."""
         tensors: dict[str, Tensor] = {}
         for prefix, network in self._networks():
             tensors |= {f"{prefix}.{name}": tensor for name, tensor in network.state_dict().items()}
@@ -98,7 +98,7 @@ class TrainState:
         return tensors
 
     def values(self) -> dict[str, Any]:
-        """Return what a checkpoint holds beside tensors, as JSON knows it."""
+        """Return the contents of a checkpoint other than tensors, as JSON types."""
         return {
             "step": self.step,
             "skipped_steps": self.skipped_steps,
@@ -113,8 +113,8 @@ class TrainState:
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the tensors of a checkpoint into the live ones, which keep their memory formats.
 
-        Keeping them matters: fused Adam silently updates wrong elements where strides of a parameter and its moments
-        differ.
+        The formats must not change: fused Adam silently updates wrong elements if the strides of a parameter and its
+        moments differ.
         """
         live = self.tensors()
         assert live.keys() == tensors.keys(), sorted(live.keys() ^ tensors.keys())[:4]
@@ -124,7 +124,7 @@ class TrainState:
                 tensor.copy_(tensors[name])
 
     def load_values(self, values: Mapping[str, Any]) -> None:
-        """Take over the values of a checkpoint."""
+        """Set the values of a checkpoint."""
         self.step, self.skipped_steps = values["step"], values["skipped_steps"]
         self.wandb_run_id, self.best_kid = values["wandb_run_id"], values["best_kid"]
         self.watchdog.load_values(values["watchdog"])
@@ -133,11 +133,11 @@ class TrainState:
             self.scaler_d.load_state_dict(values["scaler_d"])
 
     def broadcast(self) -> None:
-        """Give all ranks the tensors of rank 0."""
+        """Broadcast the tensors of rank 0 to all ranks."""
         broadcast_from_rank_zero(self.tensors().values())
 
     def assert_equal_strides(self) -> None:
-        """Assert that parameters, their gradients and both moments lie alike in memory (see `load_tensors`)."""
+        """Assert that parameters, their gradients and both moments have equal strides (see `load_tensors`)."""
         for prefix, network, optimizer in self._optimizers():
             for name, parameter in network.named_parameters():
                 state = optimizer.state[parameter]
@@ -160,14 +160,14 @@ class TrainState:
         return network.to(memory_format=torch.channels_last)
 
     def _wrap(self, network: nn.Module) -> DistributedDataParallel:
-        # DDP would broadcast rank 0's batch-norm buffers before each forward; ours are equal on all ranks already,
-        # and writing them between two forwards and one backward breaks autograd (pytorch#22095).
+        # DDP would broadcast rank 0's batch-norm buffers before each forward. They are equal on all ranks already, and
+        # writing them between two forwards and one backward breaks autograd (pytorch#22095).
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return what `auto` means on `device`, other names as they are."""
+    """Return the precision that `auto` selects on `device`, other names unchanged."""
     if precision != "auto":
         return precision
     if device.type == "cpu":
@@ -176,14 +176,14 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def _weight_stream(config: Config, stream: str) -> torch.Generator:
-    """Return the CPU generator of first weights; they are drawn there so that every device starts alike."""
+    """Return the random generator of initial weights, on the CPU so that they are the same for every device."""
     return torch.Generator().manual_seed(stream_seed(config.seed, stream, 0))
 
 
 def _adam(network: nn.Module, config: Config, lr: float) -> Adam:
-    """Return a fused Adam whose moments exist from the start, so that a checkpoint is always copied into place.
+    """Return a fused Adam whose moments exist from the start, so that a checkpoint can be copied into them.
 
-    A CUDA graph may capture it: with `fused`, this changes nothing else.
+    It is `capturable` for CUDA graphs; with `fused`, this changes nothing else.
     """
     betas = (config.optimizer.beta1, config.optimizer.beta2)
     optimizer = Adam(network.parameters(), lr=lr, betas=betas, fused=True, capturable=True)

@@ -1,7 +1,7 @@
-"""Names a training that went wrong, from numbers that each step has anyway.
+"""Detects training failures from the metrics of each step.
 
-The bounds were set on the screening runs of `tests/stability`. The rules are pure functions of the metrics averaged
-over ranks, so that all ranks agree without asking each other.
+The bounds were chosen on the screening runs of `tests/stability`. The rules are pure functions of the metrics averaged
+over ranks, so that all ranks agree without communication.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Row = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Rule:
-    """A way to go wrong: it is named once it has held in `steps` more steps than it has not."""
+    """A failure mode, reported once `holds` was true in `steps` more steps than it was false."""
 
     mode: str
     holds: Callable[[Row], bool]
@@ -24,11 +24,11 @@ class Rule:
     meaning: str
     remedy: str
     fatal: bool = False
-    """Whether training stops whatever the configuration says: it does nothing any more."""
+    """Whether training stops whatever `on_collapse` is, because it makes no progress."""
 
 
 class Collapse(NamedTuple):
-    """What went wrong, since which step, and in which step it was named."""
+    """A failure: its rule, the step since which it holds, and the step at which it was reported."""
 
     rule: Rule
     since: int
@@ -43,7 +43,7 @@ class Collapse(NamedTuple):
 
 
 def was_skipped(row: Row) -> bool:
-    """Return whether a network was not updated, as its gradients were not finite."""
+    """Return whether a network was not updated because its gradients were not finite."""
     return not (math.isfinite(row["grad_norm/d"]) and math.isfinite(row["grad_norm/g"]))
 
 
@@ -95,7 +95,7 @@ RULES = (
 
 
 class Watchdog:
-    """Watches the metrics of consecutive steps; each mode is named once, and again only after it has passed."""
+    """Watches the metrics of consecutive steps; reports each failure mode once, and again only after it has ended."""
 
     def __init__(self) -> None:
         self._level = {rule.mode: 0 for rule in RULES}
@@ -103,16 +103,16 @@ class Watchdog:
         self._named = {rule.mode: False for rule in RULES}
 
     def observe(self, rows: Sequence[Row]) -> list[Collapse]:
-        """Take the rows of the next steps; return the rules that are newly broken."""
+        """Add the rows of the next steps; return the failures newly reported."""
         found = [self._observe(rule, row) for row in rows for rule in RULES]
         return [collapse for collapse in found if collapse is not None]
 
     def values(self) -> dict[str, Any]:
-        """Return the state, as JSON knows it."""
+        """Return the state as JSON types."""
         return {"level": dict(self._level), "since": dict(self._since), "named": dict(self._named)}
 
     def load_values(self, values: Mapping[str, Any]) -> None:
-        """Take over the state of a checkpoint; rules that it does not know begin anew."""
+        """Load the state of a checkpoint; rules that it does not contain keep their initial state."""
         for mode in self._level.keys() & values["level"].keys():
             self._level[mode], self._since[mode] = values["level"][mode], values["since"][mode]
             self._named[mode] = values["named"][mode]
