@@ -243,7 +243,7 @@ def from_command_line(
 ) -> tuple[Config, Invocation]:
     """Resolve the preset or file and the flags of `argv`; raises UserError if any of them is wrong.
 
-    `about` is what `--help` says of the command.
+    `about` is the description of the command in `--help`.
     """
     flags = parse_flags(_CommandLine, argv, prog, SHORT_FLAGS, about)
     invocation = build(Invocation, {name: flags.pop(name) for name in Invocation.model_fields if name in flags})

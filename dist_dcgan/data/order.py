@@ -1,4 +1,4 @@
-"""Sample order of each epoch: a pure function of the seed, so that resuming needs only a position.
+"""Sample order of each epoch: a pure function of seed and manifest, so that resuming needs only a position.
 
 Shards are permuted, then the samples inside each window of consecutive shards. Disk reads are thus nearly sequential,
 while a sample's neighbours change from epoch to epoch.

@@ -50,7 +50,7 @@ def require_same(value: str, what: str) -> None:
 
 
 def broadcast_from_rank_zero(tensors: Iterable[torch.Tensor]) -> None:
-    """Overwrite `tensors` on all ranks with those of rank 0, whatever their memory format."""
+    """Overwrite `tensors` on all ranks with those of rank 0; memory formats may differ."""
     if dist.get_world_size() == 1:
         return
     for tensor in tensors:

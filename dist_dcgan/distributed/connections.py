@@ -24,7 +24,7 @@ _SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
 class Endpoint(NamedTuple):
-    """Address at which a machine listens, and the token that it answers."""
+    """Address at which a machine listens, and the token that it sends to each client."""
 
     host: str
     address: str
@@ -82,7 +82,7 @@ def _try(other: Endpoint) -> str | None:
 
 @contextmanager
 def _answering() -> Iterator[Endpoint]:
-    """Answer each connection with a random token; yield the endpoint."""
+    """Send a random token to each client; yield the endpoint."""
     token, address = secrets.token_hex(8), own_address()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family, backlog=1024) as server:

@@ -116,7 +116,7 @@ class Peers:
         return self.cause()
 
     def cause(self) -> str:
-        """Return why this rank cannot go on; takes some seconds at most.
+        """Return why this rank cannot continue; takes some seconds at most.
 
         A rank of this machine that does not answer is killed, so that torchrun need not wait for it.
         """

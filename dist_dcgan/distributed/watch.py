@@ -1,4 +1,4 @@
-"""Ends a rank that cannot go on while its main thread is blocked inside CUDA.
+"""Ends a rank that cannot continue while its main thread is blocked inside CUDA.
 
 A gloo collective raises when a peer is gone. With NCCL the main thread waits inside CUDA, where neither errors nor
 signals reach it, and NCCL aborts the process much later without naming a rank. So a thread of each rank polls the
@@ -30,7 +30,7 @@ def grace_seconds(timeout_seconds: float) -> float:
 
 
 class Watch:
-    """A thread that calls `end` with the reason when this rank cannot go on and does not end by itself.
+    """A thread that calls `end` with the reason if this rank cannot continue and does not end by itself.
 
     It answers the peers' queries (`Peers.broken`) even if the main thread waits inside CUDA or hangs in a loop, so that
     the rank is not killed as silent. If the main thread hangs, the peers end with its line in their message, and its

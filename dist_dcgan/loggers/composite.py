@@ -60,6 +60,6 @@ class CompositeLogger:
         for logger in list(self._loggers):
             try:
                 getattr(logger, method)(*arguments)
-            except Exception as error:  # training continues whatever a logger raises
+            except Exception as error:  # no error of a logger may stop training
                 warn(f"{type(logger).__name__} failed and is turned off: {error!r}")
                 self._loggers.remove(logger)

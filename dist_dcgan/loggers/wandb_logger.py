@@ -66,7 +66,7 @@ class WandbLogger:
         """Do nothing: alerts are in metrics.jsonl."""
 
     def close(self) -> None:
-        """Wait for the upload, 5 seconds (30 offline) after wandb is imported at most; print how to upload the rest."""
+        """Wait for the upload, at most 5 seconds (30 offline) after wandb's import; print how to upload the rest."""
         self._write(b"\n")  # without it the run counts as crashed
         with contextlib.suppress(OSError):
             self._stdin.close()

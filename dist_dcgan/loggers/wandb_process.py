@@ -71,7 +71,7 @@ class Training:
     """Connection to the training process; the standard streams of other code are redirected to /dev/null."""
 
     def __init__(self) -> None:
-        # Private descriptors, which wandb-core does not inherit: nobody waits for it to close them.
+        # Private descriptors, which wandb-core does not inherit and so cannot keep open.
         self._orders, self._reports, self._errors = (os.dup(number) for number in range(3))
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number in range(3):

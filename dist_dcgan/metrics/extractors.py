@@ -1,7 +1,7 @@
-"""Networks that turn images into features whose distributions can be compared.
+"""Networks that map images to features whose distributions can be compared.
 
-`inception` is the 2015 network that FID is defined by; its weights are a file that the user names. `efficientnet-lite0`
-comes with its ImageNet weights as a package (the `eval` extra), so that a machine without internet scores too.
+`inception` is the 2015 network that defines FID; its weights are a file that the user names. `efficientnet-lite0` is
+installed with its ImageNet weights as a package (the `eval` extra), so that it works without internet.
 """
 
 from __future__ import annotations

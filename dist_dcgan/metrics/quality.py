@@ -1,4 +1,4 @@
-"""Scores of generated images against a data set, under names that include the extractor."""
+"""Scores of generated images against a data set, under names that identify the extractor."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class CrossRankBatchNorm(nn.BatchNorm2d):
         return self._across_ranks(input) if self.training else super().forward(input)
 
     # The compiler cannot trace it: torch's kernels for statistics have no implementation for fake tensors, and the
-    # portable layer's float64 gradients came out wrong (torch 2.14.1).
+    # portable layer's float64 gradients were wrong (torch 2.14.1).
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _across_ranks(self, input: Tensor) -> Tensor:
         assert self.num_batches_tracked is not None

@@ -1,8 +1,8 @@
-"""Checkpoints: safetensors and JSON, written whole or not at all; nothing that is loaded can run code.
+"""Checkpoints: safetensors and JSON, written atomically; loading one runs no code from it.
 
 python -m dist_dcgan.run.checkpoint inspect RUN_DIR     lists those of a run, and whether they are sound
-python -m dist_dcgan.run.checkpoint verify RUN_DIR      the same, and fails where one is not
-python -m dist_dcgan.run.checkpoint prune RUN_DIR       removes all but the newest that is sound
+python -m dist_dcgan.run.checkpoint verify RUN_DIR      the same, and fails if one is not
+python -m dist_dcgan.run.checkpoint prune RUN_DIR       removes all except the newest sound one
 """
 
 from __future__ import annotations

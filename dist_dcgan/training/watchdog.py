@@ -24,7 +24,7 @@ class Rule:
     meaning: str
     remedy: str
     fatal: bool = False
-    """Whether training stops whatever `on_collapse` is, because it makes no progress."""
+    """Whether training stops regardless of `on_collapse`, because it makes no progress."""
 
 
 class Collapse(NamedTuple):
