@@ -79,13 +79,13 @@ class ShardPrefetcher:
         epoch, file = self._files.get(shard, (-1, None))
         if file is None or epoch != self._epoch:
             self.awaited = f"waiting for {self._location.manifest.shards[shard].name}"
-            file = self._await(_topic(self._epoch, shard))
+            file = self._await(_key(self._epoch, shard))
             self.awaited = "reading"
             self._files[shard] = self._epoch, file
         return file
 
-    def _await(self, topic: str) -> ShardFile:
-        while (answer := self._node.get(topic)) is None:
+    def _await(self, key: str) -> ShardFile:
+        while (answer := self._node.get(key)) is None:
             if self._failure is not None:
                 raise self._failure
             if self._closing:
@@ -107,7 +107,7 @@ class ShardPrefetcher:
                     if self._closing:
                         return
                     if shard % self._node.size == self._node.index:
-                        self._prepare(_topic(window.epoch, shard), shard)
+                        self._prepare(_key(window.epoch, shard), shard)
         except BaseException as error:  # raised by `reach` and `file`
             self._failure = error
 
@@ -121,7 +121,7 @@ class ShardPrefetcher:
         """Return the windows that contain `positions`: one or two, more if windows are smaller than batches."""
         return range(self._order.window_at(epoch, positions[0]), self._order.window_at(epoch, positions[-1]) + 1)
 
-    def _prepare(self, topic: str, shard: int) -> None:
+    def _prepare(self, key: str, shard: int) -> None:
         started = time.perf_counter()
         try:
             file = self._location.ready(shard)
@@ -129,8 +129,8 @@ class ShardPrefetcher:
         except UserError as error:
             found = {"error": str(error)}
         self.seconds += time.perf_counter() - started
-        self._node.set(topic, json.dumps(found))
+        self._node.set(key, json.dumps(found))
 
 
-def _topic(epoch: int, shard: int) -> str:
+def _key(epoch: int, shard: int) -> str:
     return f"shard {shard} in epoch {epoch}"

@@ -19,13 +19,13 @@ class NodeStore:
         self.index, self.size = index, size
         self._store = store or dist.HashStore()  # type: ignore[attr-defined]
 
-    def set(self, topic: str, text: str) -> None:
-        """Set the value of `topic`."""
-        self._store.set(topic, text)
+    def set(self, key: str, value: str) -> None:
+        """Set the value of `key`."""
+        self._store.set(key, value)
 
-    def get(self, topic: str) -> str | None:
-        """Return the value of `topic`, None if it is not set yet."""
-        return self._store.get(topic).decode() if self._store.check([topic]) else None
+    def get(self, key: str) -> str | None:
+        """Return the value of `key`, None if it is not set yet."""
+        return self._store.get(key).decode() if self._store.check([key]) else None
 
 
 def node_store(world: World, timeout_seconds: float) -> NodeStore:

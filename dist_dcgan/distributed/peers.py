@@ -55,10 +55,10 @@ def rendezvous(store: Any, rank: int, world_size: int, patience_seconds: float) 
     the starts, and echoes each peer's random token. Raises OneRankError with the ranks that do not join in time.
     """
     if rank != 0:
-        word = secrets.token_hex(8)
-        store.set(f"hello {rank}", word)
-        store.wait([f"start for {word}"], timedelta(seconds=patience_seconds))
-        room = dist.PrefixStore(f"start {store.get(f'start for {word}').decode()}", store)  # type: ignore[attr-defined]
+        token = secrets.token_hex(8)
+        store.set(f"hello {rank}", token)
+        store.wait([f"start for {token}"], timedelta(seconds=patience_seconds))
+        room = dist.PrefixStore(f"start {store.get(f'start for {token}').decode()}", store)  # type: ignore[attr-defined]
         room.set(f"here {rank}", "")
         return room
     number = store.add("starts", 1)
@@ -177,14 +177,14 @@ class Peers:
         shown = [f"{_name(rank, processes[rank])} is busy or waits {answers[rank]}" for rank in silent[:_MOST_SHOWN]]
         return shown + ([f"{len(silent) - _MOST_SHOWN} more do"] if len(silent) > _MOST_SHOWN else [])
 
-    def _write(self, board: str, content: Any) -> None:
-        self._store.append(board, json.dumps([self.rank, content]) + "\n")
+    def _write(self, key: str, content: Any) -> None:
+        self._store.append(key, json.dumps([self.rank, content]) + "\n")
 
-    def _read(self, board: str) -> dict[int, Any]:
-        """Return what each rank has written to `board`, by rank."""
-        if not self._store.check([board]):
+    def _read(self, key: str) -> dict[int, Any]:
+        """Return what each rank has written to `key`, by rank."""
+        if not self._store.check([key]):
             return {}
-        return dict(json.loads(line) for line in self._store.get(board).decode().splitlines())
+        return dict(json.loads(line) for line in self._store.get(key).decode().splitlines())
 
     def _processes(self) -> dict[int, RankProcess]:
         return {rank: RankProcess(*process) for rank, process in self._read("processes").items()}
