@@ -23,7 +23,7 @@ from dist_dcgan.distributed.world import World
 from dist_dcgan.random_streams import Key, uniform
 from shards.common.errors import OneRankError, UserError
 
-_PATIENCE = 0.8
+_WAIT_SHARE = 0.8
 """Share of the collectives' timeout: a rank that lacks data reports it before its peers time out."""
 _SECONDS_BETWEEN_LOOKS = 0.005
 _SECONDS_TO_CLOSE = 5.0
@@ -59,7 +59,7 @@ class BatchLoader:
     ) -> None:
         """Read from `location`; the ranks of `node` (by default only this one) divide the checking of shards."""
         self.plan, self._world = plan, world
-        self._patience_seconds = _PATIENCE * config.distributed.timeout_seconds
+        self._wait_seconds = _WAIT_SHARE * config.distributed.timeout_seconds
         self._order = SampleOrder(location.manifest, config.seed, config.data.window_shards)
         self._prefetcher = ShardPrefetcher(location, self._order, node or NodeStore(), *self._positions(first_step))
         self._reader = ShardReader(location, self._prefetcher.file)
@@ -113,10 +113,10 @@ class BatchLoader:
         """Wait for the next batch, for less time than the other ranks wait for this one."""
         started = time.perf_counter()
         try:
-            return self._ready.get(timeout=self._patience_seconds)
+            return self._ready.get(timeout=self._wait_seconds)
         except queue.Empty:
             raise OneRankError(
-                f"{self._world}: no data for {self._patience_seconds:g} seconds, {self._prefetcher.awaited}: where its "
+                f"{self._world}: no data for {self._wait_seconds:g} seconds, {self._prefetcher.awaited}: where its "
                 "source is well but slow, use a larger --distributed.timeout-seconds"
             ) from None
         finally:

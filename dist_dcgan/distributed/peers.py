@@ -47,7 +47,7 @@ class RankProcess(NamedTuple):
     """Number of GPUs that are visible to it."""
 
 
-def rendezvous(store: Any, rank: int, world_size: int, patience_seconds: float) -> Any:
+def rendezvous(store: Any, rank: int, world_size: int, timeout_seconds: float) -> Any:
     """Wait until all ranks have joined; return a prefix of `store` that only this start of the ranks uses.
 
     Torchrun keeps one store across restarts, so that ranks would read the addresses of the previous start (torch 2.14:
@@ -57,13 +57,13 @@ def rendezvous(store: Any, rank: int, world_size: int, patience_seconds: float) 
     if rank != 0:
         token = secrets.token_hex(8)
         store.set(f"hello {rank}", token)
-        store.wait([f"start for {token}"], timedelta(seconds=patience_seconds))
+        store.wait([f"start for {token}"], timedelta(seconds=timeout_seconds))
         room = dist.PrefixStore(f"start {store.get(f'start for {token}').decode()}", store)  # type: ignore[attr-defined]
         room.set(f"here {rank}", "")
         return room
     number = store.add("starts", 1)
     room = dist.PrefixStore(f"start {number}", store)  # type: ignore[attr-defined]
-    deadline, missing = time.monotonic() + patience_seconds, list(range(1, world_size))
+    deadline, missing = time.monotonic() + timeout_seconds, list(range(1, world_size))
     while missing:
         for peer in missing:
             if store.check([f"hello {peer}"]):
@@ -86,14 +86,14 @@ class Peers:
         self._neighbours: dict[int, RankProcess] = {}
         self._write("processes", RankProcess(socket.gethostname(), os.getpid(), _machine(), local_rank, gpus))
 
-    def everyone(self, patience_seconds: float) -> dict[int, RankProcess]:
+    def everyone(self, timeout_seconds: float) -> dict[int, RankProcess]:
         """Wait for all ranks; return their processes by rank. Each rank calls it once.
 
-        Raises torch's DistError after `patience_seconds`.
+        Raises torch's DistError after `timeout_seconds`.
         """
         if self._store.add("entered", 1) == self.world_size:
             self._store.set("all entered", "")
-        self._store.wait(["all entered"], timedelta(seconds=patience_seconds))
+        self._store.wait(["all entered"], timedelta(seconds=timeout_seconds))
         processes = self._processes()
         self._neighbours = {rank: process for rank, process in processes.items() if _is_here(process)}
         return processes

@@ -157,13 +157,13 @@ def _end_at_once(reason: str) -> None:
         os._exit(int(ended.code or 0))
 
 
-def _meeting_point(patience_seconds: float) -> tuple[Any, int, int]:
+def _meeting_point(timeout_seconds: float) -> tuple[Any, int, int]:
     """Wait until all ranks have joined; return the rendezvous store, this rank and the world size."""
     if "WORLD_SIZE" not in os.environ:
         return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     try:
-        store, rank, world_size = next(torch_rendezvous("env://", timeout=timedelta(seconds=patience_seconds)))
-        return rendezvous(store, rank, world_size, patience_seconds), rank, world_size
+        store, rank, world_size = next(torch_rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        return rendezvous(store, rank, world_size, timeout_seconds), rank, world_size
     except (ValueError, RuntimeError) as error:  # torch's store errors are RuntimeErrors
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OneRankError(f"cannot meet the other ranks at {place} ({first_sentence(error)})") from error
