@@ -1,4 +1,4 @@
-"""Train DCGAN on a data set of shards; started again with the same flags, continue the run.
+"""Train DCGAN on a data set of shards. To resume an interrupted run, run the same command again.
 
 python -m dist_dcgan.train --world-size 1 --data data/bedroom_train
 torchrun --nproc_per_node=8 -m dist_dcgan.train --data data/bedroom_train --run-dir runs/bedrooms

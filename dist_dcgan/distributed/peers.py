@@ -70,7 +70,7 @@ def rendezvous(store: Any, rank: int, world_size: int, timeout_seconds: float) -
                 store.set(f"start for {store.get(f'hello {peer}').decode()}", str(number))
         missing = [peer for peer in missing if not room.check([f"here {peer}"])]
         if missing and time.monotonic() > deadline:
-            raise OneRankError(f"rank 0 waits in vain for ranks {missing}: they have not started")
+            raise OneRankError(f"rank 0 has waited for ranks {missing}, which have not started")
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     return room
 

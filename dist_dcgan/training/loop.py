@@ -31,15 +31,15 @@ from dist_dcgan.training.watchdog import was_skipped
 from shards.manifest import Manifest
 
 
-def train(config: Config, plan: Plan, place: DatasetLocation, resume_mode: str) -> None:
+def train(config: Config, plan: Plan, location: DatasetLocation, resume_mode: str) -> None:
     """Train until the last step or a stop signal; every rank calls it with the same arguments."""
     with process_group(config.distributed.timeout_seconds) as world:
-        train_in(world, config, plan, place, resume_mode)
+        train_in(world, config, plan, location, resume_mode)
 
 
-def train_in(world: World, config: Config, plan: Plan, place: DatasetLocation, resume_mode: str) -> None:
+def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation, resume_mode: str) -> None:
     """Train as one rank of `world`."""
-    manifest = place.manifest
+    manifest = location.manifest
     with ExitStack() as stack:
         # Agree on the data set and claim the run directory.
         schedule = make_schedule(config.checkpoint, world.device)
@@ -61,9 +61,9 @@ def train_in(world: World, config: Config, plan: Plan, place: DatasetLocation, r
         saver = stack.enter_context(Saver(run.checkpoints, retention, world.device))
         logger = stack.enter_context(closing(make_logger(config, plan, world, run, state.step, state.wandb_run_id)))
         node = node_store(world, config.distributed.timeout_seconds)
-        batches = stack.enter_context(BatchLoader(place, config, plan, world, state.step, node))
+        batches = stack.enter_context(BatchLoader(location, config, plan, world, state.step, node))
         batches.wait_for_first()
-        quality = QualityMeter(state, ShardReader(place), run)
+        quality = QualityMeter(state, ShardReader(location), run)
         barrier(world)
 
         # Train.

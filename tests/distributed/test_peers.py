@@ -165,7 +165,7 @@ def test_each_start_finds_its_own_words_in_a_store_that_stays() -> None:
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
-    with pytest.raises(OneRankError, match=r"rank 0 waits in vain for ranks \[1, 2\]"):
+    with pytest.raises(OneRankError, match=r"rank 0 has waited for ranks \[1, 2\], which have not started"):
         rendezvous(dist.HashStore(), 0, 3, 0.1)  # type: ignore[attr-defined]
 
 

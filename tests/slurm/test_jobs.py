@@ -1,4 +1,4 @@
-"""train.sbatch on a real cluster of two nodes: whatever happens to the job, it is one run, as if nothing had happened."""
+"""train.sbatch on a real cluster of two nodes: a job that is disturbed ends with the results of one that is not."""
 
 from __future__ import annotations
 
