@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: lint, types, tests, in a fresh virtual environment.
 #   bash tests/run.sh [--with-system] [PYTEST ARGUMENTS]
-# --with-system also runs what needs system packages (a SLURM cluster, network namespaces), and installs them where it is
-# root on Debian or Ubuntu; where they are missing, these tests are skipped and say so. DIST_DCGAN_PHOTOS may name a folder
-# of real photographs in LSUN's format (clothing_val_lmdb.zip); rendered bedrooms take their place where it is absent.
+# --with-system also runs what needs system packages (a SLURM cluster, network namespaces), and installs them if run
+# as root on Debian or Ubuntu; if they are missing, these tests are skipped. DIST_DCGAN_PHOTOS may name a folder of real
+# photographs in LSUN's format (clothing_val_lmdb.zip); without it rendered bedrooms are used.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
