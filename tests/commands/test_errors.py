@@ -1,4 +1,7 @@
-"""What a command makes of errors."""
+"""What a command makes of errors.
+
+Promise 11 (errors) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""No damaged byte of a shard reaches training, on any rank, wherever the damage is (promise 10 of the design)."""
+"""No damaged byte of a shard reaches training, on any rank, wherever the damage is.
+
+Promise 10 (integrity) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 

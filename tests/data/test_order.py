@@ -1,4 +1,7 @@
-"""The order of samples is a permutation, the same for every world size, and any position is reached at once."""
+"""The order of samples is a permutation, the same for every world size, and any position is reached at once.
+
+Promise 2 (the order) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Ranks start together, whatever was started before, and name the rank that ends, fails or hangs."""
+"""Ranks start together, whatever was started before, and name the rank that ends, fails or hangs.
+
+Promise 9 (nothing off the critical path stops training) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 

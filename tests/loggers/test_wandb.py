@@ -1,4 +1,7 @@
-"""W&B can never hurt: whatever it does, training takes the same steps, ends soon after the last, and keeps secrets."""
+"""W&B can never hurt: whatever it does, training takes the same steps, ends soon after the last, and keeps secrets.
+
+Promise 9 (nothing off the critical path stops training) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 

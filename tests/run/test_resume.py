@@ -1,4 +1,7 @@
-"""Killed and started again by the same command, a run ends as if nothing had happened (promise 7 of the design)."""
+"""Killed and started again by the same command, a run ends as if nothing had happened (promise 7 of the design).
+
+Promise 7 (checkpoints) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The commands as a user runs them: what they print, and one line with status 2 for every mistake."""
+"""The commands as a user runs them: what they print, and one line with status 2 for every mistake.
+
+Promise 11 (errors) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The manifest: what it says comes back, and no damaged one is taken."""
+"""The manifest: what it says comes back, and no damaged one is taken.
+
+Promise 1 (the shard format) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Shard files: their bytes, their names, and what happens when writing fails."""
+"""Shard files: their bytes, their names, and what happens when writing fails.
+
+Promise 1 (the shard format) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 

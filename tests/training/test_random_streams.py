@@ -1,4 +1,7 @@
-"""Random numbers belong to (seed, stream, step, slot) and to nothing else."""
+"""Random numbers belong to (seed, stream, step, slot) and to nothing else.
+
+Promise 3 (randomness) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 

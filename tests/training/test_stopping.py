@@ -1,4 +1,7 @@
-"""A signal to any rank ends all ranks at the same step, and the clock of rank 0 has all of them save at the same."""
+"""A signal to any rank ends all ranks at the same step, and the clock of rank 0 has all of them save at the same.
+
+Promise 8 (stopping) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Parameters, gradients and moments lie alike in memory: fused Adam is silently wrong otherwise."""
+"""Parameters, gradients and moments lie alike in memory: fused Adam is silently wrong otherwise.
+
+Promise 6 (the averaged generator) of dist_dcgan/README.md.
+"""
 
 from __future__ import annotations
 
