@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shards.reader": {"shards.manifest", "shards.common"},
     "shards.writer": {"shards.manifest", "shards.common"},
     "shards.verify": {"shards.reader", "shards.writer", "shards.manifest", "shards.common"},
+    "shards.pipeline": {"shards.manifest", "shards.common"},
     "shards.preview": {"shards.reader", "shards.manifest", "shards.common"},
     "shards.conversion": {"shards.writer", "shards.manifest", "shards.common", "shards.conversion"},
     "shards.lsun": {"shards.conversion", "shards.manifest", "shards.common", "shards.lsun"},
