@@ -89,12 +89,18 @@ class Peers:
     def everyone(self, timeout_seconds: float) -> dict[int, RankProcess]:
         """Wait for all ranks; return their processes by rank. Each rank calls it once.
 
-        Raises torch's DistError after `timeout_seconds`.
+        Raises torch's DistError after `timeout_seconds`. Rank 0 waits until all have read: its process may hold the
+        store, and end with an error that follows from what it read.
         """
+        timeout = timedelta(seconds=timeout_seconds)
         if self._store.add("entered", 1) == self.world_size:
             self._store.set("all entered", "")
-        self._store.wait(["all entered"], timedelta(seconds=timeout_seconds))
+        self._store.wait(["all entered"], timeout)
         processes = self._processes()
+        if self._store.add("read", 1) == self.world_size:
+            self._store.set("all read", "")
+        if self.rank == 0:
+            self._store.wait(["all read"], timeout)
         self._neighbours = {rank: process for rank, process in processes.items() if _is_here(process)}
         return processes
 

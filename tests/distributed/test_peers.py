@@ -91,6 +91,27 @@ def test_a_rank_without_a_gpu_is_named_on_all_ranks_before_any_joins() -> None:
     assert re.match(r"host \S+ shows no GPU \(rank 1\), the other ranks have one each: mend the driver there", heard[0])
 
 
+def test_rank_zero_keeps_the_store_until_all_have_read() -> None:
+    """Its process may hold the store, and end at once."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    zero, one = (Peers(store, rank, 2) for rank in range(2))
+    reading, read = threading.Event(), []
+    processes = one._processes
+
+    def slowly() -> Any:
+        reading.set()
+        time.sleep(0.3)
+        read.append(True)
+        return processes()
+
+    with mock.patch.object(one, "_processes", slowly):
+        slow = threading.Thread(target=one.everyone, args=(60,))
+        slow.start()
+        assert zero.everyone(60).keys() == {0, 1}
+        assert reading.is_set() and read
+        slow.join()
+
+
 class SlowStore:
     """A store that answers late once many ask."""
 
