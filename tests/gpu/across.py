@@ -1,4 +1,4 @@
-"""Batch norm the way that several ranks take, on one: its collectives are real, with nobody to wait for."""
+"""Batch norms that exchange statistics on a single rank, to time what several ranks do: the collectives are real."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LAYERS: dict[str, type[nn.BatchNorm2d] | type[nn.SyncBatchNorm]] = {"native": Na
 
 @contextmanager
 def across_ranks(kind: str) -> Iterator[None]:
-    """Have networks built and run within exchange the statistics of their batch norms, as several ranks do."""
+    """Inside, networks are built with these layers, and their collectives are not left out for a single rank."""
 
     def make_norm(*_: Any) -> Any:
         return LAYERS[kind]

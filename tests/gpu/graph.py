@@ -1,6 +1,6 @@
-"""The recorded step, as training has it on a GPU: what it must compute, and how fast it would be.
+"""Replays of the captured step must compute what the step computes.
 
-A CPU has no graphs: there the step itself stands in for its replay, so that a rehearsal runs all else.
+A CPU has no CUDA graphs: in a rehearsal a replay calls the step itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STEPS = 10
 
 
 def prepare(state: TrainState, *, recorded: bool) -> TakeStep:
-    """Return what takes a step of 64x64 images, by replay or one kernel at a time; call it in `training_stream`."""
+    """Return a function that takes a step of 64x64 images, with or without a graph; call in `training_stream`."""
     record = graph.record if state.world.device.type == "cuda" else _stand_in
     with mock.patch.object(graph, "record", record), mock.patch.object(graph, "takes_graph", return_value=recorded):
         return graph.prepare_step(state, 64)
@@ -37,7 +37,7 @@ def without_ddp(state: TrainState) -> TrainState:
 
 
 def check_equality(context: Context, precision: str, kind: str, *, ddp: bool = True) -> Figures:
-    """Compare steps by replay with the same steps one by one; each step has images of its own."""
+    """Compare replays with the same steps taken without a graph, networks and metrics; each step has its own images."""
     need_norm(kind, context.device)
     width, batch = context.sized((32, 32), (8, 8))
     options = {"width": width, "global_batch": batch, "precision": precision, "distributed": {"batchnorm": kind}}
@@ -51,16 +51,17 @@ def check_equality(context: Context, precision: str, kind: str, *, ddp: bool = T
     difference = largest_difference(networks(recorded), networks(plain))
     bound = 1e-9 if precision == "fp64" else 0.05
     assert difference <= bound, f"after {STEPS} steps the networks differ by {difference:.3g}, more than {bound:g}"
+    tolerance = 1e-6 if precision == "fp64" else 0.05
     for step, (expected, found) in enumerate(metrics):
         assert list(expected) == list(found)
         for name, value in expected.items():
-            wrong = not torch.allclose(found[name].double(), value.double(), rtol=0.05, atol=0.05, equal_nan=True)
-            assert not wrong, f"{name} of step {step} is {float(found[name])}, not {float(value)}"
+            close = torch.allclose(found[name].double(), value.double(), tolerance, tolerance, equal_nan=True)
+            assert close, f"{name} of step {step} is {float(found[name])}, not {float(value)}"
     return {"largest_difference": difference, "steps": STEPS}
 
 
 def _stand_in(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    """Take the place of `graph.record`: a replay does the work again, and so would the recording, which is undone."""
+    """Replace `graph.record` on a CPU: call `work`, which `prepare_step` undoes, and again in each replay."""
     result = work().clone()
 
     def replay() -> None:

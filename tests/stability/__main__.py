@@ -17,8 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
+from dist_dcgan.training.train_state import resolve_precision
 from tests.stability import evidence, jump, long, report, results
 from tests.stability.experiment import run_trial
 from tests.stability.recipes import PHASES, Trial
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20_000, help="images between scores of a long run")
     parser.add_argument("--seeds", default="1,2,3", help="of the long runs")
     parser.add_argument("--batch", type=int, default=128, help="of the long runs")
+    parser.add_argument("--precision", default="auto", help="of the long runs")
     parser.add_argument("--seconds", type=float, default=1e9, help="after which long runs are asked to end")
     parser.add_argument("--out", type=Path, default=results.FOLDER / "long.jsonl", help="results of the long runs")
     parser.add_argument("--at-once", type=int, default=2)
@@ -72,7 +75,14 @@ def run_long(options: argparse.Namespace) -> None:
     shards = options.photos if options.data == "photos" else options.rooms
     places = long.Places(shards, options.held_out, options.work / "long", options.out)
     seeds = map(int, options.seeds.split(","))
-    runs = [long.LongRun(options.data, preset, seed, options.batch) for seed in seeds for preset in long.PRESETS]
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else "CPU"
+    precision = resolve_precision(options.precision, torch.device("cuda" if gpu else "cpu"))
+    runs = [
+        long.LongRun(options.data, preset, seed, options.batch, precision, device)
+        for seed in seeds
+        for preset in long.PRESETS
+    ]
     long.measure(places, runs, options.images, options.every, options.at_once, options.seconds)
 
 

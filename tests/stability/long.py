@@ -1,6 +1,6 @@
-"""Full width against half of it over long runs of the training command itself, several at once.
+"""Long runs at full and half width with the training command itself, several at once.
 
-A run that the results hold already is left; one that was killed goes on, as every run does.
+A run whose result is there is skipped, an interrupted one is resumed, and a failed one leaves no result.
 """
 
 from __future__ import annotations
@@ -27,36 +27,39 @@ FAKES, REALS = 1000, 2000
 ROOT = Path(__file__).parents[2]
 
 Row = dict[str, Any]
-"""What a run came to."""
+"""Result of a run."""
 
 
 class LongRun(NamedTuple):
-    """What is trained."""
+    """A run to train."""
 
     data: str
     preset: str
     seed: int
     batch: int
+    precision: str
+    """Resolved: never auto."""
+    device: str
 
     @property
     def name(self) -> str:
         """Name of its run directory."""
-        return f"{self.data}-{self.preset}-{self.batch}-{self.seed}"
+        return f"{self.data}-{self.preset}-{self.batch}-{self.precision}-{self.seed}"
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where data and runs lie."""
+    """Folders and files of the study."""
 
     shards: Path
     held_out: Path | None
-    """Shards of images that were not trained on."""
+    """Shards of images that runs are not trained on."""
     work: Path
     results: Path
 
 
 def measure(places: Places, runs: Sequence[LongRun], images: int, every: int, at_once: int, seconds: float) -> None:
-    """Train on `images` images each, score every so many, and write a row for each; all end after some seconds."""
+    """Train each run on `images` images, with a score `every` so many, and write its row; all stop after `seconds`."""
     deadline, lock = time.monotonic() + seconds, Lock()
     threads = str(max(1, (os.cpu_count() or 1) // at_once))
 
@@ -65,8 +68,11 @@ def measure(places: Places, runs: Sequence[LongRun], images: int, every: int, at
             return
         folder = places.work / run.name
         status = train(run, places, images, every, deadline, threads)
-        row = told(run, folder) | {"status": status}
-        if places.held_out is not None and status == 0:
+        if status != 0:
+            print(f"{run.name} ended with status {status}: see {folder}.txt", flush=True)
+            return
+        row = told(run, folder)
+        if places.held_out is not None:
             row["trained_on"] = evaluate(folder, places.shards, places.held_out, threads)
             row["held_out"] = evaluate(folder, places.held_out, places.held_out, threads)
         with lock:
@@ -78,9 +84,10 @@ def measure(places: Places, runs: Sequence[LongRun], images: int, every: int, at
 
 
 def train(run: LongRun, places: Places, images: int, every: int, deadline: float, threads: str) -> int:
-    """Train, ask for an end at the deadline, and return the status of the command."""
+    """Train, stop at the deadline, and return the exit status."""
     words = ["--preset", run.preset, "--data", places.shards, "--run-dir", places.work / run.name, "--seed", run.seed]
     words += ["--global-batch", run.batch, "--max-steps", -(-images // run.batch), "--wandb", "disabled"]
+    words += ["--precision", run.precision]
     words += ["--quality.every-images", every, "--quality.fakes", FAKES, "--quality.reals", REALS]
     words += ["--quality.time-share", 1, "--log.samples-every-images", every]
     command = [sys.executable, "-m", "dist_dcgan.train", "--world-size", "1", *map(str, words)]
@@ -95,7 +102,7 @@ def train(run: LongRun, places: Places, images: int, every: int, deadline: float
 
 
 def evaluate(folder: Path, shards: Path, as_many_as: Path, threads: str) -> Row:
-    """Return the scores of a run against a data set, of which as many images are taken as another has."""
+    """Return the scores of a run against as many images of `shards` as `as_many_as` holds."""
     reals = json.loads((as_many_as / "manifest.json").read_text())["samples"]
     words = [folder, "--data", shards, "--fakes", FAKES, "--reals", reals, "--json"]
     command = [sys.executable, "-m", "dist_dcgan.evaluate", *map(str, words)]
@@ -106,7 +113,7 @@ def evaluate(folder: Path, shards: Path, as_many_as: Path, threads: str) -> Row:
 
 
 def told(run: LongRun, folder: Path) -> Row:
-    """Return what a run has logged: images, seconds, scores by images, and what the watchdog named."""
+    """Return images, KID by images seen, alerts of the watchdog and the last diversity from the log of a run."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss/d" in row]
     scores = [(row["images_seen"], name, value) for row in rows for name, value in row.items() if "quality/" in name]
@@ -120,7 +127,7 @@ def told(run: LongRun, folder: Path) -> Row:
 
 
 def known(results: Path, run: LongRun) -> Iterator[Row]:
-    """Yield the rows that the results hold of a run."""
+    """Yield the rows of a run."""
     for row in read(results):
         if all(row[name] == value for name, value in run._asdict().items()):
             yield row
@@ -132,7 +139,7 @@ def read(results: Path) -> list[Row]:
 
 
 def keep(results: Path, run: LongRun, row: Row) -> None:
-    """Write the row of a run in place of what was there of it."""
+    """Write the row of a run, replacing an earlier one."""
     replaced = list(known(results, run))
     rows = [other for other in read(results) if other not in replaced] + [row]
     results.parent.mkdir(parents=True, exist_ok=True)

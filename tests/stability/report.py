@@ -196,7 +196,7 @@ def long_runs() -> dict[tuple[str, str], list[dict[int, float]]]:
     found: dict[tuple[str, str], list[dict[int, float]]] = {}
     for row in long.read(FOLDER / "long.jsonl"):
         kid = {round(images, -4): value for images, value in row["kid"]}
-        found.setdefault((f"{row['data']}, batch {row['batch']}", row["preset"]), []).append(kid)
+        found.setdefault((f"{row['data']}, batch {row['batch']}, {row['precision']}", row["preset"]), []).append(kid)
     return found
 
 

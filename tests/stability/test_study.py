@@ -14,7 +14,7 @@ from dist_dcgan.config import make_plan
 from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from tests.stability import experiment, report, results
+from tests.stability import experiment, long, report, results
 from tests.stability.experiment import configuration
 from tests.stability.recipes import PHASES, RECIPES, Recipe, Trial
 from tests.stability.steps import rate_factor, scale_rates, study_step, use_differentiable_batchnorm
@@ -128,3 +128,26 @@ def test_the_watchdog_names_the_literal_paper_in_the_results_and_no_default() ->
         assert collapse.step <= dead + 20
     healthy = [result for result in found if result.trial.recipe == "plain, width 64"]
     assert healthy and not any(result.collapses() for result in healthy)
+
+
+def test_a_result_replaces_an_earlier_one_of_the_same_run(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    run = long.LongRun("photos", "paper", 1, 128, "bf16", "CPU")
+    long.keep(path, run, run._asdict() | {"images": 100})
+    long.keep(path, run._replace(seed=2), run._replace(seed=2)._asdict() | {"images": 100})
+    long.keep(path, run, run._asdict() | {"images": 200})
+    assert [(row["seed"], row["images"]) for row in long.read(path)] == [(2, 100), (1, 200)]
+
+
+def test_a_long_run_that_fails_leaves_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = long.Places(tmp_path / "missing", None, tmp_path / "work", tmp_path / "long.jsonl")
+    long.measure(places, [long.LongRun("photos", "narrow", 1, 32, "fp32", "CPU")], 64, 32, 1, 600)
+    assert "photos-narrow-32-fp32-1 ended with status 2" in capsys.readouterr().out
+    assert not places.results.exists()
+
+
+def test_the_interval_is_that_of_welch() -> None:
+    """As scipy's `ttest_ind(equal_var=False)` gives it."""
+    assert long.welch([1, 2, 3], [2, 3, 5]) == pytest.approx((-4.45422, 1.78755), rel=1e-4)
+    for degrees, quantile in ((1, 12.7062), (2, 4.3027), (4, 2.7764), (30, 2.0423)):
+        assert long._student(degrees) == pytest.approx(quantile, rel=1e-3)
