@@ -17,6 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:  # a file shares what its tests prepare; the tests of a cluster share one
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("slurm" if file.startswith("tests/slurm/") else file))
     if not config.getoption("--with-system"):
         for item in items:
             if "system" in item.keywords:

@@ -56,23 +56,22 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
 def draw_curves(metrics: Path, path: Path) -> None:
     """Plot losses, D's scores and gradient norms from metrics.jsonl into a PNG; a failure is reported, not raised."""
     with reported("curves"):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure  # not pyplot: it looks for a screen and takes a second
 
         rows = [row for line in metrics.read_text().splitlines() if "images_seen" in (row := json.loads(line))]
         groups = ("loss", "score", "logit", "grad_norm", "diversity", "quality/kid")
         found = [group for group in groups if any(key.startswith(group) for row in rows for key in row)]
-        figure, panels = pyplot.subplots(len(found), sharex=True, figsize=(9, 2.2 * len(found)), layout="constrained")
+        figure = Figure(figsize=(9, 2.2 * len(found)), dpi=110)
+        panels = figure.subplots(len(found), sharex=True, squeeze=False)[:, 0]
+        figure.subplots_adjust(left=0.1, right=0.98, bottom=0.5 / figure.get_figheight(), top=0.99, hspace=0.1)
         for panel, group in zip(panels, found, strict=True):
             keys = dict.fromkeys(key for row in rows for key in row if key.startswith(group))
             for key in (key for key in keys if not key.endswith("_std")):
                 points = [(row["images_seen"] / 1000, row[key]) for row in rows if key in row]
                 panel.plot(*zip(*points, strict=True), ".-" if len(points) < 50 else "-", label=key, lw=1)
             panel.set_ylabel(group)
+            panel.yaxis.set_label_coords(-0.08, 0.5)
             panel.grid(alpha=0.3)
             panel.legend(loc="upper right")
         panels[-1].set_xlabel("thousand images seen")
-        figure.savefig(path, dpi=110)
-        pyplot.close(figure)
+        figure.savefig(path)

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dist_dcgan.config import Config, differences, from_command_line, read_yaml, to_yaml
-from dist_dcgan.distributed.collectives import from_rank_zero
 from shards.common.command_line import build
 from shards.common.command_line import run as run_command
 from shards.common.errors import UserError
@@ -75,14 +74,6 @@ class RunDirectory:
     def stopped(self) -> Path:
         """Marker of a run that a signal stopped before its last step, so that a launcher restarts it."""
         return self.path / "STOPPED"
-
-
-@contextmanager
-def claimed_for_all(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
-    """Lock the folder on rank 0 as `claimed` does; its UserError is raised on all ranks."""
-    with ExitStack() as held:
-        from_rank_zero(lambda: held.enter_context(claimed(run, config, resume)))
-        yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.loggers.composite import make_logger
 from dist_dcgan.loggers.pictures import draw_curves
 from dist_dcgan.run.checkpoint import Retention, load_newest
-from dist_dcgan.run.directory import RunDirectory, claimed_for_all, record, require_same_run
+from dist_dcgan.run.directory import RunDirectory, claimed, record, require_same_run
 from dist_dcgan.run.export import export_generator
 from dist_dcgan.run.saver import Saver, make_schedule
 from dist_dcgan.training.ema import recompute_statistics
@@ -47,7 +47,7 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
         digest = manifest.digest()
         require_same(digest, f"the data set at {config.data.path}")
         run = RunDirectory(config.run_dir)
-        stack.enter_context(claimed_for_all(run, config, resume_mode))
+        from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
 
         # Build networks and optimizers, warm up, load the newest checkpoint.
         stack.enter_context(training_stream(world.device))

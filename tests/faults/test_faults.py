@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ SHORT = [scenario for scenario in scenarios() if scenario.always]
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """A bench whose undisturbed runs are made once."""
-    return make_bench(tmp_path_factory.mktemp("faults"))._replace(limits=False)
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A bench whose undisturbed runs are made once, and whose ranks are forked: it is about what happens to them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORKED_RANKS", "1")
+        yield make_bench(tmp_path_factory.mktemp("faults"))._replace(limits=False)
 
 
 @pytest.mark.parametrize("scenario", SHORT, ids=[f"{scenario.row}: {scenario.name}" for scenario in SHORT])

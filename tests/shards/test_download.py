@@ -8,8 +8,6 @@ import random
 import resource
 import shutil
 import stat
-import subprocess
-import sys
 import time
 import warnings
 import zipfile
@@ -26,8 +24,9 @@ from shards.common.http import FetchOptions
 from shards.lsun.archive import ArchiveError, unpack
 from shards.lsun.catalog import CATEGORIES, lmdb_names
 from shards.lsun.download import download
+from tests.support.commands import module, start
 from tests.support.http_server import Answer, Server, serve
-from tests.support.shards_fixtures import ROOT, contents, error_of, numbered, run_shards, write_lmdb
+from tests.support.shards_fixtures import contents, error_of, numbered, run_shards, write_lmdb
 
 NAME = "tower_val_lmdb"
 FILES = {"data.mdb": random.Random(0).randbytes(200_000), "lock.mdb": b"lock"}
@@ -550,18 +549,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {name: content + bytes(96 << 20 if name == "data.mdb" else 0) for name, content in contents(source).items()}
 
 
-def start(*words: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "shards", *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 @pytest.fixture
 def killed_when() -> Iterator[Callable[..., None]]:
     """Start a command and kill it, without a chance to tidy up, as soon as a condition holds."""
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Any] = []
 
     def kill_when(condition: Callable[[], bool], *words: object, meanwhile: Callable[[], Any] = lambda: None) -> None:
-        processes.append(start(*words))
+        processes.append(start(module("shards", *words)))
         deadline = time.monotonic() + 60
         while not condition():
             assert processes[-1].poll() is None and time.monotonic() < deadline

@@ -11,15 +11,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from shards.__main__ import main
 from shards.common.errors import UserError
 from shards.conversion.sources import lmdb_source
 from shards.conversion.sources.lmdb_pages import ValueLocation
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.lsun.export import ExportReport, export, extension_of, folder_of
+from tests.support.commands import module, start
+from tests.support.forks import status_of
 from tests.support.shards_fixtures import ROOT, contents, encoded, error_of, picture, run_shards, write_lmdb
 
 JPEG, WEBP, PNG = (encoded(picture(0), format) for format in ("JPEG", "WEBP", "PNG"))
@@ -206,7 +211,7 @@ MANY = {hashlib.sha1(b"%d" % i).hexdigest().encode(): JPEG + b"%d" % i for i in 
 def test_a_killed_export_goes_on_with_the_same_command(tmp_path: Path) -> None:
     out, values = tmp_path / "out", {key.decode(): value for key, value in MANY.items()}
     source = write_lmdb(tmp_path / "source", MANY)
-    process = subprocess.Popen([sys.executable, "-m", "shards", "export", source, "--out", out], cwd=ROOT)
+    process = start(module("shards", "export", source, "--out", out))
     while sum(1 for _ in out.glob("*/*/*/*/*/*/*.jpg")) < 20:
         assert process.poll() is None
         time.sleep(0.005)
@@ -223,25 +228,23 @@ def test_a_killed_export_goes_on_with_the_same_command(tmp_path: Path) -> None:
     }
 
 
+def export_killed_at_replace(number: int, source: Path, out: Path) -> None:
+    """Export in this process, which is killed before it gives the file of this number its name."""
+    replace, done = Path.replace, count()
+
+    def killed_replace(path: Path, target: Path) -> None:
+        if next(done) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(path, target)
+
+    with mock.patch.object(Path, "replace", killed_replace):
+        main(["export", str(source), "--out", str(out), "--flat"])
+
+
 @pytest.mark.parametrize("finished", [0, 3])
 def test_a_kill_between_writing_and_renaming_leaves_no_half_file(tmp_path: Path, finished: int) -> None:
     source, out = write_lmdb(tmp_path / "source", SMALL), tmp_path / "out"
-    code = f"""
-import os, signal, sys
-from pathlib import Path
-from shards.__main__ import main
-replace, count = Path.replace, 0
-def killed_replace(path, target):
-    global count
-    if count == {finished}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    count += 1
-    replace(path, target)
-Path.replace = killed_replace
-main(sys.argv[1:])
-"""
-    words = ["export", str(source), "--out", str(out), "--flat"]
-    assert subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT).returncode == -signal.SIGKILL
+    assert status_of(export_killed_at_replace, finished, source, out) == -signal.SIGKILL
     names = ["image0001.jpg", "image0002.webp", "image0003.png", "image0004.bin"]
     assert sorted(contents(out)) == [*names[:finished], names[finished] + ".tmp"]
     assert exported(tmp_path, SMALL, flat=True).present == finished

@@ -12,42 +12,39 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from shards.__main__ import main
 from shards.conversion.reports import FOLDER_NAME
 from shards.manifest import MANIFEST_NAME, read_manifest
 from shards.verify import verify
-from tests.support.shards_fixtures import ROOT, contents, encoded, error_of, numbered, picture, run_shards, write_lmdb
+from tests.support.commands import module, start
+from tests.support.forks import status_of
+from tests.support.shards_fixtures import contents, encoded, error_of, numbered, picture, run_shards, write_lmdb
 
 KILLS = int(os.environ.get("KILLS", "100"))
 OPTIONS = ("--samples-per-shard", "8", "--max-rejected", "0.1", "--image-size", "32")
 
-KILLED_AT = """
-import os, runpy, signal, sys
-from pathlib import Path
 
-out, at = Path(sys.argv[1]), int(sys.argv[2])
-del sys.argv[1:3]
-steps = 0
+def convert_killed_at(operation: int, out: Path, words: Sequence[str]) -> None:
+    """Convert in this process, which is killed before the file operation of this number in `out`."""
+    operations = 0
 
-def hook(event, arguments):
-    global steps
-    if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
-        return
-    if not any(isinstance(name, (str, bytes, os.PathLike)) and str(out) in os.fsdecode(name) for name in arguments):
-        return
-    steps += 1
-    if steps == at:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def hook(event: str, arguments: Sequence[object]) -> None:
+        nonlocal operations
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            names = [os.fsdecode(name) for name in arguments if isinstance(name, (str, bytes, os.PathLike))]
+            operations += any(str(out) in name for name in names)
+            if operations == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-sys.addaudithook(hook)
-sys.argv[0] = "shards"
-runpy.run_module("shards", run_name="__main__", alter_sys=True)
-"""
+    sys.addaudithook(hook)
+    main(list(words))
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +77,10 @@ def test_random_kills_cost_nothing_but_time(source: Path, golden: dict[str, byte
     out = tmp_path / "data"
     finished = kept = 0
     for kill in range(KILLS):
-        workers = str(1 + kill % 2)
-        command = [sys.executable, "-m", "shards", "convert", source, "--out", out, *OPTIONS, "--workers", workers]
+        workers = 1 + kill % 2
         before = shard_count(out)
         new_shards = rng.randrange(8)  # by shards, not by the clock: the same on a machine of any speed
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(module("shards", "convert", source, "--out", out, *OPTIONS, "--workers", workers))
         while shard_count(out) < before + new_shards and process.poll() is None:
             time.sleep(0.002)
         with suppress(subprocess.TimeoutExpired):
@@ -112,13 +108,12 @@ def test_a_kill_at_any_file_operation_costs_nothing(source: Path, golden: dict[s
     assert run_shards("convert", small, "--out", out, *options, "--workers", 1).returncode == 0
     expected = contents(out)
     shutil.rmtree(out)
-    command = [sys.executable, "-c", KILLED_AT, str(out)]
     words = ["convert", str(small), "--out", str(out), *options, "--workers", "1"]
     for at in count(1):
-        first = subprocess.run([*command, str(at), *words], cwd=ROOT, capture_output=True, text=True)
-        if first.returncode == 0:
+        status = status_of(convert_killed_at, at, out, words)
+        if status == 0:
             break
-        assert first.returncode == -signal.SIGKILL, first.stderr
+        assert status == -signal.SIGKILL
         if (out / MANIFEST_NAME).exists():
             assert without_reports(out) == expected
         assert run_shards(*words).returncode == 0

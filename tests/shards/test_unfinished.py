@@ -17,6 +17,7 @@ from shards.common.errors import UserError
 from shards.conversion.output_dir import claim
 from shards.conversion.reports import FOLDER_NAME, Part
 from shards.manifest import read_manifest
+from tests.support.commands import module, start
 from tests.support.shards_fixtures import ROOT, contents, encoded, error_of, numbered, picture, run_shards, write_lmdb
 
 
@@ -132,12 +133,12 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_no_half_file(tmp_path: Path
 
 def test_parts_that_start_together_share_the_folder_and_other_counts_are_refused(tmp_path: Path) -> None:
     out, small = tmp_path / "data", write_lmdb(tmp_path / "small", numbered(24))
-    words = [sys.executable, "-m", "shards", "convert", small, "--out", out, "--samples-per-shard", "1"]
-    parts = [subprocess.Popen([*words, "--part", f"{n}/6"], cwd=ROOT, stdout=subprocess.DEVNULL) for n in range(1, 7)]
+    words = ["convert", small, "--out", out, "--samples-per-shard", 1]
+    parts = [start(module("shards", *words, "--part", f"{n}/6")) for n in range(1, 7)]
     assert [part.wait(timeout=60) for part in parts] == [0] * 6
     with claim(out, Part(1, 6)):
         for part in ("1/6", "1/3", "1/1"):
-            error = error_of(run_shards(*words[3:], "--part", part))
+            error = error_of(run_shards(*words, "--part", part))
             assert error.startswith(f"another conversion is writing to {out}")
         assert "another conversion is writing" in error_of(run_shards("merge", out))
     assert run_shards("merge", out).returncode == 0 and read_manifest(out).samples == 24

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.support.forks import Forked, may_fork
+
 SECONDS = 600
 
 
@@ -34,9 +36,13 @@ def train_command(ranks: int, *arguments: object) -> list[str]:
 
 
 def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run to the end and return exit status and output."""
+    """Run to the end and return exit status and output; forked if that makes no difference (`tests.support.forks`)."""
     options = {"env": environment()} | options
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, **options)
+    if not may_fork(command, options):
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, **options)
+    process = Forked(command, joined=False, **options)
+    output, errors = process.communicate(SECONDS)
+    return subprocess.CompletedProcess(command, process.wait(), output, errors)
 
 
 def succeed(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -46,10 +52,12 @@ def succeed(command: list[str], **options: Any) -> subprocess.CompletedProcess[s
     return done
 
 
-def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
-    """Start in the background; output goes to a pipe that `communicate` reads."""
-    options = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
-    return subprocess.Popen(command, text=True, **options)
+def start(command: list[str], **options: Any) -> subprocess.Popen[str] | Forked:
+    """Start in the background, forked if that makes no difference; `communicate` returns all output."""
+    options = {"env": environment()} | options
+    if may_fork(command, options):
+        return Forked(command, joined=True, **options)
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 
 def one_line_error(command: list[str], **options: Any) -> str:

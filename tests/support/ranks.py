@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from tests.support.forks import become, context, here
 
 SECONDS = 120
 
@@ -19,13 +19,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     With one rank the process is started without torchrun's environment, as a person would. An error of any rank is
     raised here.
     """
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
-    port = _free_port()
-    processes = [
-        context.Process(target=_rank, args=(results, rank, world_size, port, function, arguments), daemon=True)
-        for rank in range(world_size)
-    ]
+    started = context()
+    results: Any = started.Queue()
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
+    processes = []
+    for rank in range(world_size):
+        ours = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
+        environment, *place = here()
+        place = (environment | ours, *place)
+        processes.append(started.Process(target=_rank, args=(results, rank, place, function, arguments), daemon=True))
     for process in processes:
         process.start()
     outcomes = dict(results.get(timeout=SECONDS) for _ in processes)
@@ -37,17 +39,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     return [outcomes[rank][0] for rank in range(world_size)]
 
 
-def _rank(
-    results: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    if world_size > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+def _rank(results: Any, rank: int, place: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    become(*place)
     torch.set_num_threads(1)
     try:
         results.put((rank, (function(*arguments), None)))

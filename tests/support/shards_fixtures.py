@@ -8,14 +8,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import FrameType
 
 import lmdb
@@ -33,6 +32,7 @@ from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.demo.dataset import write_demo
 from shards.manifest import Manifest, read_manifest
 from shards.reader import read_sample
+from tests.support.commands import module, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,10 +88,9 @@ def photographs(tmp_path: Path) -> Path:
     return tmp_path / "clothing_val_lmdb"
 
 
-def run_shards(*words: object) -> subprocess.CompletedProcess[str]:
+def run_shards(*words: object) -> CompletedProcess[str]:
     """Run `python -m shards` as a user would."""
-    command = [sys.executable, "-m", "shards", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return run(module("shards", *words), cwd=ROOT)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -99,7 +98,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def error_of(process: subprocess.CompletedProcess[str]) -> str:
+def error_of(process: CompletedProcess[str]) -> str:
     """The one line that a mistake gets; asserts that there is nothing else and that the exit status is 2."""
     assert process.returncode == 2, process
     assert process.stdout == "", process

@@ -1,0 +1,86 @@
+"""torchrun whose ranks are forked from it, and so need not import torch: python -m tests.support.torchrun WORDS."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from subprocess import TimeoutExpired
+from typing import Any, NoReturn
+
+from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+from torch.distributed.run import main
+
+from tests.support.forks import run_command
+
+
+class ForkedRank:
+    """What torchrun uses of `subprocess.Popen`."""
+
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.args, self.returncode = words, None
+        self.pid = os.fork()
+        if self.pid == 0:
+            _run_and_exit(words, environment)
+
+    def poll(self) -> int | None:
+        """Return the exit status, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status at its end; raises TimeoutExpired."""
+        end = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while self.poll() is None:
+            if time.monotonic() > end:
+                assert timeout is not None
+                raise TimeoutExpired(self.args, timeout)
+            time.sleep(0.02)
+        assert self.returncode is not None
+        return self.returncode
+
+
+def fork_ranks() -> None:
+    """Have torchrun fork its ranks, which run `python -u -m MODULE ARGUMENTS`, from now on."""
+    SubprocessHandler._popen = _start  # type: ignore[method-assign]
+
+
+def _start(_: SubprocessHandler, words: tuple[str, ...], environment: dict[str, str]) -> Any:
+    assert words[:3] == (sys.executable, "-u", "-m"), words
+    return ForkedRank(words[3:], environment)
+
+
+def _run_and_exit(words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    """Become what a new process would be, without torchrun's handlers and open files, and end as one."""
+    status = 1
+    try:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_DFL)
+        atexit._clear()
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        run_command(words)
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    fork_ranks()
+    main(sys.argv[1:])
