@@ -1,29 +1,49 @@
-"""Data sets that tests share."""
+"""What runs when, what it took, and data sets that tests share."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 from shards.conversion.convert import Settings, convert
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.demo.dataset import write_demo
 
+LEFT_OUT = {"slow": "slow: --all runs it", "system": "needs system packages: --all runs it"}
+"""Reason by which a marker leaves a test out of the default run."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--with-system", action="store_true", help="run tests that need system packages")
-    parser.addoption("--long", action="store_true", help="run also what takes minutes each and is covered in short")
+    parser.addoption("--all", action="store_true", help="run also slow tests and those that need system packages")
+    parser.addoption("--long", action="store_true", help="run also what takes many minutes and is covered in short")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:  # a file shares what its tests prepare; the tests of a cluster share one
+    for item in items:
         file = item.nodeid.partition("::")[0]
+        # One worker runs a file, whose tests share what they prepare; the tests of a cluster share one.
         item.add_marker(pytest.mark.xdist_group("slurm" if file.startswith("tests/slurm/") else file))
-    if not config.getoption("--with-system"):
-        for item in items:
-            if "system" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs system packages: run with --with-system"))
+        if not config.getoption("--all"):
+            for reason in (LEFT_OUT[mark] for mark in LEFT_OUT if mark in item.keywords):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    """Print the time by folder, and what was left out."""
+    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "duration")]
+    seconds: Counter[str] = Counter()
+    for report in reports:
+        seconds[str(Path(report.nodeid.partition("::")[0]).parent)] += report.duration
+    terminalreporter.section("seconds of tests by folder")
+    for folder, total in seconds.most_common():
+        terminalreporter.write_line(f"{total:7.1f} {folder}")
+    left_out = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    terminalreporter.section("left out")
+    for reason, count in left_out.most_common():
+        terminalreporter.write_line(f"{count:7} {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session")
