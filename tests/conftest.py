@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # One worker runs a file, whose tests share what they prepare; the tests of a cluster share one.
         item.add_marker(pytest.mark.xdist_group("slurm" if file.startswith("tests/slurm/") else file))
         if not config.getoption("--all"):
-            for reason in (LEFT_OUT[mark] for mark in LEFT_OUT if mark in item.keywords):
+            for reason in (LEFT_OUT[mark] for mark in LEFT_OUT if item.get_closest_marker(mark)):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
