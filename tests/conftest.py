@@ -12,6 +12,9 @@ from shards.conversion.convert import Settings, convert
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.demo.dataset import write_demo
 
+LONGEST = ("tests/slurm/", "tests/faults/", "tests/distributed/")
+"""Folders that begin first, so that no worker is left with one of them while the others are done."""
+
 LEFT_OUT = {"slow": "slow: --all runs it", "system": "needs system packages: --all runs it"}
 """Reason by which a marker leaves a test out of the default run."""
 
@@ -22,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     for item in items:
         file = item.nodeid.partition("::")[0]
         # One worker runs a file, whose tests share what they prepare; the tests of a cluster share one.

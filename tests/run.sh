@@ -30,4 +30,5 @@ mypy
 
 echo "== tests"
 cores=$(nproc)
-python -m pytest --numprocesses "${WORKERS:-$((cores < 4 ? cores : 4))}" --dist loadgroup --durations 25 "$@"
+python -m pytest --numprocesses "${WORKERS:-$((cores < 4 ? cores : 4))}" --dist loadgroup --no-loadscope-reorder \
+  --durations 25 "$@"
