@@ -21,9 +21,11 @@ from typing import Any
 from shards.conversion.convert import Settings, convert
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.demo.dataset import write_demo
+from tests.benchmarks.tables import put, table
 from tests.faults.scenario import Bench, Scenario
 from tests.faults.scenarios import scenarios
 from tests.faults.soak import soak
+from tests.support.rows import read_rows
 
 README = Path(__file__).parent / "README.md"
 
@@ -75,8 +77,7 @@ def attempt(bench: Bench, scenario: Scenario) -> None:
 
 def note(bench: Bench, row: str, name: str, check: Callable[[], str]) -> None:
     """Run a check that has not passed yet, and note what became of it."""
-    noted = results(bench)
-    if noted.get(name, {}).get("passed"):
+    if results(bench).get(name, {}).get("passed"):
         return
     started = time.time()
     try:
@@ -92,9 +93,7 @@ def note(bench: Bench, row: str, name: str, check: Callable[[], str]) -> None:
 
 def results(bench: Bench) -> dict[str, dict[str, Any]]:
     """Return the last result of each scenario by its name."""
-    path = bench.work / "results.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {result["name"]: result for result in found}
+    return {result["name"]: result for result in read_rows(bench.work / "results.jsonl")}
 
 
 def write_table(bench: Bench) -> int:
@@ -102,20 +101,19 @@ def write_table(bench: Bench) -> int:
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results(bench).values():
         rows[result["row"]].append(result)
-    lines = ["| what happens | passed | what was found |", "|---|---|---|"]
+    lines = []
     for row, found in rows.items():
         passed = sum(result["passed"] for result in found)
         details = "; ".join(f"{result['name']}: {result['found']}" for result in found[:MOST_DETAILS])
         more = f"; and {len(found) - MOST_DETAILS} more" if len(found) > MOST_DETAILS else ""
-        lines.append(f"| {row} | {passed} of {len(found)} | {details}{more} |")
-    text = README.read_text()
-    before, rest = text.split(START)
-    README.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.split(END)[1])
+        lines.append([row, f"{passed} of {len(found)}", details + more])
+    content = table(["what happens", "passed", "what was found"], lines)
+    README.write_text(put(README.read_text(), START, END, content))
     return sum(not result["passed"] for found in rows.values() for result in found)
 
 
 MOST_DETAILS = 6
-START, END = "<!-- table: written by `python -m tests.faults` -->", "<!-- end of table -->"
+START, END = "<!-- table: written by `python -m tests.faults` -->\n", "<!-- end of table -->"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +12,12 @@ from tests.faults.harness import Flags, Outcome, golden, require_golden, run
 from tests.faults.rank import Fault
 from tests.faults.scenario import Bench, Scenario
 from tests.support.commands import metrics
+from tests.support.rows import read_rows
 
 
 def numbers() -> Iterator[Scenario]:
     """Yield a gradient that is not finite on one rank."""
-    yield Scenario("NaN gradient on one rank", "NaN gradient, rank 1, D step 6", skips)
+    yield Scenario("NaN gradient on one rank", "NaN gradient, rank 1, D step 6", skips, by_default=True)
 
 
 def skips(bench: Bench, folder: Path) -> str:
@@ -27,7 +27,7 @@ def skips(bench: Bench, folder: Path) -> str:
     assert outcome.starts[-1].code == 0, outcome.output
     assert outcome.samples() == undisturbed.samples()
     assert outcome.state() != undisturbed.state()
-    held = [[json.loads(line) for line in path.open()] for path in sorted(folder.glob("holds-*.jsonl"))]
+    held = [read_rows(path) for path in sorted(folder.glob("holds-*.jsonl"))]
     assert len(held) == 2 and len(held[0]) == 3 and held[0] == held[1]
     found = load_newest(outcome.run_dir / "checkpoints")
     assert found is not None and all(tensor.isfinite().all() for tensor in found.tensors.values())
@@ -38,7 +38,7 @@ def skips(bench: Bench, folder: Path) -> str:
 def shapes() -> Iterator[Scenario]:
     """Yield runs whose ranks change, or do not fit."""
     yield Scenario("another number of ranks", "1, 2, 4, 1 ranks in float64", elastic)
-    yield Scenario("another number of ranks", "3 ranks for a batch of 8", does_not_divide)
+    yield Scenario("another number of ranks", "3 ranks for a batch of 8", does_not_divide, by_default=True)
     yield Scenario("fewer shards than ranks, N mod B not 0", "2 ranks, 1 shard, over an epoch's end", few_shards)
 
 

@@ -6,69 +6,75 @@ import pickle
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from dist_dcgan.run.checkpoint import load_newest
 from tests.faults import harness
 from tests.faults.harness import Outcome, golden, launch, require_golden, run
-from tests.faults.rank import Fault
+from tests.faults.rank import Fault, cut_short
 from tests.faults.scenario import Bench, Scenario
+
+NOT_TRIED = "not tried: no disk can be mounted here"
 
 
 def disks() -> Iterator[Scenario]:
     """Yield disks that are full, or cannot be written."""
-    yield Scenario("disk full, read-only, little shared memory", "a disk that fills up", disk_full)
-    yield Scenario("disk full, read-only, little shared memory", "output that is read-only", read_only)
-    yield Scenario("disk full, read-only, little shared memory", "1 MiB of /dev/shm", little_shared_memory)
+    row = "disk full, read-only, little shared memory"
+    yield Scenario(row, "a disk that fills up", disk_full)
+    yield Scenario(row, "output that is read-only", read_only)
+    yield Scenario(row, "1 MiB of /dev/shm", little_shared_memory)
 
 
-def mounted(folder: Path, size: str) -> bool:
-    """Mount a small disk at `folder`; return whether that is allowed here."""
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[bool]:
+    """Mount a small disk at `folder`; yield whether that is allowed here."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    return subprocess.run(words, capture_output=True).returncode == 0
+    allowed = mount(folder, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+    try:
+        yield allowed
+    finally:
+        if allowed:
+            subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)
 
 
-def unmount(folder: Path) -> None:
-    """Take the disk away."""
-    subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)
+def mount(folder: Path, *options: str) -> bool:
+    """Return whether `mount` succeeds."""
+    return subprocess.run(["mount", *options, str(folder)], capture_output=True).returncode == 0
 
 
 def disk_full(bench: Bench, folder: Path) -> str:
     """The checkpoint before stays, nothing else does; with room the same command goes on."""
     disk = folder / "run"
-    if not mounted(disk, "2m"):
-        return "not tried: no disk can be mounted here"
-    try:
-        outcome = Outcome(folder)  # there is room for one checkpoint, not for a second
+    with mounted(disk, "2m") as allowed:  # there is room for one checkpoint, not for a second
+        if not allowed:
+            return NOT_TRIED
+        outcome = Outcome(folder)
         outcome.starts += run(folder, bench.data, most_starts=1).starts
         first = outcome.starts[0]
         assert first.code != 0
         assert f"checkpoint {disk}/checkpoints/step-" in first.output and "No space left on device" in first.output
         assert load_newest(disk / "checkpoints") is not None
         assert not list((disk / "checkpoints").glob("*.tmp"))
-        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True, capture_output=True)
+        assert mount(disk, "-o", "remount,size=16m")
         outcome.starts += run(folder, bench.data).starts
         require_golden(outcome, golden(bench.work, bench.data))
-    finally:
-        unmount(disk)
     return "the one before stays, no litter"
 
 
 def read_only(bench: Bench, folder: Path) -> str:
     """One line that names the path."""
     disk = folder / "disk"
-    if not mounted(disk, "1m"):
-        return "not tried: no disk can be mounted here"
-    try:
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True, capture_output=True)
+    with mounted(disk, "1m") as allowed:
+        if not allowed:
+            return NOT_TRIED
+        assert mount(disk, "-o", "remount,ro")
         words = harness.command(bench.data, disk / "run")
         started = launch(folder, words, [], ranks=2)
         assert started.code != 0
         assert started.output.count(f"error: run directory {disk}/run cannot be used: ") == 1
         assert "Read-only file system" in started.output
-    finally:
-        unmount(disk)
     return "one line that names the path"
 
 
@@ -76,7 +82,7 @@ def little_shared_memory(bench: Bench, folder: Path) -> str:
     """Training needs none of it."""
     words = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
     if subprocess.run([*words, "true"], capture_output=True).returncode:
-        return "not tried: no disk can be mounted here"
+        return NOT_TRIED
     outcome = Outcome(folder)
     folder.mkdir(parents=True, exist_ok=True)
     outcome.starts.append(launch(folder, harness.command(bench.data, folder / "run"), [], ranks=2, within=words))
@@ -86,15 +92,12 @@ def little_shared_memory(bench: Bench, folder: Path) -> str:
 
 def damages() -> Iterator[Scenario]:
     """Yield what may have become of the newest checkpoint."""
+    row = "checkpoint damaged or foreign"
     for name, damage in DAMAGES.items():
-        yield Scenario(
-            "checkpoint damaged or foreign",
-            name,
-            lambda bench, folder, damage=damage: passed_over(bench, folder, damage),
-            always=damage in (_flip, _pickle),
-        )
-    yield Scenario("checkpoint damaged or foreign", "of another configuration", of_another_configuration)
-    yield Scenario("checkpoint damaged or foreign", "all of them damaged", none_sound)
+        check = partial(passed_over, damage=damage)
+        yield Scenario(row, name, check, always=damage in (_flip, _pickle), by_default=damage is _flip)
+    yield Scenario(row, "of another configuration", of_another_configuration)
+    yield Scenario(row, "all of them damaged", none_sound)
 
 
 class _Payload:
@@ -106,8 +109,7 @@ class _Payload:
 
 
 def _cut(newest: Path) -> None:
-    content = (newest / "tensors.safetensors").read_bytes()
-    (newest / "tensors.safetensors").write_bytes(content[: len(content) // 2])
+    cut_short(newest / "tensors.safetensors")
 
 
 def _flip(newest: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from dist_dcgan.run.checkpoint import load_newest
 from tests.faults.rank import Fault, to_environment
 from tests.support.commands import environment, metrics
+from tests.support.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 STEPS, CHECKPOINT_EVERY = 12, 4
@@ -59,8 +60,7 @@ class Outcome:
 
     def steps(self, rank: int = 0) -> list[dict[str, Any]]:
         """The steps that a rank began, in their order in time, with their samples."""
-        path = self.folder / f"samples-{rank}.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_rows(self.folder / f"samples-{rank}.jsonl")
 
     def samples(self) -> dict[int, list[int]]:
         """The samples of each step, over all ranks; asserts that a step that was done again used the same."""
@@ -101,7 +101,7 @@ class Outcome:
     def seconds_to_next_step(self) -> float:
         """Seconds from the first fault to the first step that begins after it in new processes."""
         first = self.steps()[0]["pid"]
-        return next(row["time"] for row in self.steps() if row["pid"] != first) - self.fault_time()
+        return float(next(row["time"] for row in self.steps() if row["pid"] != first)) - self.fault_time()
 
     def repeated_steps(self) -> int:
         """How many steps were begun more than once."""

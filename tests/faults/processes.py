@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import os
-import subprocess
+import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
+from functools import partial
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
+import torch
+
+from dist_dcgan.run.checkpoint import Retention, load_newest, save_checkpoint
 from tests.faults import harness
 from tests.faults.harness import CHECKPOINT_EVERY, Flags, Outcome, golden, launch, require_golden, run
 from tests.faults.rank import Fault
 from tests.faults.scenario import Bench, Scenario
+from tests.support.forks import status_of
 
 STOPS = ("SIGTERM to a rank", "SIGUSR1 to a rank", "SIGTERM to torchrun", "SIGUSR1 to torchrun")
 SHORT_TIMEOUT = 5
-EVALUATION: Flags = ("--quality.extractor", "efficientnet-lite0", "--quality.every-images", 16)
-EVALUATION = (*EVALUATION, "--quality.fakes", 16, "--quality.reals", 16)
+EVALUATION = ["--quality.extractor", "efficientnet-lite0", "--quality.every-images", 16]
+EVALUATION += ["--quality.fakes", 16, "--quality.reals", 16]
 
 
 def kills() -> Iterator[Scenario]:
     """Yield deaths of ranks, of torchrun and of all, each at a step."""
-    places = [("before step", 1, 1), ("D step", 6, 1), ("G step", 6, 0), ("save", 8, 0)]
-    for place, step, rank in places:
+    for place, step, rank in [("before step", 1, 1), ("D step", 6, 1), ("G step", 6, 0), ("save", 8, 0)]:
         fault = Fault("kill -9 of a rank", place, step, rank)
-        yield Scenario(
-            "kill -9 of a rank", str(fault), lambda bench, folder, fault=fault: restarted(bench, folder, fault)
-        )
+        yield Scenario(fault.act, str(fault), partial(restarted, fault=fault), by_default=place == "D step")
     for act, place, step in [
         ("kill -9 of torchrun", "D step", 6),
         ("kill -9 of torchrun", "save", 8),
@@ -38,84 +44,73 @@ def kills() -> Iterator[Scenario]:
         yield Scenario(
             "kill -9 of torchrun, or of all",
             str(fault),
-            lambda bench, folder, fault=fault: started_again(bench, folder, fault),
+            partial(started_again, fault=fault),
             always=place != "save" or act == "kill -9 of all",
+            by_default=place == "G step",
         )
-    yield Scenario("death within a save", "between any two file operations", dies_within_a_save)
+    yield Scenario("death within a save", "between any two file operations", dies_within_a_save, by_default=True)
 
 
 def restarted(bench: Bench, folder: Path, fault: Fault) -> str:
     """The launcher starts the ranks again by itself, from the newest checkpoint."""
     outcome = run(folder, bench.data, [fault], most_starts=1)
-    require_golden(outcome, golden(bench.work, bench.data))
-    assert outcome.faults() == 1
-    # A checkpoint is written beside training, which is some steps further when it is there.
-    assert outcome.repeated_steps() <= CHECKPOINT_EVERY * (2 if fault.place == "save" else 1)
+    repeated = steps_done_again(bench, outcome, fault)
     seconds = outcome.seconds_to_next_step()
     assert seconds <= 15 or not bench.limits, f"{seconds:.1f} s to the next step"
-    return f"{seconds:.1f} s to the next step, {outcome.repeated_steps()} done again"
+    return f"{seconds:.1f} s to the next step, {repeated} done again"
 
 
 def started_again(bench: Bench, folder: Path, fault: Fault) -> str:
     """Nobody survives; the same command goes on."""
     outcome = run(folder, bench.data, [fault])
-    assert len(outcome.starts) == 2 and outcome.faults() == 1
+    assert len(outcome.starts) == 2
     assert outcome.starts[0].survivors == []
+    return f"0 survivors after 2 s, {steps_done_again(bench, outcome, fault)} steps done again"
+
+
+def steps_done_again(bench: Bench, outcome: Outcome, fault: Fault) -> int:
+    """Return how many steps are done again after one death: at most those since the last checkpoint."""
     require_golden(outcome, golden(bench.work, bench.data))
+    assert outcome.faults() == 1
+    # A checkpoint is written beside training, which is some steps further when it is there.
     assert outcome.repeated_steps() <= CHECKPOINT_EVERY * (2 if fault.place == "save" else 1)
-    return f"0 survivors after 2 s, {outcome.repeated_steps()} steps done again"
-
-
-DIES_AT = """
-import os, shutil, signal, sys
-from itertools import count
-from pathlib import Path
-import torch
-from dist_dcgan.run.checkpoint import Retention, load_newest, save_checkpoint
-
-folder = Path(sys.argv[1])
-
-def save_three_times(at):
-    operations = 0
-
-    def hook(event, arguments):
-        nonlocal operations
-        if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
-            return
-        names = [os.fsdecode(name) for name in arguments if isinstance(name, (str, bytes, os.PathLike))]
-        operations += any(str(folder) in name for name in names)
-        if operations == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    for step in (1, 2, 3):
-        save_checkpoint(folder, {"a": torch.full((1000,), float(step))}, {"step": step}, Retention(2))
-    os._exit(0)
-
-for at in count(1):
-    shutil.rmtree(folder, ignore_errors=True)
-    child = os.fork()
-    if child == 0:
-        save_three_times(at)
-    ended_well = os.waitpid(child, 0)[1] == 0
-    found = load_newest(folder)  # warns where the newest is not sound
-    newest = 0 if found is None else found.values["step"]
-    assert found is None or (found.tensors["a"] == newest).all()
-    print(newest)
-    if ended_well:
-        break
-"""
+    return outcome.repeated_steps()
 
 
 def dies_within_a_save(bench: Bench, folder: Path) -> str:
     """Die before each file operation of three saves in turn: what is there is sound, and never older than before."""
-    words = [sys.executable, "-c", DIES_AT, str(folder / "saves")]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=harness.ROOT)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    newest = [int(line) for line in done.stdout.split()]
+    saves, warnings = folder / "saves", io.StringIO()
+    newest: list[int] = []
+    for operation in count(1):
+        shutil.rmtree(saves, ignore_errors=True)
+        status = status_of(save_until_killed, saves, operation)
+        assert status in (0, -signal.SIGKILL)
+        with redirect_stderr(warnings):
+            found = load_newest(saves)
+        newest.append(0 if found is None else found.values["step"])
+        assert found is None or (found.tensors["a"] == newest[-1]).all()
+        if status == 0:
+            break
     assert newest == sorted(newest) and set(newest) == {0, 1, 2, 3}
-    assert len(newest) > 20
+    assert len(newest) > 20 and warnings.getvalue() == ""
     return f"{len(newest) - 1} deaths, 0 wrong loads"
+
+
+def save_until_killed(folder: Path, operation: int) -> None:
+    """Save three times in this process, which is killed before the file operation of this number in `folder`."""
+    operations = 0
+
+    def hook(event: str, arguments: Sequence[object]) -> None:
+        nonlocal operations
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
+            names = [os.fsdecode(name) for name in arguments if isinstance(name, (str, bytes, os.PathLike))]
+            operations += any(str(folder) in name for name in names)
+            if operations == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    for step in (1, 2, 3):
+        save_checkpoint(folder, {"a": torch.full((1000,), float(step))}, {"step": step}, Retention(2))
 
 
 def stops() -> Iterator[Scenario]:
@@ -131,18 +126,18 @@ def stops() -> Iterator[Scenario]:
                 yield Scenario(
                     "SIGTERM or SIGUSR1, to a rank or to torchrun",
                     f"{act}, {place}, {'once' if times == 1 else 'five times'}",
-                    lambda bench, folder, faults=faults: stopped(bench, folder, faults),
+                    partial(stopped, faults=faults),
                     always=times == 1,
+                    by_default=times == 1 and place == "D step",
                 )
 
 
 def stopped(bench: Bench, folder: Path, faults: Sequence[Fault]) -> str:
     """No step is lost: each is begun once, however often the command is started."""
-    flags: Flags = ("--checkpoint.every-steps", 2)
-    if faults[0].place == "evaluation":
-        flags = (*flags, *EVALUATION)
+    scored: Flags = EVALUATION if faults[0].place == "evaluation" else ()
+    flags = ("--checkpoint.every-steps", 2, *scored)
     outcome = run(folder, bench.data, faults, flags, most_starts=2 + len(faults))
-    require_golden(outcome, golden(bench.work, bench.data, flags=flags))
+    require_golden(outcome, golden(bench.work, bench.data, flags=scored))
     assert outcome.faults() == len(faults)
     assert outcome.repeated_steps() == 0, outcome.repeated_steps()
     assert all(start.survivors == [] for start in outcome.starts)
@@ -156,8 +151,8 @@ def stopped(bench: Bench, folder: Path, faults: Sequence[Fault]) -> str:
 
 def hangs() -> Iterator[Scenario]:
     """Yield a rank that stops answering, and one that raises."""
-    yield Scenario("exception in one rank", "exception, rank 1, D step 6", raises)
-    yield Scenario("SIGSTOP of one rank", "SIGSTOP, rank 1, G step 6", hangs_at_a_step)
+    yield Scenario("exception in one rank", "exception, rank 1, D step 6", raises, by_default=True)
+    yield Scenario("SIGSTOP of one rank", "SIGSTOP, rank 1, G step 6", hangs_at_a_step, by_default=True)
     yield Scenario("SIGSTOP of one rank", "SIGSTOP, rank 0, save 8", restarts_after_a_hang)
     yield Scenario("torchrun hangs", "SIGSTOP of torchrun whose ranks have ended", torchrun_hangs)
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -108,12 +109,15 @@ def _hang_torchrun() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def cut_short(file: Path) -> None:
+    """Leave the first half of a file."""
+    os.truncate(file, file.stat().st_size // 2)
+
+
 def _damage_newest() -> None:
     """Cut the newest checkpoint short, and die."""
     run_dir = Path(os.environ["FAULT_LOG"]) / "run"
-    newest = max((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8))
-    content = (newest / "tensors.safetensors").read_bytes()
-    (newest / "tensors.safetensors").write_bytes(content[: len(content) // 2])
+    cut_short(max((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8)) / "tensors.safetensors")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -138,12 +142,12 @@ def _nan_gradient() -> None:
 
 def _hold() -> None:
     """Wait for a signal to stop, or for death: something is going to happen from without."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     came = []
 
-    def note(number: int, frame: Any) -> None:
+    def note(number: int, frame: object) -> None:
         came.append(number)
-        handlers[signal.Signals(number)](number, frame)
+        handlers[number](number, frame)
 
     for number in handlers:
         signal.signal(number, note)
@@ -182,50 +186,40 @@ def main() -> None:
     from dist_dcgan.training import loop, quality, steps
     from shards.common.command_line import run
 
-    to_images, values_file = loop.to_images, checkpoint._VALUES
-
-    def begin_step(batch: Any, dtype: Any) -> Any:
+    def begin_step(batch: Any, dtype: object) -> None:
         injector.used(batch.step + 1, batch.samples.tolist())
         injector.reach("before step")
-        return to_images(batch, dtype)
 
-    def reaching(place: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            if place == "D step":
-                NETWORKS["discriminator"] = arguments[0].discriminator
-            injector.reach(place)
-            return function(*arguments, **options)
+    def update_discriminator(state: Any, *_: object, **__: object) -> None:
+        NETWORKS["discriminator"] = state.discriminator
+        injector.reach("D step")
 
-        return wrapped
-
-    publish, save, process_group = checkpoint.publish, loop.save, loop.process_group
-
-    def meet(*arguments: Any) -> Any:
-        injector.reach("start", 0)
-        return process_group(*arguments)
-
-    def save_noting(state: Any, *arguments: Any) -> None:
+    def save(state: Any, *_: object) -> None:
         injector.holds(state.step, state.tensors())
-        save(state, *arguments)
 
-    def publish_reaching(path: Path, content: bytes) -> None:
-        if path.name == values_file:
+    def publish(path: Path, content: bytes) -> None:
+        if path.name == checkpoint._VALUES:
             injector.reach("save", int(path.parent.name.removeprefix("step-").removesuffix(".tmp")))
-        publish(path, content)
 
-    patches = [
-        mock.patch.object(loop, "to_images", begin_step),
-        mock.patch.object(loop, "save", save_noting),
-        mock.patch.object(loop, "process_group", meet),
-        mock.patch.object(steps, "discriminator_step", reaching("D step", steps.discriminator_step)),
-        mock.patch.object(steps, "generator_step", reaching("G step", steps.generator_step)),
-        mock.patch.object(quality, "extract", reaching("evaluation", quality.extract)),
-        mock.patch.object(checkpoint, "publish", publish_reaching),
-    ]
-    for patch in patches:
-        patch.start()
-
+    first_do(begin_step, loop, "to_images")
+    first_do(save, loop, "save")
+    first_do(lambda *_: injector.reach("start", 0), loop, "process_group")
+    first_do(update_discriminator, steps, "discriminator_step")
+    first_do(lambda *_, **__: injector.reach("G step"), steps, "generator_step")
+    first_do(lambda *_, **__: injector.reach("evaluation"), quality, "extract")
+    first_do(publish, checkpoint, "publish")
     run(under_torchrun(train.main))
+
+
+def first_do(action: Callable[..., None], module: ModuleType, name: str) -> None:
+    """Have a function of a module do something first, with the same arguments, from now on."""
+    function = getattr(module, name)
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        action(*arguments, **options)
+        return function(*arguments, **options)
+
+    mock.patch.object(module, name, wrapped).start()
 
 
 if __name__ == "__main__":

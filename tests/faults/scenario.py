@@ -30,3 +30,5 @@ class Scenario:
     """Takes the bench and a folder; returns what was measured."""
     always: bool = True
     """Whether it belongs to the short part."""
+    by_default: bool = False
+    """Whether the default test run holds it: the cheapest of each kind; other tests of the short part are slow."""

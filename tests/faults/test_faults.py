@@ -13,6 +13,11 @@ from tests.faults.scenario import Bench, Scenario
 from tests.faults.scenarios import scenarios
 
 SHORT = [scenario for scenario in scenarios() if scenario.always]
+SLOW = [pytest.mark.slow]
+KINDS = ["kill -9 of a rank", "kill -9 of torchrun, or of all", "death within a save", "exception in one rank"]
+KINDS += ["SIGSTOP of one rank", "NaN gradient on one rank", "another number of ranks"]
+KINDS += ["checkpoint damaged or foreign", "SIGTERM or SIGUSR1, to a rank or to torchrun"]
+"""Rows of the table of which the default test run holds one scenario each."""
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield make_bench(tmp_path_factory.mktemp("faults"))._replace(limits=False)
 
 
-@pytest.mark.parametrize("scenario", SHORT, ids=[f"{scenario.row}: {scenario.name}" for scenario in SHORT])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(scenario, id=f"{scenario.row}: {scenario.name}", marks=[] if scenario.by_default else SLOW)
+        for scenario in SHORT
+    ],
+)
 def test_nothing_is_lost(scenario: Scenario, bench: Bench, tmp_path: Path) -> None:
     found = scenario.check(bench, tmp_path)
     if found.startswith("not tried"):
@@ -39,6 +50,7 @@ def test_another_run_is_not_taken_for_the_undisturbed_one(bench: Bench, tmp_path
 
 
 def test_the_bench_holds_every_promise_of_the_table() -> None:
+    assert sorted(scenario.row for scenario in SHORT if scenario.by_default) == sorted(KINDS)
     rows = {scenario.row for scenario in SHORT}
     assert rows == {scenario.row for scenario in scenarios()}
     assert len({scenario.name for scenario in scenarios()}) == len(scenarios())
