@@ -11,77 +11,62 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dist_dcgan.config import Config, make_plan
-from dist_dcgan.data.loader import BatchLoader, to_images
+from dist_dcgan.data.loader import Batch, BatchLoader, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.distributed.world import World, process_group
-from dist_dcgan.loggers.pictures import save_grid
-from dist_dcgan.metrics.distances import kernel_distance
-from dist_dcgan.metrics.extractors import Extractor, load_extractor
-from dist_dcgan.metrics.features import extract, real_features, to_pixels
-from dist_dcgan.training.ema import recompute_statistics, sample_images
+from dist_dcgan.training.ema import recompute_statistics
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.benchmarks.plain import PlainLoop
-from tests.stability.experiment import DEAD_GRADIENT
+from tests.stability.experiment import DEAD_GRADIENT, Scorer
 
 BATCH, SEED = 32, 0
-FAKES, REALS = 1000, 2000
 TURNS = (0, 1, 2, 5, 10, 20, 30, 40)
 """Minutes of training at which turns end and everything is scored."""
 ENOUGH_STEPS = 1_000_000
 WIDTHS = (64, 128)
 
 
+@dataclass
 class Contender:
-    """Something that trains: `step` on images, `generator`; `shown` returns what is scored, in eval mode."""
+    """Something that trains."""
 
-    def __init__(
-        self,
-        name: str,
-        config: Config,
-        batches: BatchLoader,
-        step: Callable[[Tensor], object],
-        generator: nn.Module,
-        shown: Callable[[], nn.Module],
-    ) -> None:
-        self.name, self.config, self.generator, self.shown = name, config, generator, shown
-        self._batches, self._step = iter(batches), step
-        self.images, self.seconds, self.turns_without_gradient = 0, 0.0, 0
+    name: str
+    config: Config
+    batches: Iterator[Batch]
+    step: Callable[[Tensor], object]
+    generator: nn.Module
+    shown: Callable[[], nn.Module]
+    """Returns what is scored, in eval mode."""
+    images: int = 0
+    seconds: float = 0.0
+    turns_without_gradient: int = 0
 
     def train(self, minutes: float) -> None:
         """Go on until so many minutes have been trained."""
         self.generator.train()
         while self.seconds < 60 * minutes:
             started = time.perf_counter()
-            self._step(to_images(next(self._batches), torch.float32))
+            self.step(to_images(next(self.batches), torch.float32))
             self.seconds += time.perf_counter() - started
             self.images += BATCH
         norm = nn.utils.get_total_norm([p.grad for p in self.generator.parameters() if p.grad is not None])
         self.turns_without_gradient = self.turns_without_gradient + 1 if self.images and norm < DEAD_GRADIENT else 0
 
-    def score(self, real: Tensor, extractor: Extractor, world: World, folder: Path) -> dict[str, str | float]:
-        """Return the kernel distance to `real` features, and leave a grid."""
-        generator = self.shown()
-
-        def images(slots: range) -> Tensor:
-            return sample_images(generator, self.config, slots, world.device)
-
-        save_grid(images(range(64)), folder / f"{self.name}, {self.images:06d} images.png")
-        distance = kernel_distance(real, extract(lambda slots: to_pixels(images(slots)), FAKES, extractor, world))
-        return {
-            "name": self.name,
-            "images": self.images,
-            "seconds": round(self.seconds, 1),
-            "kid": distance.mean,
-            "kid_std": distance.std,
-        }
+    def score(self, scorer: Scorer, folder: Path) -> dict[str, str | float]:
+        """Return what it has come to, and leave a grid."""
+        grid = folder / f"{self.name}, {self.images:06d} images.png"
+        kid = scorer.kid(self.shown(), self.config, 64, grid)
+        return {"name": self.name, "images": self.images, "seconds": round(self.seconds, 1), **kid}
 
 
 def measure(data: Path, minutes: float, folder: Path) -> None:
@@ -90,13 +75,12 @@ def measure(data: Path, minutes: float, folder: Path) -> None:
     place = Folder(data)
     with process_group(600, "cpu") as world, ExitStack() as stack, (folder / "rows.jsonl").open("w", 1) as rows:
         contenders = list(enter(place, world, stack))
-        extractor = load_extractor("efficientnet-lite0", None, world.device)
-        real = real_features(ShardReader(place), extractor, REALS, world)
+        scorer = Scorer(ShardReader(place), world)
         for turn in (turn for turn in TURNS if turn <= minutes):
             for contender in contenders:
                 if contender.turns_without_gradient < 2:
                     contender.train(turn)
-                    rows.write(json.dumps(contender.score(real, extractor, world, folder)) + "\n")
+                    rows.write(json.dumps(contender.score(scorer, folder)) + "\n")
 
 
 def enter(place: Folder, world: World, stack: ExitStack) -> Iterator[Contender]:
@@ -113,9 +97,7 @@ def usual(config: Config, batches: BatchLoader, world: World) -> Contender:
     """Return the loop that most ports have; it has no averaged generator."""
     loop = PlainLoop(config.width, world.device, config.seed)
     name = f"usual loop, width {config.width}"
-    return Contender(
-        name, config, batches, lambda real: loop.step(real.contiguous()), loop.generator, loop.generator.eval
-    )
+    return Contender(name, config, iter(batches), loop.step, loop.generator, loop.generator.eval)
 
 
 def default(config: Config, batches: BatchLoader, world: World) -> Contender:
@@ -127,4 +109,4 @@ def default(config: Config, batches: BatchLoader, world: World) -> Contender:
         return state.generator_ema
 
     name = f"this default, width {config.width}"
-    return Contender(name, config, batches, lambda real: train_step(state, real), state.generator, averaged)
+    return Contender(name, config, iter(batches), partial(train_step, state), state.generator, averaged)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader, to_images
@@ -25,6 +25,7 @@ from dist_dcgan.training.train_state import TrainState
 from shards.common.files import publish
 from tests.stability.recipes import RECIPES, Recipe, Trial
 from tests.stability.steps import Row, scale_rates, study_step, use_differentiable_batchnorm
+from tests.support.rows import read_rows
 
 SCORE_EVERY = 100
 LAYERS_EVERY = 10
@@ -49,8 +50,8 @@ def run_trial(trial: Trial, data: Path, folder: Path) -> None:
         rows = (folder / "rows.jsonl").open("a", buffering=1)
         if state.step == 0:
             write(rows, {"step": 0} | score(state, reader, world, folder))
+        dead = 0
         with BatchLoader(place, config, plan, world, state.step) as batches:
-            dead = 0
             for batch in batches:
                 started = time.perf_counter()
                 images = to_images(batch, state.dtype)
@@ -59,10 +60,9 @@ def run_trial(trial: Trial, data: Path, folder: Path) -> None:
                 norm = row.get("grad_norm/g", math.inf)
                 dead = dead + 1 if norm < DEAD_GRADIENT or math.isnan(norm) else 0
                 last = state.step == trial.steps or dead >= DEAD_STEPS
-                if last or state.step % SCORE_EVERY == 0:
-                    row |= score(state, reader, world, folder)
-                write(rows, row)
-                if last or state.step % SCORE_EVERY == 0:
+                scored = last or state.step % SCORE_EVERY == 0
+                write(rows, row | (score(state, reader, world, folder) if scored else {}))
+                if scored:
                     save_checkpoint(folder / "checkpoints", state.tensors(), state.values(), Retention(1))
                 if last:
                     break
@@ -88,17 +88,28 @@ def configuration(recipe: Recipe, trial: Trial, data: Path) -> Config:
 
 def score(state: TrainState, reader: ShardReader, world: World, folder: Path) -> Row:
     """Return the kernel distance of the averaged generator, and leave a grid of its images."""
-    extractor = load_extractor("efficientnet-lite0", None, world.device)
+    scorer = Scorer(reader, world)
     recompute_statistics(state.generator_ema, state.config, world.device, state.dtype)
+    return scorer.kid(state.generator_ema, state.config, 36, folder / f"step-{state.step:05d}.png")
 
-    def images(slots: range) -> Tensor:
-        return sample_images(state.generator_ema, state.config, slots, world.device)
 
-    save_grid(images(range(36)), folder / f"step-{state.step:05d}.png")
-    real = real_features(reader, extractor, REALS, world)
-    fake = extract(lambda slots: to_pixels(images(slots)), FAKES, extractor, world)
-    distance = kernel_distance(real, fake)
-    return {"kid": distance.mean, "kid_std": distance.std}
+class Scorer:
+    """Compares generators with real images."""
+
+    def __init__(self, reader: ShardReader, world: World) -> None:
+        self._world, self._extractor = world, load_extractor("efficientnet-lite0", None, world.device)
+        self._real = real_features(reader, self._extractor, REALS, world)
+
+    def kid(self, generator: nn.Module, config: Config, shown: int, grid: Path) -> Row:
+        """Return the kernel distance of a generator in eval mode, and leave a grid of `shown` of its images."""
+
+        def images(slots: range) -> Tensor:
+            return sample_images(generator, config, slots, self._world.device)
+
+        save_grid(images(range(shown)), grid)
+        fake = extract(lambda slots: to_pixels(images(slots)), FAKES, self._extractor, self._world)
+        distance = kernel_distance(self._real, fake)
+        return {"kid": distance.mean, "kid_std": distance.std}
 
 
 def resume(state: TrainState, folder: Path) -> None:
@@ -110,8 +121,8 @@ def resume(state: TrainState, folder: Path) -> None:
         return
     state.load_tensors(found.tensors)
     state.load_values(found.values)
-    lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= state.step]
-    publish(path, "".join(line + "\n" for line in lines).encode())
+    rows = [row for row in read_rows(path) if row["step"] <= state.step]
+    publish(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def write(file: Any, row: Row) -> None:

@@ -10,7 +10,6 @@ import math
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from shards.common.files import publish
+from tests.support.commands import module
+from tests.support.rows import read_rows
 
 PRESETS = ("paper", "narrow")
 FAKES, REALS = 1000, 2000
@@ -90,7 +93,7 @@ def train(run: LongRun, places: Places, images: int, every: int, deadline: float
     words += ["--precision", run.precision]
     words += ["--quality.every-images", every, "--quality.fakes", FAKES, "--quality.reals", REALS]
     words += ["--quality.time-share", 1, "--log.samples-every-images", every]
-    command = [sys.executable, "-m", "dist_dcgan.train", "--world-size", "1", *map(str, words)]
+    command = module("dist_dcgan.train", "--world-size", 1, *words)
     places.work.mkdir(parents=True, exist_ok=True)
     with (places.work / f"{run.name}.txt").open("a") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT, env=_environment(threads))
@@ -105,8 +108,9 @@ def evaluate(folder: Path, shards: Path, as_many_as: Path, threads: str) -> Row:
     """Return the scores of a run against as many images of `shards` as `as_many_as` holds."""
     reals = json.loads((as_many_as / "manifest.json").read_text())["samples"]
     words = [folder, "--data", shards, "--fakes", FAKES, "--reals", reals, "--json"]
-    command = [sys.executable, "-m", "dist_dcgan.evaluate", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment(threads))
+    done = subprocess.run(
+        module("dist_dcgan.evaluate", *words), capture_output=True, text=True, cwd=ROOT, env=_environment(threads)
+    )
     assert done.returncode == 0, done.stderr
     scores: Row = json.loads(done.stdout.strip().splitlines()[-1])
     return {name: value for name, value in scores.items() if isinstance(value, float) or name == "reals"}
@@ -114,7 +118,7 @@ def evaluate(folder: Path, shards: Path, as_many_as: Path, threads: str) -> Row:
 
 def told(run: LongRun, folder: Path) -> Row:
     """Return images, KID by images seen, alerts of the watchdog and the last diversity from the log of a run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss/d" in row]
     scores = [(row["images_seen"], name, value) for row in rows for name, value in row.items() if "quality/" in name]
     return run._asdict() | {
@@ -128,20 +132,15 @@ def told(run: LongRun, folder: Path) -> Row:
 
 def known(results: Path, run: LongRun) -> Iterator[Row]:
     """Yield the rows of a run."""
-    for row in read(results):
+    for row in read_rows(results):
         if all(row[name] == value for name, value in run._asdict().items()):
             yield row
-
-
-def read(results: Path) -> list[Row]:
-    """Return all rows."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
 def keep(results: Path, run: LongRun, row: Row) -> None:
     """Write the row of a run, replacing an earlier one."""
     replaced = list(known(results, run))
-    rows = [other for other in read(results) if other not in replaced] + [row]
+    rows = [other for other in read_rows(results) if other not in replaced] + [row]
     results.parent.mkdir(parents=True, exist_ok=True)
     publish(results, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -159,16 +158,8 @@ def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 
 
 def _student(degrees: float) -> float:
-    """Return the value that Student's t exceeds with a probability of 0.025, by bisection of its integral."""
+    """Return the value that Student's t exceeds with a probability of 0.025, by a sum over its density."""
+    t, width = np.linspace(0, 13, 1_300_001, retstep=True)  # 12.7 for one degree
     scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-
-    def inner(limit: float, parts: int = 2000) -> float:
-        width = limit / parts
-        middles = ((index + 0.5) * width for index in range(parts))
-        return 2 * width * scale * sum((1 + t * t / degrees) ** (-(degrees + 1) / 2) for t in middles)
-
-    low, high = 1.9, 13.0  # of endless and of one degree
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (middle, high) if inner(middle) < 0.95 else (low, middle)
-    return low
+    inner = 2 * scale * width * np.cumsum((1 + t * t / degrees) ** (-(degrees + 1) / 2))
+    return float(t[np.searchsorted(inner, 0.95)])

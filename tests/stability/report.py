@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 
+from tests.benchmarks import tables
 from tests.stability import long
 from tests.stability.evidence import TURNS
 from tests.stability.jump import BATCH, WIDTHS
 from tests.stability.recipes import PHASES
 from tests.stability.results import FOLDER, Result, read
+from tests.support.rows import read_rows
 
 README = Path(__file__).parent / "README.md"
 PLOTS = Path(__file__).parent / "plots"
@@ -42,42 +46,41 @@ def main() -> None:
 
 def with_tables(text: str) -> str:
     """Return the page with the tables that belong to the results."""
-    for phase in PHASES:
-        text = put(text, phase, table(read(phase)))
-    text = put(text, "long", long_table())
-    return put(put(text, "jump", jump_table()), "evidence", evidence_table())
+    contents = {phase: trial_table(read(phase)) for phase in PHASES}
+    contents |= {"long": long_table(), "jump": jump_table(), "evidence": evidence_table()}
+    for name, content in contents.items():
+        text = tables.put(text, f"<!-- {name} -->\n", f"<!-- end of {name} -->", content)
+    return text
 
 
-def put(text: str, name: str, content: str) -> str:
-    """Replace what stands between the markers `name`."""
-    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    before, rest = text.split(start)
-    return before + start + content + end + rest.split(end, 1)[1]
+@contextmanager
+def figure(path: Path, lines: int = 1, columns: int = 1, dpi: int = 90, **options: Any) -> Iterator[list[Axes]]:
+    """Yield the panels of a figure, which is then written to `path`."""
+    drawing, panels = pyplot.subplots(lines, columns, squeeze=False, layout="constrained", **options)
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+    yield list(panels.flat)
+    drawing.savefig(path, dpi=dpi)
+    pyplot.close(drawing)
 
 
-def table(results: Sequence[Result]) -> str:
+def trial_table(results: Sequence[Result]) -> str:
     """Return a row per trial, nothing where there is none."""
     if not results:
         return ""
-    lines = [
-        "| recipe | data | seed | batch | watchdog | 1000 KID at steps | jump | G's gradient | diversity |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["recipe", "data", "seed", "batch", "watchdog", "1000 KID at steps", "jump", "G's gradient", "diversity"]
+    rows = []
     for result in results:
         trial = result.trial
         named = "; ".join(f"**{c.rule.mode}** since {c.since}" for c in result.collapses()) or "-"
         kid = ", ".join(f"{step}: {1000 * value:.0f}" for step, value in result.points("kid"))
-        lines.append(
-            f"| {trial.recipe} | {trial.data} | {trial.seed} | {trial.batch} | {named} | {kid} | "
-            f"{median(result, jump):.1f} | {median(result, lambda row: row['grad_norm/g']):.2g} | "
-            f"{median(result, lambda row: row['diversity/fake'] / row['diversity/real']):.2f} |"
+        medians = (
+            f"{median(result, lambda row: abs(row['logit/fake_updated'] - row['logit/fake'])):.1f}",
+            f"{median(result, lambda row: row['grad_norm/g']):.2g}",
+            f"{median(result, lambda row: row['diversity/fake'] / row['diversity/real']):.2f}",
         )
-    return "".join(line + "\n" for line in lines)
-
-
-def jump(row: dict[str, float]) -> float:
-    """Return how far D's update moved its mean logit on generated images."""
-    return abs(row["logit/fake_updated"] - row["logit/fake"])
+        rows.append([trial.recipe, trial.data, str(trial.seed), str(trial.batch), named, kid, *medians])
+    return tables.table(head, rows)
 
 
 def median(result: Result, value: Callable[[dict[str, float]], float]) -> float:
@@ -88,46 +91,37 @@ def median(result: Result, value: Callable[[dict[str, float]], float]) -> float:
 def plot_kid(results: Sequence[Result], path: Path) -> None:
     """Plot KID over steps, a line per trial, a panel per data set."""
     sets = sorted({result.trial.data for result in results})
-    figure, panels = pyplot.subplots(1, len(sets), figsize=(11, 6), layout="constrained", squeeze=False)
-    for panel, data in zip(panels[0], sets, strict=True):
-        recipes = list(dict.fromkeys(result.trial.recipe for result in results))
-        for result in (result for result in results if result.trial.data == data):
-            index = recipes.index(result.trial.recipe)
-            label = result.trial.recipe if result.trial.seed == 0 else None
-            color, line = pyplot.get_cmap("tab10")(index % 10), "-o" if index < 10 else "--o"
-            panel.plot(*zip(*result.points("kid"), strict=True), line, ms=3, lw=1, color=color, label=label)
-        panel.set(title=data, xlabel="step", ylabel="KID (EfficientNet-Lite0)")
-        panel.grid(alpha=0.3)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
+    recipes = list(dict.fromkeys(result.trial.recipe for result in results))
+    with figure(path, 1, len(sets), figsize=(11, 6)) as panels:
+        for panel, data in zip(panels, sets, strict=True):
+            for result in (result for result in results if result.trial.data == data):
+                index = recipes.index(result.trial.recipe)
+                label = result.trial.recipe if result.trial.seed == 0 else None
+                color, line = pyplot.get_cmap("tab10")(index % 10), "-o" if index < 10 else "--o"
+                panel.plot(*zip(*result.points("kid"), strict=True), line, ms=3, lw=1, color=color, label=label)
+            panel.set(title=data, xlabel="step", ylabel="KID (EfficientNet-Lite0)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        pyplot.gcf().legend(handles, labels, fontsize=7, loc="outside right upper")
 
 
 def plot_verdicts(results: Sequence[Result], path: Path) -> None:
     """Plot D's mean logits of real and generated images, a panel per recipe (its first seed)."""
     shown = [result for result in results if result.trial.seed == 0]
-    columns = 4
-    lines = -(-len(shown) // columns)
-    figure, panels = pyplot.subplots(
-        lines, columns, sharey=True, squeeze=False, figsize=(12, 1.9 * lines), layout="constrained"
-    )
-    for panel in panels.flat[len(shown) :]:
-        panel.axis("off")
-    for panel, result in zip(panels.flat, shown, strict=False):
-        for key in ("logit/real", "logit/fake", "logit/fake_updated"):
-            panel.plot(*zip(*result.points(key), strict=True), lw=0.7, label=key)
-        panel.set_title(f"{result.trial.recipe} ({result.trial.data}, {result.trial.batch})", fontsize=8)
-        panel.grid(alpha=0.3)
-    panels.flat[0].legend(fontsize=6)
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
+    lines = -(-len(shown) // 4)
+    with figure(path, lines, 4, sharey=True, figsize=(12, 1.9 * lines)) as panels:
+        for panel in panels[len(shown) :]:
+            panel.axis("off")
+        for panel, result in zip(panels, shown, strict=False):
+            for key in ("logit/real", "logit/fake", "logit/fake_updated"):
+                panel.plot(*zip(*result.points(key), strict=True), lw=0.7, label=key)
+            panel.set_title(f"{result.trial.recipe} ({result.trial.data}, {result.trial.batch})", fontsize=8)
+        panels[0].legend(fontsize=6)
 
 
 def jumps() -> dict[str, dict[int, float]]:
     """Return medians over seeds of `jump.jsonl`, by what was changed and by width."""
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in (FOLDER / "jump.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(FOLDER / "jump.jsonl"):
         name = f"rate {row['rate']:.0e}"
         name += f", batch {row['batch']}" if row["batch"] != BATCH else ""
         name += ", by fan-in" if row["by_fan_in"] else ", last layer fixed" if row["last_layer_fixed"] else ""
@@ -142,33 +136,26 @@ def jump_table() -> str:
     """Return a row per change, a column per width."""
     medians = jumps()
     widths = list(next(iter(medians.values())))
-    lines = ["| first update of D | " + " | ".join(f"width {width}" for width in widths) + " |"]
-    lines += ["|---|" + "---|" * len(widths)]
-    for name, values in medians.items():
-        lines.append(
-            f"| {name} | " + " | ".join(f"{values[width]:.2g}" if width in values else "" for width in widths) + " |"
-        )
-    return "".join(line + "\n" for line in lines)
+    rows = (
+        [name, *(f"{values[width]:.2g}" if width in values else "" for width in widths)]
+        for name, values in medians.items()
+    )
+    return tables.table(["first update of D", *(f"width {width}" for width in widths)], rows)
 
 
 def plot_jumps(path: Path) -> None:
     """Plot the same."""
-    figure, panel = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, values in jumps().items():
-        panel.loglog(list(values), list(values.values()), "-o", ms=3, label=name)
-        panel.set(xlabel="width", ylabel="change of D's logit", xticks=WIDTHS, xticklabels=WIDTHS)
-    panel.legend(fontsize=7)
-    panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
+    with figure(path, figsize=(6, 4)) as (panel,):
+        for name, values in jumps().items():
+            panel.loglog(list(values), list(values.values()), "-o", ms=3, label=name)
+            panel.set(xlabel="width", ylabel="change of D's logit", xticks=WIDTHS, xticklabels=WIDTHS)
+        panel.legend(fontsize=7)
 
 
 def evidence() -> dict[str, list[dict[str, float]]]:
     """Return the rows of `evidence.jsonl` by what was trained."""
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    path = FOLDER / "evidence.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
+    for row in read_rows(FOLDER / "evidence.jsonl"):
         found[row.pop("name")].append(row)
     return found
 
@@ -183,44 +170,55 @@ def evidence_table() -> str:
     images = min(rows[-1]["images"] for rows in whole)
     times, counts = (minutes / 4, minutes / 2, minutes), (images / 4, images / 2, images)
     heads = [f"{time:.0f} minutes" for time in times] + [f"{count:,.0f} images" for count in counts]
-    lines = ["| 1000 KID after | " + " | ".join(heads) + " | images in all |", "|---|" + "---|" * (len(heads) + 1)]
+    lines = []
     for name, rows in contenders.items():
         found = [at(rows, "seconds", 60 * time) for time in times] + [at(rows, "images", count) for count in counts]
         cells = [f"{1000 * kid:.0f}" if kid is not None else "" for kid in found]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {rows[-1]['images']:,} |")
-    return "".join(line + "\n" for line in lines)
+        lines.append([name, *cells, f"{rows[-1]['images']:,}"])
+    return tables.table(["1000 KID after", *heads, "images in all"], lines)
 
 
-def long_runs() -> dict[tuple[str, str], list[dict[int, float]]]:
-    """Return the KID by images of the runs of each data set and preset."""
-    found: dict[tuple[str, str], list[dict[int, float]]] = {}
-    for row in long.read(FOLDER / "long.jsonl"):
-        kid = {round(images, -4): value for images, value in row["kid"]}
-        found.setdefault((f"{row['data']}, batch {row['batch']}, {row['precision']}", row["preset"]), []).append(kid)
+def at(rows: Sequence[dict[str, float]], key: str, value: float) -> float | None:
+    """Return KID where `key` reached `value`, on the line between the scores around it; None behind the last one."""
+    if rows[-1][key] < 0.99 * value:
+        return None
+    return float(np.interp(value, [row[key] for row in rows], [row["kid"] for row in rows]))
+
+
+def plot_evidence(path: Path) -> None:
+    """Plot KID over images and over minutes of training."""
+    with figure(path, 1, 2, figsize=(11, 4), sharey=True) as panels:
+        for name, rows in evidence().items():
+            kid = [row["kid"] for row in rows]
+            panels[0].plot([row["images"] for row in rows], kid, "-o", ms=3, label=name)
+            panels[1].plot([row["seconds"] / 60 for row in rows], kid, "-o", ms=3, label=name)
+        panels[0].set(xlabel="images", ylabel="KID (EfficientNet-Lite0)")
+        panels[1].set(xlabel="minutes of training")
+        panels[0].legend(fontsize=8)
+
+
+def long_runs() -> dict[str, dict[str, list[dict[int, float]]]]:
+    """Return 1000 KID by images of the runs of each data set and preset."""
+    found: dict[str, dict[str, list[dict[int, float]]]] = {}
+    for row in read_rows(FOLDER / "long.jsonl"):
+        data = f"{row['data']}, batch {row['batch']}, {row['precision']}"
+        presets = found.setdefault(data, {preset: [] for preset in long.PRESETS})
+        presets[row["preset"]].append({round(images, -4): 1000 * value for images, value in row["kid"]})
     return found
 
 
 def long_table() -> str:
     """Return 1000 KID by images: means and standard deviations over seeds, and the difference of the widths."""
     found = long_runs()
-    columns = sorted({images for runs in found.values() for kid in runs for images in kid if images % 100_000 == 0})
-    lines = [
-        f"| run | seeds | {' | '.join(f'{images // 1000}k' for images in columns)} |",
-        "|---" * (2 + len(columns)) + "|",
-    ]
-    for data in dict.fromkeys(data for data, _ in found):
-        values = {
-            preset: [
-                [1000 * kid[images] for kid in found.get((data, preset), []) if images in kid] for images in columns
-            ]
-            for preset in long.PRESETS
-        }
-        for preset, by_images in values.items():
-            seeds = len(found.get((data, preset), []))
-            lines.append(f"| {data}, `{preset}` | {seeds} | {' | '.join(map(_mean_and_deviation, by_images))} |")
-        both = [a and b and (a, b) for a, b in zip(*values.values(), strict=True)]
-        lines.append(f"| difference | | {' | '.join(_difference(*pair) if pair else '' for pair in both)} |")
-    return "".join(line + "\n" for line in lines)
+    runs = [kid for presets in found.values() for kids in presets.values() for kid in kids]
+    columns = sorted({images for kid in runs for images in kid if images % 100_000 == 0})
+    rows = []
+    for data, presets in found.items():
+        values = [[[kid[images] for kid in kids if images in kid] for images in columns] for kids in presets.values()]
+        for (preset, kids), by_images in zip(presets.items(), values, strict=True):
+            rows.append([f"{data}, `{preset}`", str(len(kids)), *map(_mean_and_deviation, by_images)])
+        rows.append(["difference |", *(_difference(a, b) if a and b else "" for a, b in zip(*values, strict=True))])
+    return tables.table(["run", "seeds", *(f"{images // 1000}k" for images in columns)], rows)
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
@@ -239,63 +237,25 @@ def _difference(a: Sequence[float], b: Sequence[float]) -> str:
 def plot_long(path: Path) -> None:
     """Plot KID against images, a line per run."""
     found = long_runs()
-    names = list(dict.fromkeys(data for data, _ in found))
-    figure, panels = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False)
-    for panel, name in zip(panels[0], names, strict=True):
-        for preset, colour in zip(long.PRESETS, ("tab:blue", "tab:orange"), strict=True):
-            for index, kid in enumerate(found.get((name, preset), [])):
-                label = preset if index == 0 else None
-                panel.plot(
-                    [images / 1000 for images in kid],
-                    [1000 * value for value in kid.values()],
-                    ".-",
-                    color=colour,
-                    label=label,
-                )
-        panel.set_title(name)
-        panel.set_xlabel("thousand images")
-        panel.grid(alpha=0.3)
-        panel.legend()
-    panels[0][0].set_ylabel("1000 KID")
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
-
-
-def at(rows: Sequence[dict[str, float]], key: str, value: float) -> float | None:
-    """Return KID where `key` reached `value`, on the line between the scores around it; None behind the last one."""
-    if rows[-1][key] < 0.99 * value:
-        return None
-    return float(np.interp(value, [row[key] for row in rows], [row["kid"] for row in rows]))
-
-
-def plot_evidence(path: Path) -> None:
-    """Plot KID over images and over minutes of training."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for name, rows in evidence().items():
-        kid = [row["kid"] for row in rows]
-        panels[0].plot([row["images"] for row in rows], kid, "-o", ms=3, label=name)
-        panels[1].plot([row["seconds"] / 60 for row in rows], kid, "-o", ms=3, label=name)
-    panels[0].set(xlabel="images", ylabel="KID (EfficientNet-Lite0)")
-    panels[1].set(xlabel="minutes of training")
-    panels[0].legend(fontsize=8)
-    for panel in panels:
-        panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
+    with figure(path, 1, len(found), figsize=(5 * len(found), 4)) as panels:
+        for panel, (name, presets) in zip(panels, found.items(), strict=True):
+            for (preset, kids), colour in zip(presets.items(), ("tab:blue", "tab:orange"), strict=True):
+                for index, kid in enumerate(kids):
+                    label = preset if index == 0 else None
+                    panel.plot([images / 1000 for images in kid], list(kid.values()), ".-", color=colour, label=label)
+            panel.set(title=name, xlabel="thousand images")
+            panel.legend()
+        panels[0].set_ylabel("1000 KID")
 
 
 def show_grids(grids: Mapping[str, Path], path: Path) -> None:
     """Put grids of generated images side by side, each under its name."""
     columns = min(4, len(grids))
     lines = -(-len(grids) // columns)
-    figure, panels = pyplot.subplots(
-        lines, columns, squeeze=False, figsize=(3 * columns, 3.2 * lines), layout="constrained"
-    )
-    for panel in panels.flat:
-        panel.axis("off")
-    for panel, (name, grid) in zip(panels.flat, grids.items(), strict=False):
-        panel.imshow(pyplot.imread(grid))
-        panel.set_title(name, fontsize=8)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=130, pil_kwargs={"quality": 85})
-    pyplot.close(figure)
+    with figure(path, lines, columns, dpi=130, figsize=(3 * columns, 3.2 * lines)) as panels:
+        for panel in panels:
+            panel.axis("off")
+        for panel, (name, grid) in zip(panels, grids.items(), strict=False):
+            panel.imshow(pyplot.imread(grid))
+            panel.set_title(name, fontsize=8)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_dcgan.training.watchdog import Collapse, Watchdog
 from tests.stability.recipes import PHASES, Trial
+from tests.support.rows import read_rows
 
 FOLDER = Path(__file__).parent / "results"
 LAYERS_EVERY = 50
@@ -32,7 +33,8 @@ class Result:
         """Yield the steps as the watchdog sees them; a network that was not updated keeps its last numbers."""
         last: dict[str, float] = {}
         for index, step in enumerate(self.columns["step"]):
-            last |= {key: float(column[index]) for key, column in self.columns.items() if column[index] is not None}
+            here = ((key, column[index]) for key, column in self.columns.items())
+            last |= {key: float(value) for key, value in here if value is not None}
             if step and "loss/d" in last and "loss/g" in last:
                 yield dict(last)
 
@@ -70,13 +72,12 @@ def gather_evidence(folder: Path) -> dict[str, Path]:
 
 def read(phase: str) -> list[Result]:
     """Return the committed results of a phase."""
-    path = FOLDER / f"{phase}.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = read_rows(FOLDER / f"{phase}.jsonl")
     return [Result(Trial(**item["trial"]), item["columns"], item["layers"]) for item in found]
 
 
 def _columns(folder: Path) -> dict[str, dict[str, list[Value]]]:
-    rows: list[dict[str, Any]] = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "rows.jsonl")
     of_layers = [row for row in rows if any(map(_of_layer, row)) and (row["step"] - 1) % LAYERS_EVERY == 0]
     keys = dict.fromkeys(key for row in rows for key in row)
     return {

@@ -6,13 +6,11 @@ With the factors that the product has, it computes what `dist_dcgan.training.ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_dcgan.models.losses import discriminator_loss_fake, discriminator_loss_real, generator_loss
+from dist_dcgan.models.losses import LOSSES
 from dist_dcgan.models.networks import Discriminator
 from dist_dcgan.random_streams import normal, stream_seed
 from dist_dcgan.training.ema import draw_latents, ema_decay, update_ema
@@ -45,11 +43,11 @@ def discriminator_turn(state: TrainState, recipe: Recipe, real: Tensor, fake: Te
     state.optimizer_d.zero_grad(set_to_none=True)
     with state.autocast():
         logits_real = state.discriminator(_with_noise(state, recipe, real, "noise on real"))
-    loss_real = LOSSES_D_REAL[recipe.loss](logits_real)
+    loss_real = _loss(recipe, logits_real, 1.0)
     (loss_real + _gradient_penalty(state, recipe, real)).backward()
     with state.autocast():
         logits_fake = state.discriminator(_with_noise(state, recipe, fake, "noise on fake"))
-    loss_fake = LOSSES_D_FAKE[recipe.loss](logits_fake)
+    loss_fake = _loss(recipe, logits_fake, 0.0)
     loss_fake.backward()
     row = {
         "loss/d": float((loss_real + loss_fake).detach()),
@@ -69,7 +67,7 @@ def generator_turn(state: TrainState, recipe: Recipe, fake: Tensor, per_layer: b
     with state.autocast():
         logits_fake = state.discriminator(_with_noise(state, recipe, fake, "noise under G"))
     state.discriminator.requires_grad_(True)
-    loss = LOSSES_G[recipe.loss](logits_fake)
+    loss = -logits_fake.mean() if recipe.loss == "hinge" else _loss(recipe, logits_fake, 1.0)
     loss.backward()
     row = {
         "loss/g": float(loss.detach()),
@@ -104,7 +102,8 @@ def rate_factor(recipe: Recipe, network: nn.Module, name: str, parameter: nn.Par
 
 def use_differentiable_batchnorm(state: TrainState) -> None:
     """Give D torch's own batch norm, around the same parameters: a gradient penalty needs second derivatives."""
-    layers = state.discriminator.layers
+    layers = state.discriminator.get_submodule("layers")
+    assert isinstance(layers, nn.Sequential)
     for index, layer in enumerate(layers):
         if isinstance(layer, nn.BatchNorm2d):
             norm = nn.BatchNorm2d(layer.num_features)
@@ -133,37 +132,22 @@ def _with_noise(state: TrainState, recipe: Recipe, images: Tensor, stream: str) 
 
 
 def _update(optimizer: torch.optim.Adam, network: nn.Module, suffix: str, per_layer: bool) -> Row:
-    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.grad is not None]
-    row = {f"grad_norm/{suffix}": float(nn.utils.get_total_norm([parameter.grad for _, parameter in named]))}
-    before = [parameter.detach().clone() for _, parameter in named] if per_layer else []
+    weights = dict(network.named_parameters())
+    gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+    row = {f"grad_norm/{suffix}": float(nn.utils.get_total_norm(gradients.values()))}
+    before = {name: weights[name].detach().clone() for name in gradients} if per_layer else {}
     optimizer.step()
-    for (name, parameter), old in zip(named, before, strict=per_layer):
-        row[f"grad_norm/{suffix}/{name}"] = float(parameter.grad.norm())
-        row[f"update_to_weight/{suffix}/{name}"] = float(
-            (parameter.detach() - old).norm() / old.norm().clamp_min(1e-12)
-        )
+    for name, old in before.items():
+        change = (weights[name].detach() - old).norm() / old.norm().clamp_min(1e-12)
+        row[f"grad_norm/{suffix}/{name}"] = float(gradients[name].norm())
+        row[f"update_to_weight/{suffix}/{name}"] = float(change)
     return row
 
 
-def _square(target: float) -> Callable[[Tensor], Tensor]:
-    return lambda logits: (logits - target).square().mean()
-
-
-LOSSES_D_REAL: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid_bce": lambda logits: discriminator_loss_real(logits, "sigmoid_bce"),
-    "logits": lambda logits: discriminator_loss_real(logits, "logits"),
-    "hinge": lambda logits: F.relu(1 - logits).mean(),
-    "lsgan": _square(1.0),
-}
-LOSSES_D_FAKE: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid_bce": lambda logits: discriminator_loss_fake(logits, "sigmoid_bce"),
-    "logits": lambda logits: discriminator_loss_fake(logits, "logits"),
-    "hinge": lambda logits: F.relu(1 + logits).mean(),
-    "lsgan": _square(0.0),
-}
-LOSSES_G: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid_bce": lambda logits: generator_loss(logits, "sigmoid_bce"),
-    "logits": lambda logits: generator_loss(logits, "logits"),
-    "hinge": lambda logits: -logits.mean(),
-    "lsgan": _square(1.0),
-}
+def _loss(recipe: Recipe, logits: Tensor, target: float) -> Tensor:
+    """Return the loss of logits that should say real (`target` 1) or generated (0)."""
+    if recipe.loss == "hinge":
+        return F.relu(1 - logits if target else 1 + logits).mean()
+    if recipe.loss == "lsgan":
+        return (logits - target).square().mean()
+    return LOSSES[recipe.loss](logits, target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from tests.stability import experiment, long, report, results
 from tests.stability.experiment import configuration
 from tests.stability.recipes import PHASES, RECIPES, Recipe, Trial
 from tests.stability.steps import rate_factor, scale_rates, study_step, use_differentiable_batchnorm
+from tests.support.rows import read_rows
 
 TRIAL = Trial("", "photos", seed=3, batch=8, steps=3)
 SMALL = {name: replace(recipe, width=8) for name, recipe in RECIPES.items()}
@@ -108,8 +108,7 @@ def test_a_trial_that_was_killed_goes_on_as_if_it_had_not(
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_rows(folder / "rows.jsonl")]
 
 
 def test_the_tables_of_the_study_are_those_of_its_results() -> None:
@@ -136,7 +135,7 @@ def test_a_result_replaces_an_earlier_one_of_the_same_run(tmp_path: Path) -> Non
     long.keep(path, run, run._asdict() | {"images": 100})
     long.keep(path, run._replace(seed=2), run._replace(seed=2)._asdict() | {"images": 100})
     long.keep(path, run, run._asdict() | {"images": 200})
-    assert [(row["seed"], row["images"]) for row in long.read(path)] == [(2, 100), (1, 200)]
+    assert [(row["seed"], row["images"]) for row in read_rows(path)] == [(2, 100), (1, 200)]
 
 
 def test_a_long_run_that_fails_leaves_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
