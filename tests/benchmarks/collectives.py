@@ -104,13 +104,14 @@ def reduce_at_once(state: TrainState) -> None:
     """
     for network in (state.ddp_generator, state.ddp_discriminator):
         assert isinstance(network, DistributedDataParallel)
-        network.register_comm_hook(None, _reduce)
+        # A lambda has no annotations: DDP compares them with classes, and here they are strings.
+        network.register_comm_hook(None, lambda _, bucket: _reduce(bucket.buffer()))
 
 
-def _reduce(_, bucket):  # without annotations: DDP takes no names of types
-    dist.all_reduce(bucket.buffer())
+def _reduce(gradients: Tensor) -> torch.futures.Future[Tensor]:
+    dist.all_reduce(gradients)
     done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(bucket.buffer())
+    done.set_result(gradients)
     return done
 
 

@@ -10,7 +10,6 @@ taking turns, so that the ratios hold on a noisy machine; ratios per core are of
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import shutil
 import statistics
@@ -20,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -29,54 +29,43 @@ from PIL import Image
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.command_line import run
 from shards.manifest import read_manifest
 from shards.reader import locate, read_sample
+from tests.benchmarks.command import Benchmark, medians, options_of, seconds_of
 
 SIZE = 64
 COMPARED = 500
 SHARDS = ("--samples-per-shard", "1024")
 
 
-class Benchmark(Options):
+class Conversion(Benchmark):
     """Time the conversion."""
 
     source: CliPositionalArg[Path]
     """LMDB to convert, with thousands of images."""
     rounds: int = Field(3, ge=1)
     """Rounds in which all variants take a turn."""
-    json_: Path | None = Field(None, alias="json")
-    """File for the figures, by name."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
-    options = build(Benchmark, parse_flags(Benchmark, argv, "python -m tests.benchmarks.convert"))
-    with tempfile.TemporaryDirectory() as folder:
-        variants: dict[str, Callable[[], int]] = {
-            "plain loop": lambda: plain_loop(options.source),
-            "two plain loops, half each": lambda: plain_loops(options.source),
-            "exact, 1 worker": lambda: command(options.source, Path(folder) / "exact", "--workers", "1"),
-            "exact, 2 workers": lambda: command(options.source, Path(folder) / "exact 2", "--workers", "2"),
-            "fast, 1 worker": lambda: command(options.source, Path(folder) / "fast", "--workers", "1", "--fast"),
+    options = options_of(Conversion, argv)
+    memory: list[int] = []
+    with tempfile.TemporaryDirectory() as name:
+        source, folder = options.source, Path(name)
+        variants: dict[str, Callable[[], object]] = {
+            "plain loop": lambda: plain_loop(source),
+            "two plain loops, half each": lambda: plain_loops(source),
+            "exact, 1 worker": lambda: command(source, folder / "exact", "--workers", "1"),
+            "exact, 2 workers": lambda: memory.append(command(source, folder / "exact 2", "--workers", "2")),
+            "fast, 1 worker": lambda: command(source, folder / "fast", "--workers", "1", "--fast"),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
-        memory = dict.fromkeys(variants, 0)
-        for _ in range(options.rounds):
-            for name, variant in variants.items():
-                started = time.perf_counter()
-                memory[name] = max(memory[name], variant())
-                seconds[name].append(time.perf_counter() - started)
-        images = read_manifest(Path(folder) / "exact").samples
-        figures = report(images, {name: statistics.median(times) for name, times in seconds.items()})
-        figures["peak anonymous memory, 2 workers, MiB"] = memory["exact, 2 workers"] / 2**20
-        figures["mean difference of fast to exact, grey levels"] = difference(
-            Path(folder) / "exact", Path(folder) / "fast"
-        )
-    for name, value in figures.items():
-        print(f"{name:48} {value:10.2f}")
-    if options.json_ is not None:
-        options.json_.write_text(json.dumps(figures, indent=1) + "\n")
+        seconds = medians(options.rounds, {name: partial(seconds_of, call) for name, call in variants.items()})
+        figures = report(read_manifest(folder / "exact").samples, seconds)
+        figures["peak anonymous memory, 2 workers, MiB"] = max(memory) / 2**20
+        figures["mean difference of fast to exact, grey levels"] = difference(folder / "exact", folder / "fast")
+    options.tell(figures)
 
 
 def report(images: int, medians: dict[str, float]) -> dict[str, float]:
@@ -90,7 +79,7 @@ def report(images: int, medians: dict[str, float]) -> dict[str, float]:
     return figures
 
 
-def plain_loop(path: Path, start: int = 0, step: int = 1) -> int:
+def plain_loop(path: Path, start: int = 0, step: int = 1) -> None:
     """Decode, crop and resize every image of the LMDB, or every second."""
     with lmdb.open(str(path), readonly=True, lock=False, readahead=False) as source, source.begin() as reading:
         for _, value in islice(reading.cursor(), start, None, step):
@@ -99,13 +88,12 @@ def plain_loop(path: Path, start: int = 0, step: int = 1) -> int:
             left, top = (image.width - side) // 2, (image.height - side) // 2
             square = image.crop((left, top, left + side, top + side))
             np.asarray(square.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
-    return 0
 
 
-def plain_loops(path: Path) -> int:
+def plain_loops(path: Path) -> None:
     """Do the same in two processes that share nothing."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        return sum(pool.map(plain_loop, [path, path], [0, 1], [2, 2]))
+        list(pool.map(plain_loop, [path, path], [0, 1], [2, 2]))
 
 
 def command(source: Path, out: Path, *options: str) -> int:

@@ -15,7 +15,6 @@ not make up for that.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -25,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -38,15 +36,16 @@ from dist_dcgan.config import Config, make_plan
 from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from shards.common.command_line import Options, build, parse_flags, run
-from tests.benchmarks.measuring import images
+from shards.common.command_line import run
+from tests.benchmarks.command import Benchmark, options_of
+from tests.benchmarks.measuring import images, timed_together
 from tests.benchmarks.tables import Row, markdown
 
 WARM_UP = 3
 SECONDS_TO_END = 30
 
 
-class Benchmark(Options):
+class Comparison(Benchmark):
     """Time two ranks against one process."""
 
     widths: tuple[int, ...] = (16, 64, 128)
@@ -57,8 +56,6 @@ class Benchmark(Options):
     """Rounds in which all variants take a turn."""
     seconds: float = Field(4.0, gt=0)
     """Seconds of a turn, about; two steps at least."""
-    json_: Path | None = Field(None, alias="json")
-    """File for the figures."""
 
 
 class Variant(NamedTuple):
@@ -88,18 +85,17 @@ class Turn(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     """Run the rounds for each width and print a table."""
-    options = build(Benchmark, parse_flags(Benchmark, argv, "python -m tests.benchmarks.ddp"))
+    options = options_of(Comparison, argv)
     rows = []
     for width in options.widths:
         rows.append(summarise(width, options.batch, *turns_of(width, options)))
         print(markdown(rows[-1:]), flush=True)
     if len(rows) > 1:
         print(f"\n{markdown(rows)}")
-    if options.json_ is not None:
-        options.json_.write_text(json.dumps(rows, indent=1) + "\n")
+    options.keep(rows)
 
 
-def turns_of(width: int, options: Benchmark) -> tuple[int, dict[Variant, list[Turn]]]:
+def turns_of(width: int, options: Comparison) -> tuple[int, dict[Variant, list[Turn]]]:
     """Return the number of steps of a turn, and the turns of each variant by rounds."""
     turns: dict[Variant, list[Turn]] = {variant: [] for variant in VARIANTS}
     teams = {variant: Team(variant, width, options.batch) for variant in VARIANTS}
@@ -185,13 +181,8 @@ def work(pipe: Connection[Turn, int], variant: Variant, rank: int, port: int, wi
 
 def turn(state: TrainState, real: Tensor, steps: int) -> Turn:
     """Take some steps, begun and ended together by the ranks."""
-    dist.barrier()
     with clocked_reductions() as seconds:
-        started = time.perf_counter()
-        for _ in range(steps):
-            train_step(state, real)
-        dist.barrier()
-        return Turn(time.perf_counter() - started, sum(seconds))
+        return Turn(timed_together(lambda: train_step(state, real), steps), sum(seconds))
 
 
 @contextmanager

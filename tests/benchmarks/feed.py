@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
@@ -24,10 +23,12 @@ from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.command_line import run
+from tests.benchmarks.command import Benchmark, options_of
+from tests.benchmarks.measuring import timed_together
 
 
-class Benchmark(Options):
+class Feeding(Benchmark):
     """Time what feeding costs."""
 
     shards: CliPositionalArg[Path]
@@ -44,7 +45,7 @@ class Benchmark(Options):
 
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
-    options = build(Benchmark, parse_flags(Benchmark, argv, "python -m tests.benchmarks.feed"))
+    options = options_of(Feeding, argv)
     with process_group(60) as world:
         place = Folder(options.shards)
         config = Config(width=options.width, global_batch=options.batch, epochs=1e6)
@@ -54,24 +55,21 @@ def main(argv: Sequence[str]) -> None:
             fed = iter(batches)
             constant = itertools.repeat(next(fed))
             ratios = []
-            for batch in itertools.islice(fed, plan.steps_per_epoch):  # an epoch in which every shard is checked
-                train_step(state, to_images(batch, state.dtype))
+            for _ in range(plan.steps_per_epoch):  # an epoch in which every shard is checked
+                step(state, fed)
             for _ in range(options.rounds):
-                fed_seconds, constant_seconds = (turn(state, source, options.steps) for source in (fed, constant))
+                fed_seconds, constant_seconds = (
+                    timed_together(partial(step, state, source), options.steps) for source in (fed, constant)
+                )
                 ratios.append(constant_seconds / fed_seconds)
         if world.is_main:
-            print(f"images/s from the loader, over those on one batch: {statistics.median(ratios):.4f}")
             print("rounds: " + " ".join(f"{ratio:.3f}" for ratio in sorted(ratios)))
+            options.tell({"images/s from the loader, over those on one batch": statistics.median(ratios)})
 
 
-def turn(state: TrainState, batches: Iterator[Batch], steps: int) -> float:
-    """Return the seconds of some steps, begun and ended together on all ranks."""
-    dist.barrier()
-    started = time.perf_counter()
-    for _ in range(steps):
-        train_step(state, to_images(next(batches), state.dtype))
-    dist.barrier()
-    return time.perf_counter() - started
+def step(state: TrainState, batches: Iterator[Batch]) -> None:
+    """Train on the next batch."""
+    train_step(state, to_images(next(batches), state.dtype))
 
 
 if __name__ == "__main__":

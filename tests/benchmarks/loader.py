@@ -14,13 +14,12 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import json
 import os
-import statistics
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,15 +39,16 @@ from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.distributed.world import World
-from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.command_line import run
 from shards.conversion.convert import convert
 from shards.conversion.sources.lmdb_source import LmdbSource
+from tests.benchmarks.command import Benchmark, medians, options_of
 
 SIZE = 64
 JPEGS_PER_TAR = 2000
 
 
-class Benchmark(Options):
+class Loading(Benchmark):
     """Time the loader."""
 
     source: CliPositionalArg[Path]
@@ -61,13 +61,11 @@ class Benchmark(Options):
     """Rounds in which all variants take a turn."""
     seconds: float = Field(3.0, gt=0)
     """Length of a turn."""
-    json_: Path | None = Field(None, alias="json")
-    """File for the figures, by name."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
-    options = build(Benchmark, parse_flags(Benchmark, argv, "python -m tests.benchmarks.loader"))
+    options = options_of(Loading, argv)
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):  # where torchvision leaves a list of keys
         folder = Path(name)
         prepare(options, folder)
@@ -77,23 +75,23 @@ def main(argv: Sequence[str]) -> None:
         variants = {
             "ours": ours(options, folder / "shards", as_floats=False),
             "ours, as floats": ours(options, folder / "shards", as_floats=True),
-            "webdataset, our shards": webdataset_ppm(options, folder / "shards"),
-            "webdataset, JPEG": webdataset_jpeg(options, folder / "jpegs"),
+            "webdataset, our shards": webdataset_of(options, folder / "shards", "rgb8", "ppm", lambda image: image),
+            "webdataset, JPEG": webdataset_of(options, folder / "jpegs", "pil", "jpg", usual_transform()),
             "torchvision": torchvision_lsun(options, folder),
             **({"mosaicml": mosaicml(options, folder)} if find_spec("streaming") else {}),
             "memory, one batch": memory(options, images=options.batch),
             "memory, a gigabyte at random": memory(options, images=80_000),
         }
-        rates = take_turns(options, variants)
+        for batches in variants.values():
+            next(batches)  # what is done once: lists of keys, checks of shards
+        turns = {name: partial(rate, batches, options.seconds) for name, batches in variants.items()}
+        rates = medians(options.rounds, turns)
     figures |= {f"{name}, images/s": rate for name, rate in rates.items()}
     figures |= {f"ours to {name}": rates["ours"] / rate for name, rate in rates.items() if not name.startswith("ours")}
-    for label, value in figures.items():
-        print(f"{label:40} {value:14,.3f}")
-    if options.json_ is not None:
-        options.json_.write_text(json.dumps(figures, indent=1) + "\n")
+    options.tell(figures)
 
 
-def prepare(options: Benchmark, folder: Path) -> None:
+def prepare(options: Loading, folder: Path) -> None:
     """Make the data sets: shards of repeated photographs, tars of their JPEGs, and a name that torchvision takes."""
     source = options.source.resolve()
     (folder / "bedroom_train_lmdb").symlink_to(source)
@@ -111,21 +109,15 @@ def prepare(options: Benchmark, folder: Path) -> None:
         convert([LmdbSource(source) for _ in range(copies)], folder / "shards")
 
 
-def take_turns(options: Benchmark, variants: dict[str, Iterator[int]]) -> dict[str, float]:
-    """Return the median rate of each, in images per second."""
-    rates: dict[str, list[float]] = {name: [] for name in variants}
-    for batches in variants.values():
-        next(batches)  # what is done once: lists of keys, checks of shards
-    for _ in range(options.rounds):
-        for name, batches in variants.items():
-            started, images = time.perf_counter(), 0
-            while (elapsed := time.perf_counter() - started) < options.seconds:
-                images += next(batches)
-            rates[name].append(images / elapsed)
-    return {name: statistics.median(found) for name, found in rates.items()}
+def rate(batches: Iterator[int], seconds: float) -> float:
+    """Return the images a second of batches of these sizes, over some seconds."""
+    started, images = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < seconds:
+        images += next(batches)
+    return images / elapsed
 
 
-def loader_of(options: Benchmark, shards: Path, epochs: float) -> BatchLoader:
+def loader_of(options: Loading, shards: Path, epochs: float) -> BatchLoader:
     """Return the loader of a data set."""
     place = Folder(shards)
     config = Config(global_batch=options.batch, epochs=epochs)
@@ -133,7 +125,7 @@ def loader_of(options: Benchmark, shards: Path, epochs: float) -> BatchLoader:
     return BatchLoader(place, config, plan, World(0, 0, 1, torch.device("cpu")), 0)
 
 
-def ours(options: Benchmark, shards: Path, as_floats: bool) -> Iterator[int]:
+def ours(options: Loading, shards: Path, as_floats: bool) -> Iterator[int]:
     """Yield the sizes of batches of this loader, after an epoch in which every shard is checked."""
     with loader_of(options, shards, epochs=1e6) as batches:
         for batch in itertools.islice(batches, batches.plan.steps_per_epoch, None):
@@ -142,27 +134,22 @@ def ours(options: Benchmark, shards: Path, as_floats: bool) -> Iterator[int]:
             yield len(batch.samples)
 
 
-def webdataset_ppm(options: Benchmark, shards: Path) -> Iterator[int]:
-    """Yield the sizes of batches of webdataset's loader on this project's shards."""
-    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
-    data = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000).decode("rgb8")
-    return sizes(data.to_tuple("ppm").batched(options.batch).repeat())
-
-
-def webdataset_jpeg(options: Benchmark, tars: Path) -> Iterator[int]:
-    """Yield the sizes of batches of webdataset's loader on JPEGs, cropped and resized on the way."""
+def webdataset_of(
+    options: Loading, tars: Path, decode: str, member: str, transform: Callable[[Any], object]
+) -> Iterator[int]:
+    """Yield the sizes of batches of webdataset's loader, of members decoded and transformed on the way."""
     urls = [str(path) for path in sorted(tars.glob("*.tar"))]
-    data = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000).decode("pil")
-    return sizes(data.to_tuple("jpg").map_tuple(usual_transform()).batched(options.batch).repeat())
+    data = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000).decode(decode)
+    return sizes(data.to_tuple(member).map_tuple(transform).batched(options.batch).repeat())
 
 
-def torchvision_lsun(options: Benchmark, folder: Path) -> Iterator[int]:
+def torchvision_lsun(options: Loading, folder: Path) -> Iterator[int]:
     """Yield the sizes of batches of torchvision's LSUN data set in a DataLoader."""
     data = LSUN(str(folder), classes=["bedroom_train"], transform=usual_transform())
     return sizes(itertools.chain.from_iterable(itertools.repeat(DataLoader(data, options.batch, shuffle=True))))
 
 
-def mosaicml(options: Benchmark, folder: Path) -> Iterator[int]:
+def mosaicml(options: Loading, folder: Path) -> Iterator[int]:
     """Yield the sizes of batches of MosaicML's StreamingDataset, in a DataLoader."""
     from streaming import MDSWriter, StreamingDataset
 
@@ -181,10 +168,12 @@ def mosaicml(options: Benchmark, folder: Path) -> Iterator[int]:
 def usual_transform() -> Callable[[Any], torch.Tensor]:
     """Return what the usual examples do with an image."""
     normalise = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    return transforms.Compose([transforms.Resize(SIZE), transforms.CenterCrop(SIZE), transforms.ToTensor(), normalise])
+    steps = [transforms.Resize(SIZE), transforms.CenterCrop(SIZE), transforms.ToTensor(), normalise]
+    transform: Callable[[Any], torch.Tensor] = transforms.Compose(steps)
+    return transform
 
 
-def memory(options: Benchmark, images: int) -> Iterator[int]:
+def memory(options: Loading, images: int) -> Iterator[int]:
     """Yield the sizes of batches that are copied within memory, of `images` in all, into a reused buffer."""
     source = np.ones((images, 3 * SIZE * SIZE), np.uint8)
     target, random = source[: options.batch].copy(), np.random.default_rng(0)
@@ -202,7 +191,7 @@ def sizes(batches: Any) -> Iterator[int]:
         yield len(batch[0])
 
 
-def read_amplification(options: Benchmark, shards: Path) -> dict[str, float]:
+def read_amplification(options: Loading, shards: Path) -> dict[str, float]:
     """Return bytes read from the disk over bytes of the shards, in the two epochs after the page cache was dropped."""
     figures = {}
     drop(shards)

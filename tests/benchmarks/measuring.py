@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,6 +47,16 @@ def timed(function: Call, device: torch.device, calls: int = 1) -> float:
     for _ in range(calls):
         function()
     synchronize(device)
+    return time.perf_counter() - started
+
+
+def timed_together(function: Call, calls: int) -> float:
+    """Return the seconds of some calls, begun and ended together by all ranks."""
+    dist.barrier()
+    started = time.perf_counter()
+    for _ in range(calls):
+        function()
+    dist.barrier()
     return time.perf_counter() - started
 
 
@@ -99,13 +110,14 @@ class Products:
         """The shapes that are tried."""
         return list(self._products)
 
-    def measure(self) -> None:
-        """Try each shape again."""
+    def measure(self) -> float:
+        """Try each shape again, and return the best rate so far."""
         for shape, (function, operations) in self._products.items():
             calls = calls_within(function, self._device, _PRODUCT_SECONDS)
             rate = operations * calls / timed(function, self._device, calls)
             if rate > self.best:
                 self.best, self.shape = rate, shape
+        return self.best
 
     def _add_product(self, rows: int, inner: int, columns: int) -> None:
         a = torch.randn(rows, inner, device=self._device, dtype=self._dtype)

@@ -10,7 +10,6 @@ here. The seconds are those of this machine, and hold as orders of magnitude.
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import time
@@ -18,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from dist_dcgan.distributed.collectives import average_across_ranks
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training.stopping import StepAgreement
 from dist_dcgan.training.train_state import TrainState
-from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.command_line import run
 from shards.common.errors import UserError
 from shards.conversion.convert import Settings
 from shards.manifest import (
@@ -46,15 +45,14 @@ from shards.manifest import (
     write_manifest,
 )
 from tests.benchmarks.collectives import moments_and_gradients, one_of, recorded, recorded_step, reduce_at_once
+from tests.benchmarks.command import Benchmark, Result, clocked, options_of
 from tests.benchmarks.tables import Row, markdown, turned
-
-Result = TypeVar("Result")
 
 IMAGE_SIZE = 64
 TIMED_STEPS = 5
 
 
-class Benchmark(Options):
+class Scaling(Benchmark):
     """Plan and step as one rank of many."""
 
     ranks: tuple[int, ...] = (8, 64, 512)
@@ -69,13 +67,11 @@ class Benchmark(Options):
     """Images of the step that is taken, on the one rank."""
     samples: tuple[int, ...] = (3_033_042, 1_000_000_000)
     """Sizes of data sets whose start-up is timed; the plans are made for the first."""
-    json_: Path | None = Field(None, alias="json")
-    """File for the figures."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
-    options = build(Benchmark, parse_flags(Benchmark, argv, "python -m tests.benchmarks.scale"))
+    options = options_of(Scaling, argv)
     rows = [alone(as_one_rank, options, world_size) for world_size in options.ranks]
     print(markdown(turned(rows)))
     print(f"\nWith a global batch of {options.global_batch} whatever the ranks:")
@@ -88,8 +84,7 @@ def main(argv: Sequence[str]) -> None:
             alone(write_manifest_of, Path(folder), samples)
             start_ups.append(alone(start_up, Path(folder)))
     print(markdown(turned(start_ups)))
-    if options.json_ is not None:
-        options.json_.write_text(json.dumps({"ranks": rows, "start_up": start_ups}, indent=1) + "\n")
+    options.keep({"ranks": rows, "start_up": start_ups})
 
 
 def alone(function: Callable[..., Result], *arguments: Any) -> Result:
@@ -98,7 +93,7 @@ def alone(function: Callable[..., Result], *arguments: Any) -> Result:
         return pool.submit(function, *arguments).result()
 
 
-def as_one_rank(options: Benchmark, world_size: int) -> Row:
+def as_one_rank(options: Scaling, world_size: int) -> Row:
     """Return the figures of rank 0 of `world_size`."""
     manifest = manifest_of(options.samples[0])
     config = Config(width=options.width, batch_per_rank=options.batch_per_rank)
@@ -141,7 +136,7 @@ def beside_the_step() -> None:
     average_across_ranks([{"loss": torch.zeros(())}])
 
 
-def strong_plan(options: Benchmark, world_size: int) -> str:
+def strong_plan(options: Scaling, world_size: int) -> str:
     """Return what the plan says where the global batch stays, or why there is none."""
     try:
         plan = make_plan(Config(global_batch=options.global_batch), world_size, options.samples[0])
@@ -241,13 +236,6 @@ def start_up(directory: Path) -> Row:
         "batch far on in epoch 4, ms": 1e3 * later,
         "batch of the same window, ms": 1e3 * again,
     }
-
-
-def clocked(function: Callable[[], Result]) -> tuple[Result, float]:
-    """Return what a call returns, and its seconds."""
-    started = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - started
 
 
 def memory_mib(kind: str) -> float:

@@ -26,10 +26,8 @@ Left out: differences between ranks in speed, feeding, logging, checkpoints, and
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import Field
@@ -37,8 +35,9 @@ from pydantic import Field
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.training.stopping import steps_between_agreements
 from dist_dcgan.training.train_state import TrainState
-from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.command_line import run
 from tests.benchmarks.collectives import Collective, moments_and_gradients, one_of, recorded_step, reduce_at_once
+from tests.benchmarks.command import Benchmark, options_of
 from tests.benchmarks.tables import Row, markdown
 
 FLOP_PER_IMAGE = 9.0e9
@@ -51,7 +50,7 @@ STRONG = (1, 2, 4, 8, 16, 32, 64, 128)
 WEAK = (1, 8, 64, 512)
 
 
-class Model(Options):
+class Model(Benchmark):
     """Estimate steps on many GPUs."""
 
     achieved: float = Field(0.25, gt=0, le=1)
@@ -82,8 +81,6 @@ class Model(Options):
     """ASSUMED microseconds from rank to rank over TCP, for the flag that stops a run."""
     batch_per_rank: int = Field(128, ge=1)
     """Images per step and GPU in weak scaling."""
-    json_: Path | None = Field(None, alias="json")
-    """File for the figures."""
 
 
 class Estimate(NamedTuple):
@@ -110,7 +107,7 @@ class Estimate(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     """Print both tables."""
-    model = build(Model, parse_flags(Model, argv, "python -m tests.benchmarks.scaling_model"))
+    model = options_of(Model, argv)
     collectives = collectives_of_a_step()
     tables = {
         "Strong scaling, 128 images a step": table(model, collectives, {size: 128 // size for size in STRONG}),
@@ -121,8 +118,7 @@ def main(argv: Sequence[str]) -> None:
     assumed = f"{model.achieved:g} of the peak, at least {model.launch_floor_ms:g} ms of launches"
     for title, rows in tables.items():
         print(f"{title}: a model, nothing of it measured (H100; assumed {assumed})\n\n{markdown(rows)}\n")
-    if model.json_ is not None:
-        model.json_.write_text(json.dumps({"model": model.model_dump(exclude={"json_"})} | tables, indent=1) + "\n")
+    model.keep({"model": model.model_dump(exclude={"json_"})} | tables)
 
 
 def collectives_of_a_step(width: int = Config().width) -> list[Collective]:

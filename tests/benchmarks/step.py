@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -36,10 +35,11 @@ from dist_dcgan.training.ema import update_ema
 from dist_dcgan.training.graph import TakeStep, prepare_step, training_stream
 from dist_dcgan.training.steps import Metrics, train_step
 from dist_dcgan.training.train_state import TrainState
-from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.command_line import run
 from shards.conversion.convert import convert
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.demo.dataset import write_demo
+from tests.benchmarks.command import Benchmark, medians, options_of
 from tests.benchmarks.measuring import (
     WARM_UP,
     Call,
@@ -57,7 +57,7 @@ CHECKPOINT_EVERY = 1000
 LOOP_STEPS = 12
 
 
-class Benchmark(Options):
+class Stepping(Benchmark):
     """Time the training step."""
 
     width: int = Field(128, ge=1)
@@ -72,13 +72,11 @@ class Benchmark(Options):
     """Seconds of training in which a checkpoint is written beside it."""
     square: int | None = Field(None, ge=1)
     """Size of the square products; by default those that suit the device."""
-    json_: Path | None = Field(None, alias="json")
-    """File for the figures, by name."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the rounds and print the medians."""
-    options = build(Benchmark, parse_flags(Benchmark, argv, "python -m tests.benchmarks.step"))
+    options = options_of(Stepping, argv)
     config = Config(width=options.width, global_batch=options.batch, wandb=WandbOptions(mode="disabled"))
     with process_group(600) as world:
         plan = make_plan(config, 1, 10 * options.batch)
@@ -90,15 +88,10 @@ def main(argv: Sequence[str]) -> None:
             "between_steps": seconds_between_steps(config, world),
         }
         figures = summarise(options, median, overhead, products) | {"device": device_name(world)}
-    for name, value in figures.items():
-        print(f"{name:28} {value if isinstance(value, str) else f'{value:.4g}'}")
-    if options.json_ is not None:
-        options.json_.write_text(json.dumps(figures, indent=1) + "\n")
+    options.tell(figures)
 
 
-def median_seconds(
-    options: Benchmark, config: Config, plan: Plan, world: World, products: Products
-) -> dict[str, float]:
+def median_seconds(options: Stepping, config: Config, plan: Plan, world: World, products: Products) -> dict[str, float]:
     """Return the median seconds of a step of each variant, which take turns; the products are tried in each round."""
     real = images(options.batch, world.device)
     variants: dict[str, Call] = {
@@ -112,16 +105,17 @@ def median_seconds(
     for function in variants.values():
         timed(function, world.device, WARM_UP)
     steps = {name: calls_within(function, world.device, options.turn_seconds) for name, function in variants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(options.rounds):
-        products.measure()
-        for name, function in variants.items():
-            seconds[name].append(timed(function, world.device, steps[name]) / steps[name])
-    return {name: statistics.median(values) for name, values in seconds.items()}
+
+    def seconds(name: str) -> float:
+        return timed(variants[name], world.device, steps[name]) / steps[name]
+
+    turns: dict[str, Callable[[], float]] = {name: partial(seconds, name) for name in variants}
+    found = medians(options.rounds, {"products": products.measure} | turns)
+    return {name: found[name] for name in variants}
 
 
 def summarise(
-    options: Benchmark, median: dict[str, float], overhead: dict[str, float], products: Products
+    options: Stepping, median: dict[str, float], overhead: dict[str, float], products: Products
 ) -> dict[str, float | str]:
     """Return the figures, ratios first."""
     flops = step_flops(options.width, options.batch)
