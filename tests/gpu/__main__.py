@@ -26,10 +26,11 @@ from pydantic import Field
 from shards.common.command_line import Options, build, parse_flags, run
 from shards.common.errors import UserError
 from tests.gpu import check, speed, train
-from tests.gpu.commands import ROOT, command
+from tests.gpu.commands import ROOT
 from tests.gpu.groups import Budget, outcome_of, run_items
 from tests.gpu.items import PART_SECONDS, Context, Figures, Item, Machine, Outcome, selected
 from tests.gpu.results import Results
+from tests.support.commands import module as command
 
 ITEMS = [*check.ITEMS, *speed.ITEMS, *train.ITEMS]
 REHEARSAL = "cpu-rehearsal"

@@ -22,7 +22,7 @@ from tests.gpu import commands
 from tests.gpu.graph import check_equality
 from tests.gpu.items import Context, Figures, Item, Skipped, kinds_on, need_norm, norm_kinds
 from tests.gpu.ranks import check_nccl_ranks, check_two_ranks, options_of
-from tests.gpu.training import arrays, largest_difference, make_state, networks, networks_after, own_images
+from tests.gpu.training import arrays, largest_difference, make_state, networks, networks_after, own_images, train
 from tests.gpu.waiting import sync_mode, synchronisations
 
 STEPS = 5
@@ -84,8 +84,7 @@ def check_skipped_step(context: Context, kind: str) -> Figures:
     need_norm(kind, context.device)
     state = make_state(context.world, _small(context, kind))
     real = own_images(state)
-    for _ in range(WARM_UP_STEPS):
-        train_step(state, real)
+    train(state, real, WARM_UP_STEPS)
     before = networks(state)
     hooks = [next(net.parameters()).register_hook(_not_a_number) for net in (state.generator, state.discriminator)]
     with synchronisations(context.device) as waits:
@@ -108,8 +107,7 @@ def check_save_and_load(context: Context) -> Figures:
     options = options_of("portable")
     state, fresh = make_state(context.world, options), make_state(context.world, options)
     real = own_images(state)
-    for _ in range(STEPS):
-        train_step(state, real)
+    train(state, real, STEPS)
     train_step(fresh, -real)  # other moments than those that are loaded
     folder = context.folder / "saved"
     save_checkpoint(folder, state.tensors(), state.values(), Retention(1))
@@ -119,9 +117,8 @@ def check_save_and_load(context: Context) -> Figures:
     fresh.load_values(found.values)
     loaded = largest_difference(arrays(fresh.tensors()), arrays(state.tensors()))
     assert loaded == 0, f"what is loaded differs by {loaded:.3g}"
-    for _ in range(STEPS):
-        train_step(state, real)
-        train_step(fresh, real)
+    for each in (state, fresh):
+        train(each, real, STEPS)
     fresh.assert_equal_strides()
     difference = largest_difference(networks(fresh), networks(state))
     assert difference <= 1e-9, f"going on after loading differs by {difference:.3g}"

@@ -15,6 +15,7 @@ from dist_dcgan.config import DistributedOptions
 from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.models.batchnorm import make_norm
 from shards.common.errors import UserError
+from tests.benchmarks.tables import cell
 
 PART_SECONDS = {"check": 120.0, "speed": 100.0, "train": 150.0}
 """Parts in order of value, and the seconds that each has."""
@@ -137,7 +138,7 @@ def need_norm(kind: str, device: torch.device) -> None:
 def in_words(figures: Figures) -> str:
     """Return the numbers and short texts of an item as one line."""
     shown = {name: value for name, value in figures.items() if isinstance(value, int | float | str)}
-    return ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in shown.items())
+    return ", ".join(f"{name.replace('_', ' ')} {cell(value)}" for name, value in shown.items())
 
 
 def selected(items: Sequence[Item], parts: Iterable[str], names: str | None) -> list[Item]:
@@ -150,9 +151,3 @@ def selected(items: Sequence[Item], parts: Iterable[str], names: str | None) -> 
         known = ", ".join(item.name for item in items if item.part in parts)
         raise UserError(f"--only {names} names no item of {', '.join(parts)}: use parts of {known}")
     return found
-
-
-def _number(value: float | str) -> str:
-    if isinstance(value, str | bool):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 from dist_dcgan.training.steps import Metrics
+from dist_dcgan.training.train_state import TrainState
 from shards.common.errors import UserError
 from tests.benchmarks.measuring import Products, images
 from tests.benchmarks.plain import PlainLoop
@@ -166,7 +168,7 @@ def test_a_graph_that_repeats_the_step_it_captured_is_found_out(tmp_path: Path) 
     context = Context(MACHINE, True, tmp_path)
     prepare = graph.prepare
 
-    def repeats(state: graph.TrainState, *, recorded: bool) -> Callable[[torch.Tensor], Metrics]:
+    def repeats(state: TrainState, *, recorded: bool) -> Callable[[torch.Tensor], Metrics]:
         take_step = prepare(state, recorded=recorded)
 
         def replay(real: torch.Tensor) -> Metrics:
@@ -207,7 +209,7 @@ def test_the_floor_is_the_best_of_all_products_and_rounds() -> None:
 
 def test_seconds_of_training_are_those_of_the_rows() -> None:
     kid = "quality/kid_efficientnet_lite0"
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"step": 10, "images_seen": 80, "time/step": 0.5},
         {"step": 10, "alert": "mode collapse"},
         {"step": 30, "images_seen": 240, "time/step": 0.1, kid: 0.4, f"{kid}_std": 0.01},

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.distributed.world import World
-from dist_dcgan.training.steps import train_step
+from dist_dcgan.training.steps import Metrics, train_step
 from dist_dcgan.training.train_state import TrainState
 
 Arrays = dict[str, np.ndarray]
@@ -36,12 +36,17 @@ def own_images(state: TrainState) -> Tensor:
     return images[state.slots.start : state.slots.stop]
 
 
+def train(state: TrainState, real: Tensor, steps: int) -> Metrics:
+    """Take some steps on the same images, and return the metrics of the last."""
+    for _ in range(steps - 1):
+        train_step(state, real)
+    return train_step(state, real)
+
+
 def networks_after(world: World, options: Mapping[str, Any], steps: int) -> Arrays:
     """Return the networks after some steps on the constant images."""
     state = make_state(world, options)
-    real = own_images(state)
-    for _ in range(steps):
-        metrics = train_step(state, real)
+    metrics = train(state, own_images(state), steps)
     state.assert_equal_strides()
     scaling = "grad_norm" if state.precision == "fp16" else None  # the first scale may be too large
     checked = {name: value for name, value in metrics.items() if not (scaling and name.startswith(scaling))}
@@ -61,11 +66,6 @@ def networks(state: TrainState) -> Arrays:
 def arrays(tensors: Mapping[str, Tensor]) -> Arrays:
     """Return a copy of tensors on the host, which other processes can be sent."""
     return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
-
-
-def snapshot(state: TrainState) -> dict[str, Tensor]:
-    """Return a copy of all tensors of a state, on its device and in their memory formats."""
-    return {name: tensor.detach().clone() for name, tensor in state.tensors().items()}
 
 
 def largest_difference(a: Arrays, b: Arrays) -> float:
