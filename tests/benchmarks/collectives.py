@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from tests.benchmarks.measuring import images
+from tests.benchmarks.measuring import constant_batch
 from tests.support.operations import NORM_BACKWARD, NORM_FORWARD, Parts
 
 GRADIENTS = "gradients"
@@ -75,8 +75,7 @@ def recorded(function: Callable[[], object]) -> list[Collective]:
 
 def recorded_step(state: TrainState) -> list[Collective]:
     """Return the collectives of one training step, after those in which DDP settles."""
-    real = images(state.plan.batch_per_rank, state.world.device).to(state.dtype)
-    real = real.contiguous(memory_format=torch.channels_last)
+    real = constant_batch(state)
     for _ in range(STEPS_TO_SETTLE):
         train_step(state, real)
     parts = Parts(GRADIENTS)

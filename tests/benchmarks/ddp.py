@@ -38,7 +38,7 @@ from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from shards.common.command_line import run
 from tests.benchmarks.command import Benchmark, options_of
-from tests.benchmarks.measuring import images, timed_together
+from tests.benchmarks.measuring import constant_batch, timed_together
 from tests.benchmarks.tables import Row, markdown
 
 WARM_UP = 3
@@ -174,7 +174,7 @@ def work(pipe: Connection[Turn, int], variant: Variant, rank: int, port: int, wi
     with process_group(600, "cpu") as world:
         config = Config(width=width, global_batch=batch // variant.processes * world.world_size)
         state = TrainState(config, make_plan(config, world.world_size, 10 * batch), world, 64)
-        real = images(state.plan.batch_per_rank, world.device).contiguous(memory_format=torch.channels_last)
+        real = constant_batch(state)
         while steps := pipe.recv():
             pipe.send(turn(state, real, steps))
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_dcgan.models.networks import Discriminator, Generator
+from dist_dcgan.training.train_state import TrainState
 
 Call = Callable[[], object]
 
@@ -155,6 +156,16 @@ def step_flops(width: int, batch: int) -> float:
 def images(batch: int, device: torch.device) -> Tensor:
     """Return images of noise in [-1, 1]."""
     return torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)
+
+
+def constant_images(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the same on every device as the loader gives them: in the type of training, channels_last."""
+    return images(count, device).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def constant_batch(state: TrainState) -> Tensor:
+    """Return as many images as a rank takes in a step."""
+    return constant_images(state.plan.batch_per_rank, state.world.device, state.dtype)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -46,6 +46,7 @@ from tests.benchmarks.measuring import (
     Products,
     calls_within,
     compute_dtype,
+    constant_batch,
     images,
     step_flops,
     synchronize,
@@ -140,12 +141,6 @@ def device_name(world: World) -> str:
     """Return the GPU's name, or how many threads the CPU's figures are for."""
     gpu = world.device.type == "cuda"
     return torch.cuda.get_device_name(world.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
-
-
-def constant_batch(state: TrainState) -> Tensor:
-    """Return images of this rank as the loader gives them: on the device, channels_last."""
-    real = images(state.plan.batch_per_rank, state.world.device).to(state.dtype)
-    return real.contiguous(memory_format=torch.channels_last)
 
 
 def our_step(config: Config, plan: Plan, world: World) -> tuple[Call, TrainState]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 from functools import partial
 from typing import Any
 
@@ -20,7 +18,7 @@ from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.gpu import commands
 from tests.gpu.graph import check_equality
-from tests.gpu.items import Context, Figures, Item, Skipped, kinds_on, need_norm, norm_kinds
+from tests.gpu.items import Context, Figures, Item, kinds_on, need_compiler, need_norm, norm_kinds
 from tests.gpu.ranks import check_nccl_ranks, check_two_ranks, options_of
 from tests.gpu.training import arrays, largest_difference, make_state, networks, networks_after, own_images, train
 from tests.gpu.waiting import sync_mode, synchronisations
@@ -158,10 +156,7 @@ def check_synchronisations(context: Context, kind: str) -> Figures:
 
 def check_compile(context: Context) -> Figures:
     """Compare compiled networks with plain ones in float64."""
-    if context.device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise Skipped("Triton is not installed")
-    if not any(map(shutil.which, ("g++", "gcc", "clang"))):
-        raise Skipped("there is no C++ compiler")
+    need_compiler(context.device)
     plain, compiled = (
         networks_after(context.world, options_of("portable") | {"compile": flag}, 2) for flag in (False, True)
     )

@@ -15,8 +15,9 @@ from dist_dcgan.training import graph
 from dist_dcgan.training.graph import TakeStep, training_stream
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
+from tests.benchmarks.measuring import constant_images
 from tests.gpu.items import Context, Figures, need_norm
-from tests.gpu.training import constant_images, largest_difference, make_state, networks
+from tests.gpu.training import largest_difference, make_state, networks
 from tests.support.meta_device import Undistributed
 
 STEPS = 10

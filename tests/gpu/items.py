@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -133,6 +135,14 @@ def need_norm(kind: str, device: torch.device) -> None:
     """Raise Skipped if batch norm of this kind does not run on the device."""
     if not runs_on(kind, device):
         raise Skipped("needs CUDA")
+
+
+def need_compiler(device: torch.device) -> None:
+    """Raise Skipped if what compiles networks for the device is missing."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise Skipped("Triton is not installed")
+    if not any(map(shutil.which, ("g++", "gcc", "clang"))):
+        raise Skipped("there is no C++ compiler")
 
 
 def in_words(figures: Figures) -> str:

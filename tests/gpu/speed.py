@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 import time
 from collections import Counter
@@ -24,13 +23,13 @@ from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training.graph import WARM_UP_STEPS, training_stream
 from dist_dcgan.training.quality import QualityMeter
 from dist_dcgan.training.train_state import TrainState
-from tests.benchmarks.measuring import Call, Products, compute_dtype, images, pace, step_flops, timed
+from tests.benchmarks.measuring import Call, Products, compute_dtype, constant_batch, images, pace, step_flops, timed
 from tests.benchmarks.plain import PlainLoop
-from tests.benchmarks.step import checkpoint_stall, constant_batch, our_step
+from tests.benchmarks.step import checkpoint_stall, our_step
 from tests.gpu.across import LAYERS, across_ranks
 from tests.gpu.commands import need_scores
 from tests.gpu.graph import prepare, without_ddp
-from tests.gpu.items import Context, Figures, Item, Skipped, need_norm, norm_kinds
+from tests.gpu.items import Context, Figures, Item, Skipped, need_compiler, need_norm, norm_kinds
 from tests.gpu.training import make_state
 from tests.gpu.waiting import synchronisations
 
@@ -71,21 +70,18 @@ def measure_ours(
     recorded: bool = True,
     ddp: bool = True,
     tune: bool = False,
-    compiled: bool = False,
-    precision: str = "auto",
+    **options: Any,
 ) -> Figures:
     """Time this project's step, by replay of a graph or one kernel at a time, with a batch norm and other changes."""
     if kind != "auto":
         need_norm(kind, context.device)
-    if compiled and context.device.type == "cpu":  # at this size it takes longer than all else
-        raise Skipped("needs CUDA")
-    if compiled and importlib.util.find_spec("triton") is None:
-        raise Skipped("Triton is not installed")
+    if "compile" in options:
+        if context.device.type == "cpu":  # at this size it takes longer than all else
+            raise Skipped("needs CUDA")
+        need_compiler(context.device)
     shape = context.sized(shape, TOY)
     with cudnn(benchmark=tune), training_stream(context.device):
-        state = state_of(context, shape, kind, compile=compiled, precision=precision)
-        state = state if ddp else without_ddp(state)
-        step = partial(prepare(state, recorded=recorded), constant_batch(state))
+        step = step_of(context, shape, kind, recorded=recorded, ddp=ddp, **options)
         return figures_of(context, step, shape)
 
 
@@ -93,8 +89,7 @@ def measure_across(context: Context, shape: Shape, kind: str, *, recorded: bool)
     """Time the step with batch norms that exchange statistics as those of several ranks do, and count the waits."""
     need_norm(kind, context.device)
     with across_ranks(kind), training_stream(context.device):
-        state = state_of(context, shape, "auto")
-        step = partial(prepare(state, recorded=recorded), constant_batch(state))
+        step = step_of(context, shape, "auto", recorded=recorded)
         figures = figures_of(context, step, shape)
         with synchronisations(context.device) as waits:
             for _ in range(PROFILED_STEPS):
@@ -126,31 +121,26 @@ def profile_step(context: Context, kind: str) -> Figures:
     """Count the kernels of a step by what they do, and name those that take longest; on a CPU, its operations."""
     need_norm(kind, context.device)
     with training_stream(context.device):
-        state = state_of(context, context.sized(PAPER, TOY), kind)
-        step = partial(prepare(state, recorded=False), constant_batch(state))
+        step = step_of(context, context.sized(PAPER, TOY), kind, recorded=False)
         timed(step, context.device, context.sized(3, 1))
         on_gpu = context.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
             timed(step, context.device, PROFILED_STEPS)
-    seconds: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    found = [event for event in profiler.events() or [] if event.device_type.name == context.device.type.upper()]
-    for event in found:
-        took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        seconds[event.name] += took / 1e6
-        calls[event.name] += 1
-    assert found, "the profiler has seen nothing"
+    ms: Counter[str] = Counter()
     by_use: dict[str, list[float]] = {}
-    for name in seconds:
-        use = by_use.setdefault(use_of(name), [0.0, 0.0])
-        use[0] += 1e3 * seconds[name] / PROFILED_STEPS
-        use[1] += calls[name] / PROFILED_STEPS
-    total = sum(seconds.values())
+    for event in profiler.events() or []:
+        if event.device_type.name == context.device.type.upper():
+            took = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / PROFILED_STEPS
+            ms[event.name] += took
+            use = by_use.setdefault(use_of(event.name), [0.0, 0.0])
+            use[0] += took
+            use[1] += 1 / PROFILED_STEPS
+    assert ms, "the profiler has seen nothing"
     return {
-        "kernels_per_step": len(found) / PROFILED_STEPS,
-        "device_ms_per_step": 1e3 * total / PROFILED_STEPS,
+        "kernels_per_step": sum(kernels for _, kernels in by_use.values()),
+        "device_ms_per_step": ms.total(),
         "ms_and_kernels_by_use": by_use,
-        "longest": {name[:120]: spent / total for name, spent in seconds.most_common(LONGEST)},
+        "longest": {name[:120]: spent / ms.total() for name, spent in ms.most_common(LONGEST)},
     }
 
 
@@ -235,10 +225,12 @@ def figures_of(context: Context, step: Call, shape: Shape) -> Figures:
     return figures | ({} if measured.peak_bytes is None else {"peak_gib": measured.peak_bytes / 2**30})
 
 
-def state_of(context: Context, shape: Shape, kind: str, **more: Any) -> TrainState:
-    """Return a training of some shape."""
-    options = {"width": shape.width, "global_batch": shape.batch, "distributed": {"batchnorm": kind}}
-    return make_state(context.world, options | more)
+def step_of(context: Context, shape: Shape, kind: str, *, recorded: bool, ddp: bool = True, **options: Any) -> Call:
+    """Return this project's step on constant images; call in `training_stream`."""
+    usual = {"width": shape.width, "global_batch": shape.batch, "distributed": {"batchnorm": kind}}
+    state = make_state(context.world, usual | options)
+    state = state if ddp else without_ddp(state)
+    return partial(prepare(state, recorded=recorded), constant_batch(state))
 
 
 def seconds_of(context: Context) -> float:
@@ -279,7 +271,7 @@ def _items() -> list[Item]:
         Item("speed/checkpoint", measure_checkpoint, 20, "speed"),
         Item("speed/scores", measure_scores, 40, "speed"),
         *(item for shape in others for item in _items_of(shape)),
-        Item(f"speed/{first}/auto+graph+compile", partial(measure_ours, shape=first, compiled=True), 60, "speed"),
+        Item(f"speed/{first}/auto+graph+compile", partial(measure_ours, shape=first, compile=True), 60, "speed"),
     ]
 
 

@@ -22,8 +22,9 @@ from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.models.batchnorm import CrossRankBatchNorm, DirectBatchNorm
 from dist_dcgan.random_streams import bits, normal, stream_seed
+from tests.benchmarks.measuring import constant_images
 from tests.gpu.commands import ROOT
-from tests.gpu.training import Arrays, constant_images, largest_difference, networks_after
+from tests.gpu.training import Arrays, largest_difference, networks_after
 from tests.gpu.waiting import sync_mode
 from tests.support.primitives import primitives_stood_in
 from tests.support.ranks import run_ranks

@@ -55,21 +55,15 @@ def draw_distances(context: Context) -> Figures:
     curves = {name: distances(commands.rows(context.folder / name)) for name in ("paper", "narrow")}
     if not any(curves.values()):
         raise Skipped("there is no score to plot")
-    import matplotlib
+    from tests.benchmarks.figures import figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for panel, column, label in zip(panels, (0, 1), ("images seen", "seconds of training"), strict=True):
-        for name, points in curves.items():
-            panel.plot([point[column] for point in points], [point[2] for point in points], ".-", label=name)
-        panel.set_xlabel(label)
-        panel.grid(alpha=0.3)
-        panel.legend()
-    panels[0].set_ylabel("KID (EfficientNet-Lite0)")
-    figure.suptitle(context.machine.name)
-    figure.savefig(context.folder / "kid.png", dpi=110)
+    with figure(context.folder / "kid.png", 1, 2, figsize=(10, 4), sharey=True) as panels:
+        for panel, column, label in zip(panels, (0, 1), ("images seen", "seconds of training"), strict=True):
+            for name, points in curves.items():
+                panel.plot([point[column] for point in points], [point[2] for point in points], ".-", label=name)
+            panel.set(xlabel=label, title=context.machine.name)
+            panel.legend()
+        panels[0].set_ylabel("KID (EfficientNet-Lite0)")
     return {f"{name}_scores": len(points) for name, points in curves.items()}
 
 

@@ -13,6 +13,7 @@ from dist_dcgan.config import Config, make_plan
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training.steps import Metrics, train_step
 from dist_dcgan.training.train_state import TrainState
+from tests.benchmarks.measuring import constant_images
 
 Arrays = dict[str, np.ndarray]
 """Tensors by name, on the host."""
@@ -22,12 +23,6 @@ def make_state(world: World, options: Mapping[str, Any], samples: int = 100_000)
     """Return the state of a training of 64x64 images; the same options give the same weights everywhere."""
     config = Config(**options)
     return TrainState(config, make_plan(config, world.world_size, samples), world, 64)
-
-
-def constant_images(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return images of noise in [-1, 1], channels_last, the same on every device."""
-    images = torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return images.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
 
 def own_images(state: TrainState) -> Tensor:

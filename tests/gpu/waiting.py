@@ -6,12 +6,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero")
+from tests.support.operations import OperationRecorder, Parts
+
+_READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
 """Operations whose result the host waits for, on whatever device."""
 
 
@@ -20,8 +20,9 @@ def synchronisations(device: torch.device) -> Iterator[Counter[str]]:
     """Count where the host waits for the device; on a CPU, operations that would make it wait on a GPU."""
     found: Counter[str] = Counter()
     if device.type == "cpu":
-        with _Reads(found):
+        with OperationRecorder(Parts("")) as recorder:
             yield found
+        found.update(each.name for each in recorder.operations if each.name.split(".")[1] in _READS)
         return
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -42,16 +43,3 @@ def sync_mode(device: torch.device, mode: str) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-class _Reads(TorchDispatchMode):
-    """Counts operations that read a value back."""
-
-    def __init__(self, found: Counter[str]) -> None:
-        super().__init__()
-        self._found = found
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name().partition(".")[0] in _READS:
-            self._found[func.name()] += 1
-        return func(*args, **(kwargs or {}))

@@ -36,6 +36,7 @@ class Recipe:
 PLAIN = Recipe(loss="sigmoid_bce")
 LOGITS = Recipe()
 
+SIGMAS = (0.1, 0.3, 0.5)
 RECIPES: dict[str, Recipe] = {
     "plain": PLAIN,
     "plain, width 64": replace(PLAIN, width=64),
@@ -49,12 +50,8 @@ RECIPES: dict[str, Recipe] = {
     "L2 1e-5": replace(LOGITS, l2=1e-5),
     "alternating": replace(LOGITS, alternate=True),
     "R1 1": replace(LOGITS, r1=1.0),
-    "noise 0.1": replace(LOGITS, sigma=0.1),
-    "noise 0.3": replace(LOGITS, sigma=0.3),
-    "noise 0.5": replace(LOGITS, sigma=0.5),
-    "noise 0.1 to 0": replace(LOGITS, sigma=0.1, sigma_zero_at=200),
-    "noise 0.3 to 0": replace(LOGITS, sigma=0.3, sigma_zero_at=200),
-    "noise 0.5 to 0": replace(LOGITS, sigma=0.5, sigma_zero_at=200),
+    **{f"noise {sigma}": replace(LOGITS, sigma=sigma) for sigma in SIGMAS},
+    **{f"noise {sigma} to 0": replace(LOGITS, sigma=sigma, sigma_zero_at=200) for sigma in SIGMAS},
     "D's rate by fan-in": replace(LOGITS, lr_by_fan_in="d"),
     "noise 0.1, D's rate by fan-in": replace(LOGITS, sigma=0.1, lr_by_fan_in="d"),
     "noise 0.1, rate by fan-in": replace(LOGITS, sigma=0.1, lr_by_fan_in="gd"),

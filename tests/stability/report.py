@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
-from matplotlib.axes import Axes
 
 from tests.benchmarks import tables
+from tests.benchmarks.figures import figure
 from tests.stability import long
 from tests.stability.evidence import TURNS
 from tests.stability.jump import BATCH, WIDTHS
@@ -29,7 +27,6 @@ LAST = 50
 
 def main() -> None:
     """Write everything that there are results for."""
-    pyplot.switch_backend("Agg")
     PLOTS.mkdir(exist_ok=True)
     for phase in PHASES:
         results = read(phase)
@@ -51,17 +48,6 @@ def with_tables(text: str) -> str:
     for name, content in contents.items():
         text = tables.put(text, f"<!-- {name} -->\n", f"<!-- end of {name} -->", content)
     return text
-
-
-@contextmanager
-def figure(path: Path, lines: int = 1, columns: int = 1, dpi: int = 90, **options: Any) -> Iterator[list[Axes]]:
-    """Yield the panels of a figure, which is then written to `path`."""
-    drawing, panels = pyplot.subplots(lines, columns, squeeze=False, layout="constrained", **options)
-    for panel in panels.flat:
-        panel.grid(alpha=0.3)
-    yield list(panels.flat)
-    drawing.savefig(path, dpi=dpi)
-    pyplot.close(drawing)
 
 
 def trial_table(results: Sequence[Result]) -> str:
