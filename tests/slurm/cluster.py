@@ -8,7 +8,6 @@ root, slurm-wlm and munge.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,26 +15,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from string import Template
 from typing import Any
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare")
+PROBE = ("unshare", "--mount", "--uts", "true")
+"""Namespaces that are needed, made and left."""
+CONFIGURATION = Template((Path(__file__).parent / "slurm.conf").read_text())
 SECONDS = 60
 REQUEUE_SECONDS = 5
 """How long a job that queues itself again is held back; the least that SLURM allows."""
 
 # Node names stand in the file because `scontrol show hostnames` and torchrun resolve them.
 _ENTER = 'mount --bind "$1" /etc/hosts && hostname "$2" && exec slurmd -N "$2" -f "$3"'
-
-
-def missing() -> str | None:
-    """Return why there can be no cluster here, None where there can."""
-    if os.geteuid() != 0:
-        return "a SLURM cluster needs root"
-    absent = [program for program in PROGRAMS if shutil.which(program) is None]
-    if absent:
-        return f"not installed: {', '.join(absent)}"
-    allowed = subprocess.run(["unshare", "--mount", "--uts", "true"], capture_output=True, text=True)
-    return f"no namespaces here: {allowed.stderr.strip()}" if allowed.returncode else None
 
 
 class Cluster:
@@ -196,46 +188,8 @@ class Cluster:
             f"NodeName={name} Name=gpu File={device}\n" for name in self.nodes for device in ("/dev/null", "/dev/zero")
         ]
         (folder / "gres.conf").write_text("".join(gpus))
-        return f"""\
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-CredType=cred/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire={REQUEUE_SECONDS}
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-MpiDefault=none
-SwitchType=switch/none
-MailProg=/bin/true
-CommunicationParameters=NoCtldInAddrAny
-ReturnToService=2
-PropagateResourceLimits=NONE
-SlurmdParameters=config_overrides
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
-KillWait=10
-SlurmctldTimeout=30
-SlurmdTimeout=10
-MessageTimeout=10
-BatchStartTimeout=10
-TCPTimeout=2
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool/%n
-SlurmctldPidFile={folder}/run/slurmctld.pid
-SlurmdPidFile={folder}/run/slurmd-%n.pid
-SlurmctldLogFile={folder}/log/slurmctld
-SlurmdLogFile={folder}/log/slurmd-%n
-GresTypes=gpu
-{chr(10).join(nodes)}
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-"""
+        values = {"host": host, "port": ports[0], "folder": folder, "requeue_seconds": REQUEUE_SECONDS}
+        return CONFIGURATION.substitute(values, nodes="\n".join(nodes))
 
 
 def _free_ports(count: int) -> Sequence[int]:

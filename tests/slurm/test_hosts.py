@@ -21,7 +21,8 @@ from tests.faults.harness import (
 )
 from tests.faults.rank import Fault
 from tests.faults.scenario import Bench
-from tests.slurm.hosts import Hosts, missing
+from tests.slurm.hosts import PROBE, PROGRAMS, Hosts
+from tests.slurm.needs import require
 
 pytestmark = pytest.mark.system
 TIMEOUT = 10
@@ -31,9 +32,7 @@ SECONDS = 180
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    reason = missing()
-    if reason is not None:
-        pytest.skip(reason)
+    require(PROGRAMS, PROBE)
     with Hosts(tmp_path_factory.mktemp("hosts")) as hosts:
         yield hosts
 

@@ -21,7 +21,8 @@ from tests.faults.harness import (
 )
 from tests.faults.rank import Fault
 from tests.faults.scenario import Bench
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import PROBE, PROGRAMS, Cluster
+from tests.slurm.needs import require
 from tests.support.commands import environment
 from tests.support.shards_fixtures import contents
 
@@ -34,9 +35,7 @@ HOLD_SECONDS = 300
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    reason = missing()
-    if reason is not None:
-        pytest.skip(reason)
+    require(PROGRAMS, PROBE)
     with TemporaryDirectory(prefix="slurm") as folder, Cluster(Path(folder)) as cluster:
         yield cluster
 
