@@ -55,15 +55,12 @@ class Injector:
         self._rank, self._log = int(os.environ.get("RANK", "0")), Path(os.environ["FAULT_LOG"])
         faults = [Fault(**fault) for fault in json.loads(os.environ["FAULTS"])]
         self._faults = {index: fault for index, fault in enumerate(faults) if fault.rank == self._rank}
-        self._samples = (self._log / f"samples-{self._rank}.jsonl").open("a", buffering=1)
         self.step = 0
 
     def used(self, step: int, samples: list[int]) -> None:
         """Note the samples of a step, counted from 1, which begins."""
         self.step = step
-        self._samples.write(
-            json.dumps({"step": step, "time": time.time(), "pid": os.getpid(), "samples": samples}) + "\n"
-        )
+        self._note("samples", {"step": step, "time": time.time(), "pid": os.getpid(), "samples": samples})
 
     def holds(self, step: int, tensors: Mapping[str, Any]) -> None:
         """Note the digest of everything that this rank has after a step, and all should have."""
@@ -71,8 +68,11 @@ class Injector:
             name: tensor for name, tensor in tensors.items() if not re.match(r"generator_ema.*(running|tracked)", name)
         }
         digest = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in shared.values()))
-        with (self._log / f"holds-{self._rank}.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "sha256": digest.hexdigest()}) + "\n")
+        self._note("holds", {"step": step, "sha256": digest.hexdigest()})
+
+    def _note(self, name: str, row: Mapping[str, object]) -> None:
+        with (self._log / f"{name}-{self._rank}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def reach(self, place: str, step: int | None = None) -> None:
         """Have happen the next of what is to happen here."""

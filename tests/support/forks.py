@@ -12,6 +12,7 @@ import runpy
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -42,7 +43,7 @@ def context() -> ForkServerContext:
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(PRELOADED)
     with mock.patch.dict(os.environ, THREADS):
-        multiprocessing.forkserver.ensure_running()
+        forkserver.ensure_running()
     return found
 
 

@@ -10,7 +10,8 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from subprocess import TimeoutExpired
-from typing import Any, NoReturn
+from typing import NoReturn
+from unittest import mock
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 from torch.distributed.run import main
@@ -22,7 +23,8 @@ class ForkedRank:
     """What torchrun uses of `subprocess.Popen`."""
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.args, self.returncode = words, None
+        self.args = words
+        self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             _run_and_exit(words, environment)
@@ -48,10 +50,10 @@ class ForkedRank:
 
 def fork_ranks() -> None:
     """Have torchrun fork its ranks, which run `python -u -m MODULE ARGUMENTS`, from now on."""
-    SubprocessHandler._popen = _start  # type: ignore[method-assign]
+    mock.patch.object(SubprocessHandler, "_popen", _start).start()
 
 
-def _start(_: SubprocessHandler, words: tuple[str, ...], environment: dict[str, str]) -> Any:
+def _start(_: SubprocessHandler, words: tuple[str, ...], environment: dict[str, str]) -> ForkedRank:
     assert words[:3] == (sys.executable, "-u", "-m"), words
     return ForkedRank(words[3:], environment)
 
