@@ -1,10 +1,12 @@
-"""Atomic and durable writes, hashes and free space of files."""
+"""Atomic and durable writes, reads of regular files only, hashes and free space."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +43,21 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         sync_directory(path.parent)
 
 
+class NotPlainError(OSError):
+    """The path is a FIFO, device, socket or folder, not a regular file."""
+
+
+def open_plain(path: bytes | Path) -> BinaryIO:
+    """Open a regular file for reading; raises OSError, NotPlainError if it is something else.
+
+    Opening a FIFO would block, and opening a device may have side effects.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise NotPlainError(errno.EINVAL, "not a plain file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # files below /proc may block, too
+    return open(descriptor, "rb", buffering=0)
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames in `directory` durable by fsync."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -52,10 +69,15 @@ def sync_directory(directory: Path) -> None:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
+    with path.open("rb", buffering=0) as file:
+        return content_sha256(file)
+
+
+def content_sha256(file: BinaryIO) -> str:
+    """Return the SHA-256, in hex, of an open file from its current position on."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -68,9 +90,9 @@ def state_of(path: Path) -> tuple[str, int, int]:
     return os.fsencode(path.resolve()).hex(), status.st_size, status.st_mtime_ns
 
 
-def check_room(directory: Path, required_bytes: int, purpose: str) -> None:
+def check_room(directory: Path, required_bytes: int, purpose: str, remedy: str = "") -> None:
     """Raise UserError if the disk of `directory`, which may not exist yet, is too full; `purpose` says what for."""
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < required_bytes:
-        raise UserError(f"no room at {directory}: {purpose} {required_bytes:,} bytes, {free:,} are free")
+        raise UserError(f"no room at {directory}: {purpose} {required_bytes:,} bytes, {free:,} are free{remedy}")

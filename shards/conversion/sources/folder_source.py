@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shards.common.errors import UserError
+from shards.common.files import NotPlainError, open_plain
 from shards.conversion.images import ImageError
 from shards.conversion.sources.entries import MAX_ENTRY_BYTES
-from shards.conversion.sources.plain_file import NotPlainError, open_plain
 
 EXTENSIONS = frozenset({b".jpg", b".jpeg", b".png", b".webp", b".ppm"})
 """Extensions of image files. The format is detected by content: LSUN exports its JPEGs as `.webp`."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,7 @@ from shards.common.errors import UserError
 from shards.common.files import state_of
 from shards.conversion.images import ImageError
 from shards.conversion.sources.entries import MAX_ENTRY_BYTES
-from shards.conversion.sources.lmdb_pages import (
-    ChangedError,
-    DamagedError,
-    LmdbFile,
-    OtherFormError,
-    Snapshot,
-    ValueLocation,
-)
-from shards.conversion.sources.plain_file import open_plain
+from shards.conversion.sources.lmdb_pages import LmdbFile, Snapshot, ValueLocation
 
 DATA_NAME = "data.mdb"
 
@@ -63,8 +53,7 @@ class LmdbSource:
 
     def entries(self) -> int:
         """Return the number of entries, at least 1."""
-        with _damage_is_user_error(self.path):
-            entries = self._open().snapshot.entries
+        entries = self._open().snapshot.entries
         if not entries:
             raise UserError(f"the LMDB {self.path} is empty: it has no entries")
         return entries
@@ -75,53 +64,27 @@ class LmdbSource:
         Listing all keys of LSUN first would take hours (pytorch/vision#2544).
         """
         self.entries()
-        with _damage_is_user_error(self.path):
-            yield from self._open().walk()
+        yield from self._open().walk()
 
     def holds(self, key: bytes) -> bool:
         """Return whether there is an entry with that key."""
-        with _damage_is_user_error(self.path):
-            return self._open().find(key) is not None
+        return self._open().find(key) is not None
 
     def read(self, key: bytes, place: ValueLocation) -> bytes:
         """Return the value at a location; raises ImageError if it is larger than MAX_ENTRY_BYTES."""
         if place.size > MAX_ENTRY_BYTES:
             raise ImageError(f"too large: {place.size:,} bytes")
-        with _damage_is_user_error(self.path):
-            return self._open().read(place)
+        return self._open().read(place)
 
     def _open(self) -> LmdbFile:
         if self._file is None:
-            _check_path(self.path)
-            opened = open_plain(self.path / DATA_NAME)
-            # No readahead: an LMDB filled in random key order (SHA-1) scatters its values, and reading 128 KiB
-            # around each value of 14 KiB costs more than larger reads save when the values are in order.
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             try:
-                file = LmdbFile(opened)
-                _check_length(self.path / DATA_NAME, opened.fileno(), file.snapshot)
-                if file.snapshot != (self._snapshot or file.snapshot):
-                    raise ChangedError
-            except BaseException:
-                opened.close()
-                raise
-            self._file, self._snapshot = file, file.snapshot
+                _check_path(self.path)
+                self._file = LmdbFile(self.path / DATA_NAME, self._snapshot)
+            except OSError as error:
+                raise UserError(f"cannot read {self.path / DATA_NAME}: {error.strerror}") from None
+            self._snapshot = self._file.snapshot
         return self._file
-
-
-@contextmanager
-def _damage_is_user_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except DamagedError as error:
-        raise UserError(f"{path / DATA_NAME} {error}; copy or unzip it again") from None
-    except OtherFormError as error:
-        raise UserError(f"{path / DATA_NAME} {error}") from None
-    except ChangedError:
-        raise UserError(f"the LMDB {path} changed while it was read: wait until nobody writes to it") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path / DATA_NAME}: {error.strerror}") from None
 
 
 def _check_path(path: Path) -> None:
@@ -140,10 +103,3 @@ def _check_path(path: Path) -> None:
     raise UserError(
         f"{path} is not the folder of an LMDB: no {DATA_NAME} in it" + (f"; unzip {zips[0]}" if zips else "")
     )
-
-
-def _check_length(data: Path, descriptor: int, snapshot: Snapshot) -> None:
-    """Raise UserError if the file ends before its last page."""
-    size = os.fstat(descriptor).st_size
-    if size < snapshot.file_bytes:
-        raise UserError(f"{data} has {size} bytes of {snapshot.file_bytes}: an incomplete copy, copy or unzip it again")

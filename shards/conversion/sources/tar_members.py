@@ -1,7 +1,8 @@
 """List the members of an untrusted tar from its headers, in constant memory; every number is checked.
 
-Python's tarfile stops silently at a damaged header; crafted headers make it hang (CVE-2025-8194, CVE-2024-6232),
-recurse without limit or exhaust memory. Here a tar is read to its end or raises an error.
+Python's tarfile does not do for other people's files: it stops silently at a damaged header, and crafted headers make
+it hang (CVE-2025-8194, CVE-2024-6232), recurse without limit or exhaust memory. Here a tar is read to its end or raises
+an error.
 """
 
 from __future__ import annotations

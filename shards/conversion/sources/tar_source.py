@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shards.common.errors import UserError
-from shards.common.files import state_of
+from shards.common.files import open_plain, state_of
 from shards.conversion.images import ImageError
 from shards.conversion.sources.entries import MAX_ENTRY_BYTES
 from shards.conversion.sources.folder_source import is_image_name
-from shards.conversion.sources.plain_file import open_plain
 from shards.conversion.sources.tar_members import DamagedError, Member, members
 
 _TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
