@@ -144,7 +144,7 @@ def download_command(options: DownloadOptions) -> None:
 def demo_command(options: DemoOptions) -> None:
     """Write the demo LMDB."""
     with Progress(options.images, "demo") as progress:
-        path = write_demo(options.out, options.images, options.seed, options.workers, progress=progress.reach)
+        path = write_demo(options.out, options.images, options.seed, options.workers, advance=progress.advance)
     print(f"{options.images:,} pictures at {path}; next: {PROG} convert {path} --out DIR")
 
 

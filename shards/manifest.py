@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,36 +31,21 @@ TAR_END = 2 * TAR_BLOCK
 _PLAIN_KEY = re.compile(rb"[A-Za-z0-9_-]{1,90}")
 
 
-@dataclass(frozen=True)
 class Layout:
     """Byte layout of a shard for one image size (pixels per side)."""
 
-    image_size: int
-
-    @property
-    def ppm_header(self) -> bytes:
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+        self.ppm_header = b"P6\n%d %d\n255\n" % (image_size, image_size)
         """The PPM header before the pixels: 13 bytes at 64x64."""
-        return b"P6\n%d %d\n255\n" % (self.image_size, self.image_size)
-
-    @property
-    def pixel_bytes(self) -> int:
+        self.pixel_bytes = 3 * image_size * image_size
         """Bytes of one image: height x width x RGB."""
-        return 3 * self.image_size * self.image_size
-
-    @property
-    def member_bytes(self) -> int:
+        self.member_bytes = len(self.ppm_header) + self.pixel_bytes
         """Bytes of one PPM file: 12,301 at 64x64."""
-        return len(self.ppm_header) + self.pixel_bytes
-
-    @property
-    def stride(self) -> int:
+        self.stride = TAR_BLOCK + -(-self.member_bytes // TAR_BLOCK) * TAR_BLOCK
         """Bytes per sample: tar header, file, padding to whole blocks; 13,312 at 64x64."""
-        return TAR_BLOCK + -(-self.member_bytes // TAR_BLOCK) * TAR_BLOCK
-
-    @property
-    def pixel_offset(self) -> int:
+        self.pixel_offset = TAR_BLOCK + len(self.ppm_header)
         """Offset of the first pixel from the start of its sample."""
-        return TAR_BLOCK + len(self.ppm_header)
 
     def shard_bytes(self, samples: int) -> int:
         """Size of a shard file that holds `samples` images."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 
 from PIL import Image
 
 from shards.common.errors import UserError
-from shards.common.files import publish
+from shards.common.files import atomic_file
 from shards.manifest import Manifest, check_files, read_manifest
 from shards.reader import locate, read_sample
 
@@ -28,10 +27,9 @@ def preview(directory: Path, out: Path, num: int = 64) -> int:
     check_files(directory, manifest)
     num = min(num, manifest.samples)
     sheet = _contact_sheet(directory, manifest, [i * manifest.samples // num for i in range(num)])
-    encoded = io.BytesIO()
-    sheet.save(encoded, "PNG")
     try:
-        publish(out, encoded.getvalue())
+        with atomic_file(out) as file:
+            sheet.save(file, "PNG")
     except OSError as error:
         raise UserError(f"cannot write {out} ({error.strerror}): make room, or give another --out") from None
     return num

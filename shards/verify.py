@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from shards.common.files import file_sha256
@@ -47,9 +47,10 @@ def verify(directory: Path, workers: int = 0) -> tuple[Manifest, list[str]]:
     """
     manifest = read_manifest(directory)
     workers = min(workers or available_cores(), len(manifest.shards))
+    check = partial(check_shard, directory, manifest)
     with (
         Progress(manifest.samples, "verify") as progress,
-        closing(map_in_order(ShardCheck(directory, manifest), manifest.shards, workers, progress)) as results,
+        closing(map_in_order(check, manifest.shards, workers, progress.advance)) as results,
     ):
         problems = [problem for result in results for problem in result]
     return manifest, [*problems, *_strays(directory, manifest), *_list_problems(directory, manifest)]
@@ -80,59 +81,47 @@ def _list_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: its SHA-256 is {found}, not the manifest's: the content changed"
 
 
-@dataclass(frozen=True)
-class ShardCheck:
-    """Worker task that checks one shard of a data set."""
+def check_shard(directory: Path, manifest: Manifest, shard: ShardEntry, tick: Tick) -> list[str]:
+    """Return the problems of `shard`, one line each: the first 20, then the number of further ones."""
+    try:
+        problems = list(_problems(directory / shard.name, manifest, shard, tick))
+    except OSError as error:
+        problems = [f"cannot be read: {error.strerror}"]
+    more = len(problems) - _PROBLEMS_PER_SHARD
+    if more > 0:
+        problems[_PROBLEMS_PER_SHARD:] = [f"and {more} problems more"]
+    return [f"{shard.name}: {problem}" for problem in problems]
 
-    directory: Path
-    manifest: Manifest
 
-    def __call__(self, shard: ShardEntry, tick: Tick) -> list[str]:
-        """Return the problems of `shard`, one line each: the first 20, then the number of further ones."""
-        try:
-            problems = list(self._problems(shard, tick))
-        except OSError as error:
-            problems = [f"cannot be read: {error.strerror}"]
-        more = len(problems) - _PROBLEMS_PER_SHARD
-        if more > 0:
-            problems[_PROBLEMS_PER_SHARD:] = [f"and {more} problems more"]
-        return [f"{shard.name}: {problem}" for problem in problems]
+def _problems(path: Path, manifest: Manifest, shard: ShardEntry, tick: Tick) -> Iterator[str]:
+    if not path.is_file():
+        yield "is missing"
+        return
+    size = path.stat().st_size
+    if size != shard.bytes:
+        yield f"has {size} bytes, the manifest says {shard.bytes}: {_where_it_ends(size, shard, manifest.layout)}"
+        return
+    layout, sha256, keys, problems = manifest.layout, hashlib.sha256(), set[str](), list[str]()
+    alike = tar_header("key", layout.member_bytes)
+    with path.open("rb") as file:
+        for index in range(shard.samples):
+            block = file.read(layout.stride)
+            sha256.update(block)
+            where = f"sample {index} at byte {index * layout.stride}"
+            problems += [f"{where}: {problem}" for problem in _sample_problems(block, layout, alike, keys)]
+            tick(1)
+        end = file.read()
+    sha256.update(end)
+    if sha256.hexdigest() != shard.sha256:
+        yield _explain_sha256(manifest, sha256.hexdigest())
+    yield from problems
+    if any(end):
+        yield f"the {TAR_END} bytes at its end are not all zero"
 
-    def _problems(self, shard: ShardEntry, tick: Tick) -> Iterator[str]:
-        path, layout = self.directory / shard.name, self.manifest.layout
-        if not path.is_file():
-            yield "is missing"
-            return
-        size = path.stat().st_size
-        if size != shard.bytes:
-            yield f"has {size} bytes, the manifest says {shard.bytes}: {_where_it_ends(size, shard, layout)}"
-            return
-        yield from self._content_problems(path, shard, tick)
 
-    def _content_problems(self, path: Path, shard: ShardEntry, tick: Tick) -> Iterator[str]:
-        layout = self.manifest.layout
-        sha256, keys, problems = hashlib.sha256(), set[str](), list[str]()
-        alike = tar_header("key", layout.member_bytes)
-        with path.open("rb") as file:
-            for index in range(shard.samples):
-                block = file.read(layout.stride)
-                sha256.update(block)
-                where = f"sample {index} at byte {index * layout.stride}"
-                problems += [f"{where}: {problem}" for problem in _sample_problems(block, layout, alike, keys)]
-                tick(1)
-            end = file.read()
-        sha256.update(end)
-        if sha256.hexdigest() != shard.sha256:
-            yield self._explain_sha256(sha256.hexdigest())
-        yield from problems
-        if any(end):
-            yield f"the {TAR_END} bytes at its end are not all zero"
-
-    def _explain_sha256(self, found: str) -> str:
-        for other in self.manifest.shards:
-            if other.sha256 == found:
-                return f"its content is that of {other.name}"
-        return f"its SHA-256 is {found}, not the manifest's: the content changed"
+def _explain_sha256(manifest: Manifest, found: str) -> str:
+    alike = (f"its content is that of {other.name}" for other in manifest.shards if other.sha256 == found)
+    return next(alike, f"its SHA-256 is {found}, not the manifest's: the content changed")
 
 
 def _where_it_ends(size: int, shard: ShardEntry, layout: Layout) -> str:

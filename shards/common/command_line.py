@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
-from shards.common.errors import OneRankError, UserError
+from shards.common.errors import OneRankError, UserError, joined
 
 
 class Options(BaseModel):
@@ -26,8 +26,6 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-
-_MISTAKES_SHOWN = 5
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -71,8 +69,7 @@ def build(model: type[Model], values: Mapping[str, Any], where: str = "") -> Mod
         return model.model_validate(dict(values))
     except ValidationError as error:
         lines = [_explain_field(model, dict(detail)) for detail in error.errors(include_url=False)]
-        more = f"; and {len(lines) - _MISTAKES_SHOWN} more" if len(lines) > _MISTAKES_SHOWN else ""
-        raise UserError(f"{where + ': ' if where else ''}{'; '.join(lines[:_MISTAKES_SHOWN])}{more}") from None
+        raise UserError(f"{where + ': ' if where else ''}{joined(lines)}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

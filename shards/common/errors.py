@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """An error that the user can fix; the message is one line with the thing, the value and the remedy.
@@ -12,3 +14,9 @@ class UserError(Exception):
 
 class OneRankError(UserError):
     """A UserError that only one rank of a distributed run raises; every such rank prints it, with its name."""
+
+
+def joined(reasons: Sequence[str], most: int = 5) -> str:
+    """Return the first `most` reasons in one line, and the number of further ones."""
+    more = f"; and {len(reasons) - most} more" if len(reasons) > most else ""
+    return "; ".join(reasons[:most]) + more

@@ -68,13 +68,12 @@ class TransferError(Exception):
         self.retry_after = retry_after
 
 
-def fetch(address: str, part: Path, options: FetchOptions | None = None) -> None:
+def fetch(address: str, part: Path, options: FetchOptions = DEFAULT) -> None:
     """Download the file at `address` to `part`, resuming what an earlier call or process left there.
 
     Raises UserError if the server refuses, if `options.attempts` attempts in a row bring no new byte, or if the
     disk has no room; OSError if the disk fails. Received bytes are kept.
     """
-    options = options or DEFAULT
     failures, reached = 0, _size(part)
     with requests.Session() as session:
         session.headers["Accept-Encoding"] = "identity"  # so that lengths are those of the file itself
@@ -179,7 +178,7 @@ def _write(response: requests.Response, part: Path, offset: int, total: int | No
             if options.most_bytes is not None and done > options.most_bytes:
                 raise UserError(f"{part.stem}: the server sends more than the {options.most_bytes:,} bytes it may have")
             file.write(chunk)
-            progress.reach(done)
+            progress.advance(len(chunk))
     if total is not None and done > total:
         discard(part)
         raise TransferError(f"the server sends more than the {total:,} bytes that it announced")
@@ -198,10 +197,9 @@ def _refusal(response: requests.Response) -> Exception:
 
 def _retry_after(response: requests.Response) -> float:
     try:
-        seconds = Retry().parse_retry_after(response.headers.get("Retry-After", "0"))
+        return Retry().parse_retry_after(response.headers.get("Retry-After", "0"))
     except (HTTPError, ValueError, OverflowError):
         return 0.0
-    return seconds
 
 
 def _wait(error: TransferError, failures: int, name: str, longest: float) -> None:

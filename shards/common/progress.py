@@ -35,12 +35,8 @@ class Progress:
 
     def advance(self, count: int) -> None:
         """Add `count` to the number done."""
-        self.reach(self._done + count)
-
-    def reach(self, done: int) -> None:
-        """Set the total number done to `done`."""
-        self._bar.update(done - self._done)
-        self._done = done
+        self._bar.update(count)
+        self._done += count
         if not self._live and self._shown and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._print_line()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from shards.common.errors import UserError
 
@@ -19,16 +19,9 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 Tick = Callable[[int], None]
-"""Callback of a task with the number of images just done; it raises StoppedError if the task should stop."""
+"""Callback with the number of images just done; that of a task raises StoppedError if the task should stop."""
 
 _SECONDS_BETWEEN_LOOKS = 0.2
-
-
-class Counter(Protocol):
-    """Receiver of progress."""
-
-    def advance(self, images: int) -> None:
-        """Add `images` to the number done."""
 
 
 class StoppedError(Exception):
@@ -41,32 +34,34 @@ def available_cores() -> int:
 
 
 def map_in_order(
-    task: Callable[[Job, Tick], Result], jobs: Iterable[Job], workers: int, progress: Counter
+    task: Callable[[Job, Tick], Result], jobs: Iterable[Job], workers: int, advance: Tick
 ) -> Generator[Result, None, None]:
     """Yield `task(job, tick)` for every job, in job order; at most 2 * `workers` jobs are drawn ahead.
+
+    `advance` is called in this process with the images that the tasks have passed to their `tick`.
 
     `workers` 0 means all available cores; 1 runs in this process, for a debugger. `task` must pickle; each
     worker gets one copy of it. Close the generator (contextlib.closing) to stop the workers early. Raises
     any error of a task, and UserError if a worker dies or memory is exhausted.
     """
     try:
-        yield from _map_in_order(task, jobs, workers or available_cores(), progress)
+        yield from _map_in_order(task, jobs, workers or available_cores(), advance)
     except MemoryError:
         raise UserError("not enough memory: try fewer --workers") from None
 
 
 def _map_in_order(
-    task: Callable[[Job, Tick], Result], jobs: Iterable[Job], workers: int, progress: Counter
+    task: Callable[[Job, Tick], Result], jobs: Iterable[Job], workers: int, advance: Tick
 ) -> Iterator[Result]:
     if workers == 1:
-        yield from (task(job, progress.advance) for job in jobs)
+        yield from (task(job, advance) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # fork would copy locks and open files
     done, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(task, done, stop))
     try:
         for future in _submit_in_order(pool, jobs, 2 * workers):
-            _follow(future, done, progress)
+            _follow(future, done, advance)
             yield future.result()
     except BrokenProcessPool:
         raise UserError("a worker process died, perhaps for lack of memory: try fewer --workers") from None
@@ -96,14 +91,14 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _follow(future: Future[Any], done: Any, progress: Counter) -> None:
-    """Wait for `future` and meanwhile forward the counts of all workers to `progress`."""
+def _follow(future: Future[Any], done: Any, advance: Tick) -> None:
+    """Wait for `future` and meanwhile forward the counts of all workers to `advance`."""
     unfinished = True
     while unfinished:
         unfinished = bool(wait([future], timeout=_SECONDS_BETWEEN_LOOKS).not_done)
         with done.get_lock():
             images, done.value = done.value, 0
-        progress.advance(images)
+        advance(images)
 
 
 _task: Callable[[Any, Tick], Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shards.common.errors import UserError
 from shards.common.progress import Progress
@@ -13,7 +13,7 @@ from shards.common.workers import available_cores, map_in_order
 from shards.conversion.images import decoder_version
 from shards.conversion.merge import Rejects, existing, merge_claimed
 from shards.conversion.output_dir import claim
-from shards.conversion.reports import Part, PartRecord, Reports, chain_of
+from shards.conversion.reports import Part, PartRecord, hash_of, write_report
 from shards.conversion.shard_task import Run, ShardTask
 from shards.conversion.sources.entries import Selection, Source, Walk
 from shards.manifest import Layout, Manifest, Origin, Preparation
@@ -38,6 +38,16 @@ class Settings(NamedTuple):
         """The manifest's `preparation`."""
         return Preparation(decoding="reduced" if self.fast else "full", decoder=decoder_version())
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings that the manifest records, by its fields."""
+        return {
+            "image_size": self.image_size,
+            "samples_per_shard": self.samples_per_shard,
+            "preparation": self.preparation.model_dump(),
+            "exclude_sha256": self.selection.exclude_sha256,
+            "max_images": self.selection.limit,
+        }
+
 
 DEFAULTS = Settings()
 
@@ -52,7 +62,8 @@ def convert(sources: Sequence[Source], out: Path, settings: Settings = DEFAULTS,
     entries of a shard are rejected.
     """
     whole = Part()
-    if (manifest := _finished(sources, out, settings)) is not None:
+    names = [source.describe() for source in sources]
+    if (manifest := existing(out, settings.recorded(), names)) is not None:
         return manifest
     with _claimed(sources, out, settings, whole) as total:
         _write_part(sources, out, settings, whole, total, workers)
@@ -67,32 +78,18 @@ def convert_part(
         _write_part(sources, out, settings, part, total, workers)
 
 
-def _finished(sources: Sequence[Source], out: Path, settings: Settings) -> Manifest | None:
-    """Return the manifest at `out` if the same conversion is complete there, None if there is no manifest."""
-    expected = {
-        "image_size": settings.image_size,
-        "samples_per_shard": settings.samples_per_shard,
-        "preparation": settings.preparation,
-        "exclude_sha256": settings.selection.exclude_sha256,
-        "max_images": settings.selection.limit,
-        "names": [source.describe() for source in sources],
-    }
-    return existing(out, expected)
-
-
 @contextmanager
 def _claimed(sources: Sequence[Source], out: Path, settings: Settings, part: Part) -> Iterator[int | None]:
     """Lock `out` for a part; yields the number of entries of all parts, None if a source does not know its own."""
     counts = [source.entries() for source in sources]
-    known = [count for count in counts if count is not None]
-    total = sum(known)
+    total = sum(count or 0 for count in counts)
     if settings.selection.limit is not None:
         total = min(total, settings.selection.limit)
     layout, entries = Layout(settings.image_size), part.entries_of(total, settings.samples_per_shard)
     shards = -(-entries // settings.samples_per_shard)
     try:
         with claim(out, part, entries * layout.stride + shards * layout.shard_bytes(0)):
-            yield total if len(known) == len(counts) else None
+            yield None if None in counts else total
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
 
@@ -101,15 +98,8 @@ def _write_part(
     sources: Sequence[Source], out: Path, settings: Settings, part: Part, total: int | None, workers: int
 ) -> None:
     """Write the shards of a part, their reports and the part's record."""
-    walk, shards = Walk(sources, settings.selection), 0
-
-    def runs() -> Iterator[Run]:
-        nonlocal shards
-        for shard, entries in enumerate(walk.runs(settings.samples_per_shard)):
-            shards = shard + 1
-            if part.has(shard):
-                yield Run(shard, entries)
-
+    walk = Walk(sources, settings.selection)
+    runs = (Run(shard, run) for shard, run in enumerate(walk.runs(settings.samples_per_shard)) if part.has(shard))
     states = tuple(source.state() for source in sources)
     task = ShardTask(tuple(sources), states, out, Layout(settings.image_size), settings.preparation)
     entries = None if total is None else part.entries_of(total, settings.samples_per_shard)
@@ -119,25 +109,21 @@ def _write_part(
     rejects, identities = Rejects(total, settings.max_rejected), list[str]()
     with (
         Progress(entries, "convert") as progress,
-        closing(map_in_order(task, runs(), workers, progress)) as reports,
+        closing(map_in_order(task, runs, workers, progress.advance)) as reports,
     ):
         for report in reports:
             rejects.check(report)
             progress.note(f"{rejects.count:,} rejected")
             identities.append(report.identity)
     record = PartRecord(
-        image_size=settings.image_size,
-        samples_per_shard=settings.samples_per_shard,
+        **settings.recorded(),
         sources=tuple(_origins(sources, walk)),
-        preparation=settings.preparation,
         max_rejected=settings.max_rejected,
         excluded=walk.excluded,
-        exclude_sha256=settings.selection.exclude_sha256,
-        max_images=settings.selection.limit,
-        shards=shards,
-        chain=chain_of(identities),
+        shards=-(-sum(walk.taken) // settings.samples_per_shard),
+        chain=hash_of(identities),
     )
-    Reports(out).write_part(part, record)
+    write_report(out, part.name, record)
 
 
 def _origins(sources: Sequence[Source], walk: Walk) -> Iterator[Origin]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shards.common.errors import UserError
 from shards.conversion.output_dir import claim_whole, clean_up, finish
-from shards.conversion.reports import Part, PartRecord, Reports, ShardReport, chain_of
+from shards.conversion.reports import Part, PartRecord, ShardReport, hash_of, read_report, report_name
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, write_manifest
-from shards.writer import KEYS_NAME, REJECTED_NAME, JsonLines
+from shards.writer import KEYS_NAME, REJECTED_NAME, write_json_lines
 
 _REASONS_SHOWN = 3
 
@@ -44,25 +44,20 @@ class Rejects:
         return "; ".join(self._first)
 
 
-def existing(out: Path, expected: Mapping[str, Any]) -> Manifest | None:
+def existing(out: Path, settings: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> Manifest | None:
     """Return the manifest of the complete data set at `out`, None if there is none.
 
     Removes the reports if a conversion was killed after writing its manifest. Raises UserError if the data set
-    was made from other sources or with other settings.
+    was made with other settings, given as fields of the manifest, or from other sources, given as they describe
+    themselves.
     """
     if not (out / MANIFEST_NAME).is_file():
         return None
     manifest = read_manifest(out)
     finish(out)
-    found = {
-        "image_size": manifest.image_size,
-        "samples_per_shard": manifest.samples_per_shard,
-        "preparation": manifest.preparation,
-        "exclude_sha256": manifest.exclude_sha256,
-        "max_images": manifest.max_images,
-        "names": [{"kind": origin.kind, "name": origin.name} for origin in manifest.sources],
-    }
-    if found != expected:
+    found = manifest.model_dump(include=set(settings))
+    names = [origin.model_dump(include={"kind", "name"}) for origin in manifest.sources]
+    if found != settings or names != sources:
         raise UserError(f"{out} already holds another data set: give another --out, or remove it first")
     return manifest
 
@@ -91,36 +86,28 @@ def merge_claimed(out: Path, parts: int) -> Manifest:
     rejects = Rejects(sum(origin.entries for origin in record.sources), record.max_rejected)
     shards: list[ShardEntry] = []
     chains: list[list[str]] = [[] for _ in range(parts)]
-    with JsonLines(out / KEYS_NAME) as keys, JsonLines(out / REJECTED_NAME) as rejected:
-        for index in range(record.shards):
-            report = Reports(out).shard(index)
-            if report is None:
-                raise _missing(out, Part(index % parts + 1, parts))
-            chains[index % parts].append(report.identity)
-            rejects.check(report)
-            keys.extend(report.renamed)
-            rejected.extend(report.rejected)
-            if report.shard is not None:
-                shards.append(report.shard)
-            elif index < record.shards - 1 or not shards:
-                raise UserError(
-                    f"a run of {report.entries} source entries has no usable image ({rejects.first}): no shard may "
-                    "be empty, give more --samples-per-shard"
-                )
-        for index, (chain, own) in enumerate(zip(chains, records, strict=True), 1):
-            if chain_of(chain) != own.chain:
-                raise _missing(out, Part(index, parts))
-        lists = {keys.path.name: keys.publish(), rejected.path.name: rejected.publish()}
+    for index, report in enumerate(_reports(out, record.shards, parts)):
+        chains[index % parts].append(report.identity)
+        rejects.check(report)
+        if report.shard is not None:
+            shards.append(report.shard)
+        elif index < record.shards - 1 or not shards:
+            raise UserError(
+                f"a run of {report.entries} source entries has no usable image ({rejects.first}): no shard may "
+                "be empty, give more --samples-per-shard"
+            )
+    for index, (chain, own) in enumerate(zip(chains, records, strict=True), 1):
+        if hash_of(chain) != own.chain:
+            raise _missing(out, Part(index, parts))
+    # The reports are read again for each list: both lists together may not fit into memory.
+    renamed = (line for report in _reports(out, record.shards, parts) for line in report.renamed)
+    rejected = (line for report in _reports(out, record.shards, parts) for line in report.rejected)
+    lists = {KEYS_NAME: write_json_lines(out / KEYS_NAME, renamed)}
+    lists[REJECTED_NAME] = write_json_lines(out / REJECTED_NAME, rejected)
     clean_up(out, len(shards))
     manifest = Manifest(
-        image_size=record.image_size,
-        samples_per_shard=record.samples_per_shard,
-        sources=record.sources,
-        preparation=record.preparation,
+        **record.model_dump(exclude={"max_rejected", "shards", "chain"}),
         rejected=rejects.count,
-        excluded=record.excluded,
-        exclude_sha256=record.exclude_sha256,
-        max_images=record.max_images,
         lists={name: sha256 for name, sha256 in lists.items() if sha256 is not None},
         shards=tuple(shards),
     )
@@ -134,7 +121,7 @@ def _records(out: Path, parts: int) -> Iterator[PartRecord]:
     first: PartRecord | None = None
     for index in range(1, parts + 1):
         part = Part(index, parts)
-        record = Reports(out).part(part)
+        record = read_report(out, part.name, PartRecord)
         if record is None:
             raise _missing(out, part)
         first = first or record
@@ -143,6 +130,15 @@ def _records(out: Path, parts: int) -> Iterator[PartRecord]:
                 f"part {index}/{parts} at {out} was converted from other sources or otherwise: convert it again"
             )
         yield record
+
+
+def _reports(out: Path, shards: int, parts: int) -> Iterator[ShardReport]:
+    """Yield the reports of all shards in order; raises UserError if one is missing."""
+    for index in range(shards):
+        report = read_report(out, report_name(index), ShardReport)
+        if report is None:
+            raise _missing(out, Part(index % parts + 1, parts))
+        yield report
 
 
 def _missing(out: Path, part: Part) -> UserError:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -79,57 +77,39 @@ class PartRecord(Options):
     """Hash of the identities of this part's shards, in order."""
 
 
-@dataclass(frozen=True)
-class Reports:
-    """Reads and writes the reports of the data set in the folder `out`."""
+def write_report(out: Path, name: str, report: Options) -> None:
+    """Write the report of a shard (`report_name`) or a part (`Part.name`) of the data set in the folder `out`."""
+    publish(out / FOLDER_NAME / f"{name}.json", report.model_dump_json().encode())
 
-    out: Path
 
-    def write_shard(self, index: int, report: ShardReport) -> None:
-        """Write the report of a shard, counted from 0."""
-        self._write(f"shard-{index:06d}.json", report)
+def read_report(out: Path, name: str, kind: type[Record]) -> Record | None:
+    """Return a report; None if it is missing, damaged or of another version, so that the shard is written again."""
+    path = out / FOLDER_NAME / f"{name}.json"
+    try:
+        return kind.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except ValidationError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
-    def write_part(self, part: Part, record: PartRecord) -> None:
-        """Write the record of a finished part."""
-        self._write(f"{part.name}.json", record)
 
-    def shard(self, index: int) -> ShardReport | None:
-        """Return the report of a shard, or None if it is missing or damaged."""
-        return self._read(f"shard-{index:06d}.json", ShardReport)
+def report_name(shard: int) -> str:
+    """Return the name of the report of a shard, counted from 0."""
+    return f"shard-{shard:06d}"
 
-    def part(self, part: Part) -> PartRecord | None:
-        """Return the record of a part, or None if it is missing or damaged."""
-        return self._read(f"{part.name}.json", PartRecord)
 
-    def finished(self, index: int, identity: str) -> ShardReport | None:
-        """Return the report of a finished, intact shard of that identity; None if the shard must be written."""
-        report = self.shard(index)
-        if report is None or report.identity != identity:
+def finished(out: Path, shard: int, identity: str) -> ShardReport | None:
+    """Return the report of a finished, intact shard of that identity; None if the shard must be written."""
+    report = read_report(out, report_name(shard), ShardReport)
+    if report is None or report.identity != identity:
+        return None
+    if report.shard is not None:
+        path = out / report.shard.name
+        if not path.is_file() or file_sha256(path) != report.shard.sha256:
             return None
-        if report.shard is not None:
-            path = self.out / report.shard.name
-            if not path.is_file() or file_sha256(path) != report.shard.sha256:
-                return None
-        return report
-
-    def _write(self, name: str, record: Options) -> None:
-        publish(self.out / FOLDER_NAME / name, record.model_dump_json().encode())
-
-    def _read(self, name: str, kind: type[Record]) -> Record | None:
-        path = self.out / FOLDER_NAME / name
-        try:
-            return kind.model_validate_json(path.read_bytes()) if path.is_file() else None
-        except ValidationError:  # damaged or of another version: the shard is written again
-            return None
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return report
 
 
 def hash_of(values: Any) -> str:
     """Return the SHA-256, in hex, of JSON values and bytes."""
     return hashlib.sha256(json.dumps(values, default=lambda value: value.hex()).encode()).hexdigest()
-
-
-def chain_of(identities: Iterable[str]) -> str:
-    """Return one hash of several identities."""
-    return hash_of(list(identities))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from shards.common.workers import Tick
 from shards.conversion.images import ImageError, decode_image, prepare, to_ppm
-from shards.conversion.reports import Reports, ShardReport, hash_of
+from shards.conversion.reports import ShardReport, finished, hash_of, report_name, write_report
 from shards.conversion.sources.entries import Entry, Source
 from shards.manifest import Layout, Preparation, member_key, shard_name
 from shards.writer import describe_key, write_shard
@@ -33,14 +33,11 @@ class ShardTask:
     layout: Layout
     preparation: Preparation
 
-    def identity(self, run: Run) -> str:
-        """Return the hash of everything that determines the shard's bytes, except the images themselves."""
-        return hash_of([self.layout.image_size, self.preparation.model_dump(), self.states, run])
-
     def __call__(self, run: Run, tick: Tick) -> ShardReport:
         """Write the shard of `run` and its report, unless both exist."""
-        identity, reports = self.identity(run), Reports(self.out)
-        if (report := reports.finished(run.shard, identity)) is not None:
+        # Everything that determines the shard's bytes, except the images themselves.
+        identity = hash_of([self.layout.image_size, self.preparation.model_dump(), self.states, run])
+        if (report := finished(self.out, run.shard, identity)) is not None:
             tick(report.entries)
             return report
         renamed, rejected = list[dict[str, str]](), list[dict[str, str]]()
@@ -53,7 +50,7 @@ class ShardTask:
             renamed=tuple(renamed),
             rejected=tuple(rejected),
         )
-        reports.write_shard(run.shard, report)
+        write_report(self.out, report_name(run.shard), report)
         return report
 
     def _samples(

@@ -75,22 +75,19 @@ class Camera:
         """Return world points (..., 3) as (right, up, depth) from the eye."""
         sin, cos = math.sin(self.yaw), math.cos(self.yaw)
         turn = np.array([[cos, 0, sin], [0, 1, 0], [sin, 0, -cos]], np.float32)
-        view: Array = np.matmul(points - self.eye, turn)
-        return view
+        return np.asarray(np.matmul(points - self.eye, turn))
 
     def pixels(self, view: Array) -> Array:
         """Return points (..., 3) from `view` as pixel positions (..., 2)."""
         scale = SIZE * self.focal / 2 / np.maximum(view[..., 2], NEAR)
-        pixels: Array = np.stack([SIZE / 2 + scale * view[..., 0], SIZE * self.horizon - scale * view[..., 1]], -1)
-        return pixels
+        return np.stack([SIZE / 2 + scale * view[..., 0], SIZE * self.horizon - scale * view[..., 1]], -1)
 
     def rays(self) -> Array:
         """Return directions (3, SIZE, SIZE) through the centre of each pixel, scaled to depth 1."""
         grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
         right, up = (2 * grid - 1) / self.focal, 2 * (self.horizon - grid[:, None]) / self.focal
         sin, cos = math.sin(self.yaw), math.cos(self.yaw)
-        rays: Array = np.stack(np.broadcast_arrays(right * cos + sin, up, right * sin - cos))
-        return rays
+        return np.stack(np.broadcast_arrays(right * cos + sin, up, right * sin - cos))
 
 
 @dataclass(frozen=True)
@@ -468,15 +465,13 @@ def _shade(room: Room, surfaces: Surfaces, rng: np.random.Generator) -> Array:
     texture[cloth] += folds[cloth] * _creases(point[:, cloth], rng)
     texture[floor] = _planks(point[:, floor], room.plank, rng)
     albedo = np.square(np.asarray(surfaces.colours).transpose(2, 0, 1) / np.float32(255))  # about linear
-    shaded: Array = albedo * texture * (_light(room, point, normal) + glow)
-    return shaded
+    return np.asarray(albedo * texture * (_light(room, point, normal) + glow))
 
 
 def _creases(point: Array, rng: np.random.Generator) -> Array:
     """Return the folds (n,) of cloth at the points (3, n), about -2 to 2: sines with a phase of sines."""
     waves = rng.normal(0, 8, (4, 3)).astype(np.float32) @ point
-    creases: Array = np.sin(waves[1:] + 2 * np.sin(waves[0])).sum(axis=0)
-    return creases
+    return np.asarray(np.sin(waves[1:] + 2 * np.sin(waves[0])).sum(axis=0))
 
 
 def _planks(point: Array, plank: Span, rng: np.random.Generator) -> Array:
@@ -487,8 +482,7 @@ def _planks(point: Array, plank: Span, rng: np.random.Generator) -> Array:
     row = across.astype(np.int32)
     column = point[2 - 2 * narrow] / plank[1 - narrow] + 1024 + shift[row % 64]
     joint = np.where(across - row < 0.08, np.float32(0.7), np.float32(1))
-    brightness: Array = tone[row % 64, column.astype(np.int32) % 64] * joint
-    return brightness
+    return np.asarray(tone[row % 64, column.astype(np.int32) % 64] * joint)
 
 
 def _light(room: Room, point: Array, normal: Array) -> Array:
@@ -507,9 +501,8 @@ def _point_light(source: Array, reach: float, point: Array, normal: Array) -> Ar
     """Return the brightness of a soft light at `source` (3,), which halves within `reach`."""
     ray = source[:, None, None] - point
     square = _dot(ray, ray)
-    brightness: Array = np.maximum(0.75 * _dot(ray, normal) / np.sqrt(square) + 0.25, 0)
-    brightness /= 1 + square / reach**2
-    return brightness
+    brightness = np.maximum(0.75 * _dot(ray, normal) / np.sqrt(square) + 0.25, 0)
+    return np.asarray(brightness / (1 + square / reach**2))
 
 
 def _openness(room: Room, point: Array, normal: Array) -> Array:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,32 +31,19 @@ def write_demo(
     images: int = 4000,
     seed: int = 0,
     workers: int = 0,
-    split: str = "train",
-    progress: Callable[[int], None] | None = None,
+    advance: Tick = lambda images: None,
 ) -> Path:
-    """Write `images` bedrooms to the LMDB `out`/demo_<split>_lmdb and return that path.
+    """Write `images` bedrooms to the LMDB `out`/demo_train_lmdb and return that path.
 
-    The images depend on `seed`, not on `workers` (0: one per core) or `split`. `progress` is called with the
-    number of images done so far. The folder is renamed into place when complete; raises UserError if it exists.
+    The images depend on `seed`, not on `workers` (0: one per core). `advance` is called with
+    the number of images just done. The folder is renamed into place when complete; raises UserError if it exists.
     """
-    target = Path(out) / f"demo_{split}_lmdb"
+    target = out / "demo_train_lmdb"
     jobs = (range(start, min(start + CHUNK, images)) for start in range(0, images, CHUNK))
-    chunks = map_in_order(partial(_render_chunk, seed), jobs, workers, _Counter(progress))
+    chunks = map_in_order(partial(_render_chunk, seed), jobs, workers, advance)
     with _new_folder(target) as folder, closing(chunks):
         _write_lmdb(folder, images, chunks)
     return target
-
-
-class _Counter:
-    """Calls back with the total number of images done."""
-
-    def __init__(self, tell: Callable[[int], None] | None) -> None:
-        self._tell, self._done = tell, 0
-
-    def advance(self, images: int) -> None:
-        self._done += images
-        if self._tell:
-            self._tell(self._done)
 
 
 def _render_chunk(seed: int, indices: range, tick: Tick) -> list[Record]:

@@ -8,8 +8,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from shards.common.files import check_room, sync_directory
@@ -32,7 +31,7 @@ def unpack(archive: Path, name: str, folder: Path) -> None:
     OSError if the disk fails; `folder` is then removed.
     """
     try:
-        with _damage_is_archive_error(), zipfile.ZipFile(archive) as source:
+        with zipfile.ZipFile(archive) as source:
             members = check_members(source.infolist(), name)
             total = sum(member.file_size for member in members)
             check_room(folder.parent, total, f"the images of {archive.name} take")
@@ -41,8 +40,10 @@ def unpack(archive: Path, name: str, folder: Path) -> None:
                 for member in members:
                     _extract(source, member, folder / Path(member.filename).name, progress)
         sync_directory(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, _DAMAGE):
+            raise ArchiveError(f"it is damaged, or no zip file ({' '.join(str(error).split())[:200]})") from None
         raise
 
 
@@ -88,11 +89,3 @@ def _extract(source: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, progr
         os.fsync(file.fileno())
     if written != member.file_size:
         raise ArchiveError(f"{member.filename} has {written:,} bytes, not the {member.file_size:,} that it declares")
-
-
-@contextmanager
-def _damage_is_archive_error() -> Iterator[None]:
-    try:
-        yield
-    except _DAMAGE as error:
-        raise ArchiveError(f"it is damaged, or no zip file ({' '.join(str(error).split())[:200]})") from None

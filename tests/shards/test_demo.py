@@ -71,9 +71,9 @@ def test_pictures_vary_and_are_well_exposed() -> None:
 
 def test_progress_reaches_the_number_of_images(tmp_path: Path) -> None:
     told: list[int] = []
-    write_demo(tmp_path, 3, workers=1, split="val", progress=told.append)
-    assert told == [1, 2, 3]
-    assert [path.name for path in tmp_path.iterdir()] == ["demo_val_lmdb"]
+    write_demo(tmp_path, 3, workers=1, advance=told.append)
+    assert told == [1, 1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["demo_train_lmdb"]
 
 
 def test_existing_folder_is_refused_and_kept(tmp_path: Path) -> None:

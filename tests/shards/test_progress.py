@@ -46,13 +46,6 @@ def test_bytes_are_shown_as_such_and_what_was_there_is_no_speed(
     ]
 
 
-def test_reach_counts_as_advance_does(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(10, "demo") as progress:
-        progress.advance(3)
-        progress.reach(7)
-    assert "7/10" in capsys.readouterr().err
-
-
 def test_a_terminal_without_a_size_gets_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, stderr = os.openpty()  # 0 rows and columns, as in some containers
     with os.fdopen(stderr, "w") as stream:

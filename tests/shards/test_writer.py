@@ -19,7 +19,7 @@ from shards.common.errors import UserError
 from shards.conversion.images import to_ppm
 from shards.manifest import Layout, member_key
 from shards.reader import locate, read_sample
-from shards.writer import JsonLines, describe_key, tar_header, write_shard
+from shards.writer import describe_key, tar_header, write_json_lines, write_shard
 from tests.support.shards_fixtures import data_set, picture
 
 LAYOUT = Layout(16)
@@ -176,34 +176,30 @@ def test_keys_are_described_as_text_where_they_are_text(key: bytes, described: d
     assert describe_key(key) == described
 
 
-def test_json_lines_appear_only_when_published(tmp_path: Path) -> None:
+def test_json_lines_appear_when_all_are_written(tmp_path: Path) -> None:
     path = tmp_path / "keys.jsonl"
-    with JsonLines(path) as lines:
-        lines.extend([{"key": "schön\n"}])
-        lines.extend([{"key": "b"}])
-        assert not path.exists()
-        assert lines.publish() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def lines() -> Iterator[dict[str, str]]:
+        for key in ("schön\n", "b"):
+            assert not path.exists()
+            yield {"key": key}
+
+    assert write_json_lines(path, lines()) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"key": "schön\n"}, {"key": "b"}]
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_json_lines_without_a_line_make_no_file(tmp_path: Path) -> None:
     (tmp_path / "keys.jsonl").write_text("of an earlier conversion")
-    with JsonLines(tmp_path / "keys.jsonl") as lines:
-        lines.extend([])
-        assert lines.publish() is None
+    assert write_json_lines(tmp_path / "keys.jsonl", iter([])) is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_lines_that_are_not_published_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), JsonLines(tmp_path / "keys.jsonl") as lines:
-        lines.extend([{"key": "a"}])
+def test_json_lines_that_break_off_leave_nothing(tmp_path: Path) -> None:
+    def lines() -> Iterator[dict[str, str]]:
+        yield {"key": "a"}
         raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_json_lines(tmp_path / "keys.jsonl", lines())
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("key", ["a", "k" * 90, "0123456789abcdef" * 2, "A-Z_z"])
-def test_headers_are_those_of_tarfile(key: str) -> None:
-    member = tarfile.TarInfo(f"{key}.ppm")
-    member.size = 12301
-    assert tar_header(key, 12301) == member.tobuf(tarfile.USTAR_FORMAT)
