@@ -1,19 +1,18 @@
-"""Interface of loggers, and warnings about problems that must not stop training."""
+"""Base class of loggers, and warnings about problems that must not stop training."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
 
 from torch import Tensor
 
 Row = Mapping[str, float]
 
 
-class Logger(Protocol):
-    """Receives the events of a run."""
+class Logger:
+    """Receives the events of a run, and ignores those that a subclass does not override."""
 
     def metrics(self, row: Row) -> None:
         """Log the metrics of a step."""
@@ -26,22 +25,6 @@ class Logger(Protocol):
 
     def close(self) -> None:
         """Finish; takes seconds at most."""
-
-
-class NullLogger:
-    """Logger of all ranks except 0."""
-
-    def metrics(self, row: Row) -> None:
-        """Do nothing."""
-
-    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
-        """Do nothing."""
-
-    def alert(self, step: int, text: str) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def warn(message: str) -> None:

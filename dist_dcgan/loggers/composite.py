@@ -1,6 +1,7 @@
 """Makes the loggers of rank 0: metrics.jsonl, sample grids, console, Weights & Biases.
 
-No logger may stop training: if one fails, it is reported and removed. The other ranks get a `NullLogger`.
+No logger may stop training: if one fails, it is reported and removed. The other ranks get a plain `Logger`, which
+ignores all events.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.distributed.world import World
-from dist_dcgan.loggers.base import Logger, NullLogger, Row, reported, warn
+from dist_dcgan.loggers.base import Logger, Row, reported, warn
 from dist_dcgan.loggers.console import ConsoleLogger
 from dist_dcgan.loggers.jsonl import JsonlLogger
 from dist_dcgan.loggers.pictures import SampleFiles
@@ -23,7 +24,7 @@ from dist_dcgan.run.directory import RunDirectory
 def make_logger(config: Config, plan: Plan, world: World, run: RunDirectory, step: int, wandb_run_id: str) -> Logger:
     """Return the logger of this rank; it continues after `step`."""
     if not world.is_main:
-        return NullLogger()
+        return Logger()
     loggers: list[Logger] = []
     with reported("metrics.jsonl"):
         loggers.append(JsonlLogger(run.metrics, step))
@@ -34,7 +35,7 @@ def make_logger(config: Config, plan: Plan, world: World, run: RunDirectory, ste
     return CompositeLogger(loggers)
 
 
-class CompositeLogger:
+class CompositeLogger(Logger):
     """Passes events on to several loggers; if one fails, it is reported and removed."""
 
     def __init__(self, loggers: list[Logger]) -> None:

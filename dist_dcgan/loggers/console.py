@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 
-from torch import Tensor
 from tqdm import tqdm
 
 from dist_dcgan.config import Plan
-from dist_dcgan.loggers.base import Row, warn
+from dist_dcgan.loggers.base import Logger, Row, warn
 
 
-class ConsoleLogger:
+class ConsoleLogger(Logger):
     """One line of progress: live on a terminal; elsewhere plain lines, at most one a second."""
 
     def __init__(self, plan: Plan, step: int) -> None:
@@ -45,9 +43,6 @@ class ConsoleLogger:
         left = tqdm.format_interval((self._plan.total_steps - step) * per_step)
         share = 100 * step / self._plan.total_steps
         print(f"{share:5.1f}%  step {step}/{self._plan.total_steps}  {text}  ETA {left}", file=sys.stderr, flush=True)
-
-    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
-        """Do nothing."""
 
     def alert(self, step: int, text: str) -> None:
         """Show it."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
-
-from dist_dcgan.loggers.base import Row
+from dist_dcgan.loggers.base import Logger, Row
 from shards.common.files import publish
 
 
-class JsonlLogger:
+class JsonlLogger(Logger):
     """Appends a line per row to metrics.jsonl, after removing rows after `step`."""
 
     def __init__(self, path: Path, step: int) -> None:
@@ -26,9 +23,6 @@ class JsonlLogger:
         """Append the row; values that are not finite become null, as JSON has no infinity."""
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._file.write(json.dumps(finite) + "\n")
-
-    def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
-        """Do nothing."""
 
     def alert(self, step: int, text: str) -> None:
         """Append a row with the step and the message."""

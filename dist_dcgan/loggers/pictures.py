@@ -8,30 +8,21 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dist_dcgan.loggers.base import Row, reported
+from dist_dcgan.loggers.base import Logger, reported
 from shards.common.errors import UserError
 from shards.common.files import atomic_file
 
 
-class SampleFiles:
+class SampleFiles(Logger):
     """Writes grids as PNG."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def metrics(self, row: Row) -> None:
-        """Do nothing."""
-
     def samples(self, step: int, draw: Callable[[], Tensor]) -> None:
         """Write the grid of this step."""
         self._directory.mkdir(parents=True, exist_ok=True)
         save_grid(draw(), self._directory / f"step-{step:08d}.png")
-
-    def alert(self, step: int, text: str) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def check_png(path: Path) -> None:

@@ -18,12 +18,12 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from dist_dcgan.config import Config
-from dist_dcgan.loggers.base import warn
+from dist_dcgan.loggers.base import Logger, warn
 from dist_dcgan.loggers.wandb_process import UNSENT, close_seconds, holds_rows
 from dist_dcgan.run.directory import RunDirectory
 
 
-class WandbLogger:
+class WandbLogger(Logger):
     """Starts a process that reads metrics.jsonl and the pictures and uploads them.
 
     Training sends it no data: a client that hangs, fails or uses CPU time cannot delay training, its threads, exit
