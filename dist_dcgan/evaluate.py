@@ -7,9 +7,11 @@ python -m dist_dcgan.evaluate runs/default --data data/bedroom_train --nearest 5
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,11 +24,9 @@ from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.collectives import from_rank_zero
 from dist_dcgan.distributed.world import SLOW_SECONDS, process_group, under_torchrun
 from dist_dcgan.loggers.pictures import check_png, save_grid
-from dist_dcgan.metrics.extractors import load_extractor
-from dist_dcgan.metrics.features import extract, real_features, to_pixels
-from dist_dcgan.metrics.nearest import beside_nearest
-from dist_dcgan.metrics.quality import coverage, quality
-from dist_dcgan.metrics.report import circumstances, show
+from dist_dcgan.metrics.extractors import Extractor, load_extractor
+from dist_dcgan.metrics.features import beside_nearest, extract, real_features, to_pixels
+from dist_dcgan.metrics.quality import Quality, coverage, quality
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
@@ -115,6 +115,31 @@ def check_data(name: str, manifest: Manifest, image_size: int) -> None:
             f"the generator draws {image_size} pixels, {name} holds {manifest.image_size}: "
             "name the data set that it was trained on with --data"
         )
+
+
+def circumstances(
+    run: str, description: dict[str, Any], data: str, manifest: Manifest, extractor: Extractor
+) -> dict[str, str]:
+    """Return the generator, data set and extractor of a score; `description` is the exported generator's JSON."""
+    return {
+        "generator": f"{run}, step {description['step']}",
+        "generator_sha256": description["sha256"],
+        "data": data,
+        "data_digest": manifest.digest(),
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.weights_sha256,
+        "resize": extractor.resize,
+    }
+
+
+def show(scores: Quality, context: dict[str, str], as_json: bool) -> None:
+    """Print scores and their context, as a table or as one line of JSON."""
+    if as_json:
+        finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+        print(json.dumps(finite | context))
+        return
+    for name, value in (scores | context).items():
+        print(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
 
 
 if __name__ == "__main__":

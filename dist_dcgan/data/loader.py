@@ -6,8 +6,8 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class BatchLoader:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing.set()
         self._prefetcher.__exit__()
         self._thread.join(_SECONDS_TO_CLOSE)
@@ -99,10 +99,7 @@ class BatchLoader:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            item = self._next()
-            if item is None:
-                return
+        while (item := self._next()) is not None:
             if isinstance(item, UserError):
                 raise OneRankError(f"{self._world}: {item}") from item
             if isinstance(item, BaseException):
@@ -159,11 +156,9 @@ class BatchLoader:
     def _hand_over(self, item: Batch | BaseException | None) -> bool:
         """Queue `item`; return False if the loader is closed."""
         while not self._closing.is_set():
-            try:
+            with suppress(queue.Full):
                 self._ready.put(item, timeout=0.1)
                 return True
-            except queue.Full:
-                continue
         return False
 
 

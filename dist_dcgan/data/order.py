@@ -48,15 +48,13 @@ class SampleOrder:
 
     def samples(self, epoch: int, start: int, stop: int) -> Indices:
         """Return the samples at positions [start, stop) of `epoch`, counted from 0."""
-        window_ends = self._window_ends(epoch)
-        assert 0 <= start <= stop <= window_ends[-1]
-        parts = []
-        for window in range(np.searchsorted(window_ends, start, "right"), len(window_ends)):
-            first = 0 if window == 0 else window_ends[window - 1]
-            if first >= stop:
-                break
-            parts.append(self._window(epoch, window)[max(start - first, 0) : stop - first])
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        bounds = np.append(0, self._window_ends(epoch))
+        assert 0 <= start <= stop <= bounds[-1]
+        windows = range(np.searchsorted(bounds, start, "right") - 1, np.searchsorted(bounds, stop, "left"))
+        parts = [np.empty(0, dtype=np.int64)]
+        for window in windows:
+            parts.append(self._window(epoch, window)[max(start - bounds[window], 0) : stop - bounds[window]])
+        return np.concatenate(parts)
 
     def window_at(self, epoch: int, position: int) -> int:
         """Return the number of the window that contains a position of an epoch."""
@@ -80,8 +78,7 @@ class SampleOrder:
     def _ends_of_windows(self, epoch: int) -> Indices:
         """Return the end position, exclusive, of each window of an epoch."""
         counts = self._counts[self._shards(epoch)]
-        ends: Indices = np.cumsum(np.add.reduceat(counts, range(0, len(counts), self._window_shards)))
-        return ends
+        return np.cumsum(np.add.reduceat(counts, range(0, len(counts), self._window_shards)))
 
     def _shards_of(self, epoch: int, window: int) -> Indices:
         return self._shards(epoch)[window * self._window_shards : (window + 1) * self._window_shards]
@@ -93,8 +90,7 @@ class SampleOrder:
         shards = self._shards_of(epoch, window)
         samples = np.concatenate([self._firsts[s] + np.arange(self._counts[s]) for s in shards])
         key = stream_seed(self._seed, f"order in window {window}", epoch)
-        shuffled: Indices = samples[permutation(key, len(samples)).numpy()]
-        return shuffled
+        return np.take(samples, permutation(key, len(samples)).numpy())
 
 
 def rank_slots(global_batch: int, rank: int, world_size: int) -> range:

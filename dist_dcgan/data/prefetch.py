@@ -7,7 +7,6 @@ import threading
 import time
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 
 from dist_dcgan.data.order import SampleOrder
 from dist_dcgan.data.storage.location import DatasetLocation, FileState, ShardFile
@@ -57,7 +56,7 @@ class ShardPrefetcher:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._moved:
             self._closing = True
             self._moved.notify_all()

@@ -40,10 +40,16 @@ def from_rank_zero(function: Callable[[], Result], group: dist.ProcessGroup | No
     return result
 
 
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the values of all ranks, by rank; they wait for each other in `group`, as in `from_rank_zero`."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def require_same(value: str, what: str) -> None:
     """Raise UserError on all ranks if `value` differs between them."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = gather(value)
     for rank, other in enumerate(values):
         if other != values[0]:
             raise UserError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}")

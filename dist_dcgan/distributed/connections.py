@@ -15,11 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
-from shards.common.errors import UserError
+from shards.common.errors import UserError, joined
 
 _SECONDS_TO_CONNECT = 10.0
 _MOST_AT_ONCE = 32
-_MOST_SHOWN = 5
 _SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
@@ -42,11 +41,9 @@ def require_connected(store: Any, node: int, nodes: int, leads: bool) -> None:
         _try_all(store, node, nodes)
     failures = [failure for other in range(nodes) for failure in json.loads(store.get(f"failures {other}"))]
     if failures:
-        shown = "; ".join(failures[:_MOST_SHOWN])
-        more = f"; and {len(failures) - _MOST_SHOWN} more" if len(failures) > _MOST_SHOWN else ""
         raise UserError(
-            f"machines do not reach each other: {shown}{more}: open the ports between them, or name the interface that "
-            "joins them with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+            f"machines do not reach each other: {joined(failures)}: open the ports between them, or name the interface "
+            "that joins them with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         )
 
 

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from dist_dcgan.distributed.peers import RankProcess
-from shards.common.errors import UserError
-
-_HOSTS_SHOWN = 5
+from shards.common.errors import UserError, joined
 
 
 def agreed_device(processes: Mapping[int, RankProcess], rank: int, lenient: bool = False) -> torch.device:
@@ -44,7 +42,6 @@ def _lacking(processes: Mapping[int, RankProcess], lacking: Sequence[int]) -> st
         gpus, size = processes[ranks[0]].gpus, sum(process.host == host for process in processes.values())
         shown = f"{gpus} GPU{'s' if gpus > 1 else ''} for {size} ranks" if gpus else "no GPU"
         found.append(f"host {host} shows {shown} ({_span(ranks)})")
-    more = f"; and {len(found) - _HOSTS_SHOWN} more" if len(found) > _HOSTS_SHOWN else ""
     fewest = min(processes[rank].gpus for rank in lacking)
     remedy = (
         f"use --nproc_per_node={fewest}"
@@ -53,7 +50,7 @@ def _lacking(processes: Mapping[int, RankProcess], lacking: Sequence[int]) -> st
         "on all hosts to use CPUs"
     )
     others = "" if len(lacking) == len(processes) else ", the other ranks have one each"
-    return f"{'; '.join(found[:_HOSTS_SHOWN])}{more}{others}: {remedy}"
+    return f"{joined(found)}{others}: {remedy}"
 
 
 def _span(ranks: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,9 @@ def explained(peers: Peers) -> Iterator[None]:
         if not broke(error):
             peers.report(first_sentence(error))
             raise
-        raise OneRankError(cannot_go_on(peers, f"{peers.explain()} ({first_sentence(error)})")) from error
+        # Torchrun sends SIGTERM as soon as one rank has ended, before this one has reported why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise OneRankError(cannot_go_on(peers, f"{peers.cause()} ({first_sentence(error)})")) from error
 
 
 def is_alike(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dist_dcgan.distributed.collectives import gather
 from dist_dcgan.distributed.world import World
 
 
@@ -32,15 +33,13 @@ def node_store(world: World, timeout_seconds: float) -> NodeStore:
     """Return the store of this rank's node; every rank calls it. Ranks with the same host name are on one node."""
     if world.world_size == 1:
         return NodeStore()
-    names: list[Any] = [None] * world.world_size
-    dist.all_gather_object(names, socket.gethostname())
+    names = gather(socket.gethostname())
     ranks = [rank for rank, name in enumerate(names) if name == names[world.rank]]
     timeout = timedelta(seconds=timeout_seconds)
     store: Any = None
     if world.rank == ranks[0]:
         store = dist.TCPStore("localhost", 0, is_master=True, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
-    ports: list[Any] = [None] * world.world_size
-    dist.all_gather_object(ports, None if store is None else store.port)
+    ports = gather(None if store is None else store.port)
     if store is None:
         store = dist.TCPStore("localhost", ports[ranks[0]], is_master=False, timeout=timeout)  # type: ignore[attr-defined]
     return NodeStore(ranks.index(world.rank), len(ranks), store)

@@ -113,14 +113,6 @@ class Peers:
         """Report that this rank ends normally, so that its peers do not take its end for a failure."""
         self._ask(lambda: self._write("leaves", None))
 
-    def explain(self) -> str:
-        """Return what broke the collective on this rank; called in the main thread.
-
-        Ignores SIGTERM from now on: torchrun sends it as soon as one rank has ended, before this one has reported why.
-        """
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return self.cause()
-
     def cause(self) -> str:
         """Return why this rank cannot continue; takes some seconds at most.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from dist_dcgan.distributed.peers import Peers
 
@@ -53,7 +52,7 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stopping.set()
         self._thread.join(_SECONDS_TO_STOP)  # it may wait for a store that does not answer
 

@@ -7,7 +7,6 @@ Precision and recall are the library's; it belongs to the `eval` extra, which `l
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -15,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from shards.common.workers import available_cores
 
 CPU = torch.device("cpu")
 KID_SUBSETS = 100
@@ -39,11 +40,7 @@ def all_cpus() -> Iterator[None]:
     Under torchrun a rank has one thread, but ranks that wait for this one leave their CPUs idle.
     """
     before = torch.get_num_threads()
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if available <= before:
-        yield
-        return
-    torch.set_num_threads(available)
+    torch.set_num_threads(max(before, available_cores()))
     try:
         yield
     finally:

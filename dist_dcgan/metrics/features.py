@@ -43,10 +43,7 @@ def extract(images: Images, count: int, extractor: Extractor, world: World) -> T
         if part:
             features[: len(part)] = extractor.features(images(part).to(world.device)).cpu()
         received = [gathered[first : first + len(features)] for gathered in shares]
-        if world.world_size == 1:
-            received[0].copy_(features)
-        else:
-            dist.gather(features, received or None, group=world.slow_group)
+        dist.gather(features, received or None, group=world.slow_group)
     return shares.flatten(0, 1)[:count]
 
 
@@ -82,8 +79,7 @@ def real_features(reader: ShardReader, extractor: Extractor, count: int, world: 
 def scored_samples(reader: ShardReader, count: int) -> Indices:
     """Return the samples of a data set that scores use: a random choice, the same in every run."""
     order = permutation(stream_seed(0, "scored samples", 0), reader.manifest.samples)[:count]
-    samples: Indices = np.sort(order.numpy())
-    return samples
+    return np.sort(order.numpy())
 
 
 def read_images(reader: ShardReader, samples: Indices) -> Tensor:
@@ -92,6 +88,20 @@ def read_images(reader: ShardReader, samples: Indices) -> Tensor:
     pixels = np.empty((len(samples), size, size, 3), dtype=np.uint8)
     reader.gather(samples, pixels)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def beside_nearest(images: Tensor, fake: Tensor, real: Tensor, reader: ShardReader, count: int) -> Tensor:
+    """Return rows of an image and its `count` nearest real images, uint8 (len(images) * (1 + count), 3, size, size).
+
+    `fake` are the features of the images, `real` those of `scored_samples(reader, len(real))`.
+    """
+    samples = scored_samples(reader, len(real))
+    nearest = torch.cdist(fake, real).topk(count, largest=False).indices
+    rows = [
+        torch.cat([image[None], read_images(reader, samples[found.numpy()])])
+        for image, found in zip(images, nearest, strict=True)
+    ]
+    return torch.cat(rows)
 
 
 def to_pixels(images: Tensor) -> Tensor:

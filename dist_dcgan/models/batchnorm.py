@@ -82,8 +82,7 @@ class CrossRankBatchNorm(nn.BatchNorm2d):
     def _normalise(self, input: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """Return the output in the type and memory format of input, in one pass over memory."""
         mean, variance = mean.to(self.weight.dtype), variance.to(self.weight.dtype)
-        output: Tensor = F.batch_norm(input, mean, variance, self.weight, self.bias, eps=self.eps)
-        return output
+        return F.batch_norm(input, mean, variance, self.weight, self.bias, eps=self.eps)
 
     def _gradients(
         self, grad: Tensor, input: Tensor, weight: Tensor, mean: Tensor, variance: Tensor, affine: bool
@@ -104,7 +103,7 @@ class CrossRankBatchNorm(nn.BatchNorm2d):
         scale = weight * inverse_std
         slope = scale * inverse_std * mean_weight
         offset = torch.addcmul(mean * slope, scale, mean_bias, value=-1)
-        scale, slope, offset = _per_channel(torch.stack([scale, slope, offset]), input)
+        scale, slope, offset = torch.stack([scale, slope, offset]).to(_wide_type(input))[:, None, :, None, None]
         grad_input = torch.addcmul(offset, input, slope, value=-1).to(input.dtype)
         grad_input.addcmul_(grad, scale)
         return grad_input, grad_weight, grad_bias
@@ -205,11 +204,6 @@ def _wide(values: Tensor) -> Tensor:
 
 def _wide_type(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
-
-
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """Return (K, C) as (K, 1, C, 1, 1), in float32 against an input of half or single precision, else float64."""
-    return values.to(_wide_type(like))[:, None, :, None, None]
 
 
 def _memory_format(values: Tensor) -> torch.memory_format:

@@ -10,7 +10,6 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,51 +28,27 @@ _LOCK = "run.lock"
 _HOLDER = "run.holder.json"
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Paths of the files of a run."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
         """The resolved configuration, as YAML."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
+        self.metrics = path / "metrics.jsonl"
         """One JSON object per logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
+        self.samples = path / "samples"
         """Folder of sample grids."""
-        return self.path / "samples"
-
-    @property
-    def curves(self) -> Path:
+        self.curves = path / "curves.png"
         """Plot of the metrics."""
-        return self.path / "curves.png"
-
-    @property
-    def checkpoints(self) -> Path:
+        self.checkpoints = path / "checkpoints"
         """Folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def generator(self) -> Path:
+        self.generator = path / "generator_ema.safetensors"
         """The averaged generator's weights; a JSON file beside them describes how to rebuild it."""
-        return self.path / "generator_ema.safetensors"
-
-    @property
-    def best(self) -> Path:
+        self.best = path / "generator_best.safetensors"
         """The averaged generator with the lowest kernel distance so far."""
-        return self.path / "generator_best.safetensors"
-
-    @property
-    def stopped(self) -> Path:
+        self.stopped = path / "STOPPED"
         """Marker of a run that a signal stopped before its last step, so that a launcher restarts it."""
-        return self.path / "STOPPED"
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +58,7 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
     def save(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -73,9 +72,8 @@ class Saver:
             if name not in self._buffers:  # pinned memory, for asynchronous copies
                 self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[name].copy_(tensor.detach(), non_blocking=True)
-        copies = {name: self._buffers[name] for name in tensors}
         copied = _recorded_event() if self._device.type == "cuda" else None
-        self._writing = self._thread.submit(self._write, copies, copied, values)
+        self._writing = self._thread.submit(self._write, self._buffers, copied, values)
 
     def _write(self, copies: Mapping[str, Tensor], copied: torch.cuda.Event | None, values: Mapping[str, Any]) -> Path:
         if copied is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from dist_dcgan.config import Config
 from dist_dcgan.random_streams import Key, normal, stream_seed, uniform
@@ -25,8 +26,7 @@ def ema_decay(config: Config, images_seen: int, global_batch: int) -> float:
     export its first weights.
     """
     half_life = min(config.ema.half_life_images, config.ema.ramp_up * images_seen)
-    decay: float = 0.5 ** (global_batch / max(half_life, 1e-8))
-    return decay
+    return float(0.5 ** (global_batch / max(half_life, 1e-8)))
 
 
 @torch.no_grad()
@@ -49,19 +49,10 @@ def recompute_statistics(generator: nn.Module, config: Config, device: torch.dev
     A pure function of the weights without communication, so that rank 0 can call it alone: `generator` has local batch
     norms. Before the call, the statistics are those of earlier weights.
     """
-    norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # None accumulates the plain mean over batches
-    generator.train()
-    key = stream_seed(config.seed, "ema statistics", 0)
-    for first in range(0, config.ema.statistics_images, _BATCH):
-        slots = range(first, min(first + _BATCH, config.ema.statistics_images))
-        generator(draw_latents(config, key, slots, device).to(dtype))
+    key, slots = stream_seed(config.seed, "ema statistics", 0), range(config.ema.statistics_images)
+    batches = (slots[first : first + _BATCH] for first in range(0, len(slots), _BATCH))
+    update_bn((draw_latents(config, key, batch, device).to(dtype) for batch in batches), generator)
     generator.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 @torch.no_grad()

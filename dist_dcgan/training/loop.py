@@ -11,7 +11,7 @@ from dist_dcgan.config import Config, Plan, to_values
 from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import DatasetLocation
-from dist_dcgan.distributed.collectives import barrier, from_rank_zero, require_same
+from dist_dcgan.distributed.collectives import barrier, broadcast_from_rank_zero, from_rank_zero, require_same
 from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.loggers.composite import make_logger
@@ -110,7 +110,7 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> None:
 
     values = from_rank_zero(read)
     if values is not None:
-        state.broadcast()
+        broadcast_from_rank_zero(state.tensors().values())
         state.load_values(values)
 
 

@@ -1,16 +1,22 @@
-"""What a run logs beside metrics: alerts of the watchdog, which may end it, and grids of samples."""
+"""What a run logs beside metrics: alerts of the watchdog, which may end it with a dump, and grids of samples."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from dist_dcgan.distributed.collectives import from_rank_zero
-from dist_dcgan.loggers.base import Logger
+from dist_dcgan.loggers.base import Logger, Row
 from dist_dcgan.run.directory import RunDirectory
-from dist_dcgan.training.dump import write_dump
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.train_state import TrainState
 from shards.common.errors import UserError
+from shards.common.files import publish
 
 
 def watch(logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[str, float]]) -> None:
@@ -26,6 +32,26 @@ def watch(logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[
         if state.config.on_collapse == "stop":
             mode = collapse.rule.mode
             raise UserError(f"training is stopped at step {state.step}, as --on-collapse stop asks: {mode}")
+
+
+def write_dump(run: RunDirectory, state: TrainState, rows: Sequence[Row]) -> Path:
+    """Write the last rows, and per tensor and gradient the number of non-finite elements; return the file's path."""
+    path = run.path / f"not_finite-step-{state.step:08d}.json"
+    gradients = {name: _summary(gradient) for name, gradient in state.gradients().items() if gradient is not None}
+    content = {
+        "values": state.values(),
+        "rows": [{name: repr(value) for name, value in row.items()} for row in rows],
+        "tensors": {name: _summary(tensor) for name, tensor in state.tensors().items()},
+        "gradients": gradients,
+    }
+    publish(path, (json.dumps(content, indent=1) + "\n").encode())
+    return path
+
+
+def _summary(tensor: Tensor) -> dict[str, Any]:
+    finite = torch.isfinite(tensor)
+    largest = tensor[finite].abs().max().item() if finite.any() else None
+    return {"elements": tensor.numel(), "not_finite": int((~finite).sum()), "largest_finite": largest}
 
 
 def log_samples(logger: Logger, state: TrainState) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.loader import flip
 from dist_dcgan.models.losses import discriminator_loss_fake, discriminator_loss_real, generator_loss
 from dist_dcgan.random_streams import normal
@@ -66,6 +67,14 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     if isinstance(error.__context__, RuntimeError) and is_out_of_memory(error.__context__):
         return True
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def memory_remedy(error: RuntimeError, config: Config, plan: Plan) -> str:
+    """Return the sizes that took too much memory, the remedy and the reason, for an error message."""
+    return (
+        f"with {plan.batch_per_rank} images per rank at width {config.width}: use more ranks, or a smaller "
+        f"--global-batch or --width ({str(error).splitlines()[0]})"
+    )
 
 
 def discriminator_step(state: TrainState, real: Tensor, fake: Tensor) -> Metrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ class StepAgreement:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._reduction is not None:
             self._reduction.wait()
         for number, handler in self._previous.items():

@@ -14,12 +14,11 @@ from torch.optim import Adam
 
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.order import rank_slots
-from dist_dcgan.distributed.collectives import broadcast_from_rank_zero
 from dist_dcgan.distributed.world import World
 from dist_dcgan.models.batchnorm import make_norm
 from dist_dcgan.models.networks import Discriminator, Generator, init_weights
-from dist_dcgan.random_streams import stream_seed
-from dist_dcgan.training.step_inputs import StepInputs
+from dist_dcgan.random_streams import set_key, stream_seed
+from dist_dcgan.training.ema import ema_decay
 from dist_dcgan.training.watchdog import Watchdog
 
 # torch renamed the argument and warns about the old name.
@@ -27,6 +26,32 @@ _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers": False
 }
+
+_NOISE_STREAMS = ("noise on real", "noise on fake", "noise under G")
+
+
+class StepInputs:
+    """Inputs of a step other than images: scalars on the device, filled before the step.
+
+    They are keys of the random streams that `config` uses, int64, and the weight of new parameters in the EMA, float32.
+    A captured CUDA graph repeats each kernel with the arguments that it had at capture. A Python number would therefore
+    be the same in every replay; a tensor is read again.
+    """
+
+    def __init__(self, config: Config, global_batch: int, device: torch.device) -> None:
+        self._config, self._global_batch = config, global_batch
+        streams = ["z"]
+        streams += ["flip"] if config.data.random_flip else []
+        streams += _NOISE_STREAMS if config.noise.sigma > 0 else []
+        self.keys = {stream: torch.zeros((), dtype=torch.int64, device=device) for stream in streams}
+        self.ema_weight: Tensor = torch.zeros((), dtype=torch.float32, device=device)
+
+    def fill(self, step: int) -> None:
+        """Set the inputs of `step`, counted from 0, without host copies or synchronisation."""
+        for stream, key in self.keys.items():
+            set_key(key, stream_seed(self._config.seed, stream, step))
+        images_seen = (step + 1) * self._global_batch
+        self.ema_weight.fill_(1 - ema_decay(self._config, images_seen, self._global_batch))
 
 
 class TrainState:
@@ -89,13 +114,22 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """Return the live tensors of a checkpoint by name; `load_tensors` writes them in place."""
         tensors: dict[str, Tensor] = {}
-        for prefix, network in self._networks():
+        networks = self._trained() | {"generator_ema": self.generator_ema}
+        for prefix, network in networks.items():
             tensors |= {f"{prefix}.{name}": tensor for name, tensor in network.state_dict().items()}
         for prefix, network, optimizer in self._optimizers():
             for name, parameter in network.named_parameters():
                 moments = optimizer.state[parameter]
                 tensors |= {f"{prefix}.{name}.{moment}": tensor for moment, tensor in moments.items()}
         return tensors
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Return the gradients of the last step by the name of their parameter, None if it has none."""
+        return {
+            f"{prefix}.{name}": parameter.grad
+            for prefix, network in self._trained().items()
+            for name, parameter in network.named_parameters()
+        }
 
     def values(self) -> dict[str, Any]:
         """Return the contents of a checkpoint other than tensors, as JSON types."""
@@ -132,10 +166,6 @@ class TrainState:
             self.scaler_g.load_state_dict(values["scaler_g"])
             self.scaler_d.load_state_dict(values["scaler_d"])
 
-    def broadcast(self) -> None:
-        """Broadcast the tensors of rank 0 to all ranks."""
-        broadcast_from_rank_zero(self.tensors().values())
-
     def assert_equal_strides(self) -> None:
         """Assert that parameters, their gradients and both moments have equal strides (see `load_tensors`)."""
         for prefix, network, optimizer in self._optimizers():
@@ -146,10 +176,8 @@ class TrainState:
                 strides = {tensor.stride() for tensor in (parameter, *alike)}
                 assert len(strides) == 1, f"{prefix}.{name}: strides differ: {strides}"
 
-    def _networks(self) -> Iterator[tuple[str, nn.Module]]:
-        yield "generator", self.generator
-        yield "discriminator", self.discriminator
-        yield "generator_ema", self.generator_ema
+    def _trained(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator, "discriminator": self.discriminator}
 
     def _optimizers(self) -> Iterator[tuple[str, nn.Module, Adam]]:
         yield "optimizer_g", self.generator, self.optimizer_g

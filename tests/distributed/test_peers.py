@@ -150,9 +150,9 @@ def test_many_ranks_and_a_slow_store_are_no_broken_network(monkeypatch: pytest.M
     for peers in ranks[1:500]:
         peers._write("ends", None)
     store.delay = 0.01
-    assert ranks[0].explain().count("on far (process") == 12
+    assert ranks[0].cause().count("on far (process") == 12
     ranks[7].report("ValueError: it cannot go on")
-    assert ranks[1].explain().endswith("failed: ValueError: it cannot go on")
+    assert ranks[1].cause().endswith("failed: ValueError: it cannot go on")
 
 
 @pytest.mark.usefixtures("_sigterm_is_kept")
@@ -160,13 +160,13 @@ def test_a_rank_that_comes_and_fails_while_another_asks_is_named() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
     late = threading.Timer(0.5, lambda: Peers(store, 1, 2).report("ValueError: it cannot go on"))
     late.start()
-    assert Peers(store, 0, 2).explain().endswith("failed: ValueError: it cannot go on")
+    assert Peers(store, 0, 2).cause().endswith("failed: ValueError: it cannot go on")
 
 
 @pytest.mark.usefixtures("_sigterm_is_kept")
 def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "n1")
-    assert Peers(LostStore(), 0, 2).explain() == "n1, where the ranks meet, cannot be reached"
+    assert Peers(LostStore(), 0, 2).cause() == "n1, where the ranks meet, cannot be reached"
 
 
 def rooms(word: str) -> list[str]:

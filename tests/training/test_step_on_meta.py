@@ -22,8 +22,7 @@ from dist_dcgan.config import Config, make_plan
 from dist_dcgan.distributed.world import process_group
 from dist_dcgan.random_streams import stream_seed
 from dist_dcgan.training import steps, train_state
-from dist_dcgan.training.step_inputs import StepInputs
-from dist_dcgan.training.train_state import TrainState
+from dist_dcgan.training.train_state import StepInputs, TrainState
 from tests.support.meta_device import META, Undistributed, state_on_meta
 from tests.support.operations import (
     Operation,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from shards.common.errors import UserError
+from shards.common.files import content_sha256
 from shards.manifest import Manifest, ShardEntry, check_files, read_manifest
-
-_CHUNK_BYTES = 1 << 20
 
 
 class FileState(NamedTuple):
@@ -77,7 +76,7 @@ def checked(path: Path, entry: ShardEntry) -> ShardFile:
             state = state_of(file)
             if state.size != entry.bytes:
                 raise UserError(f"shard {path} has {state.size} bytes, the manifest says {entry.bytes}")
-            found = _sha256(file)
+            found = content_sha256(file)
             if found != entry.sha256:
                 raise UserError(f"shard {path} is damaged: sha256 {found}, the manifest says {entry.sha256}")
             if state_of(file) != state:
@@ -112,21 +111,10 @@ def unreadable(path: Path, error: OSError) -> UserError:
 
 def read_ahead(path: Path) -> None:
     """Start reading a file into the page cache; returns at once and ignores errors."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    try:
-        with path.open("rb", buffering=0) as file:
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb", buffering=0) as file:  # reading the file reports the error
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-    except OSError:
-        pass  # reading the file reports the error
 
 
 def _state(status: os.stat_result) -> FileState:
     return FileState(status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
-    while count := file.readinto(chunk):  # type: ignore[attr-defined]
-        digest.update(chunk[:count])
-    return digest.hexdigest()
