@@ -10,15 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import torch
-
 from dist_dcgan.config import Config, Plan, from_command_line, make_plan, to_yaml
 from dist_dcgan.data.storage.location import DatasetLocation
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.world import under_torchrun, world_size_of_launch
-from dist_dcgan.models.networks import Discriminator, Generator, count_parameters, require_image_size
+from dist_dcgan.models.networks import count_parameters, require_image_size
+from dist_dcgan.preflight.storage import networks_on_meta
 from dist_dcgan.training.loop import train
-from dist_dcgan.training.steps import is_out_of_memory
+from dist_dcgan.training.steps import is_out_of_memory, memory_remedy
 from shards.common.command_line import run
 from shards.common.errors import OneRankError
 from shards.manifest import Manifest
@@ -42,9 +41,7 @@ def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
     """Print the resolved configuration and the sizes that follow from it; nothing is created."""
     if os.environ.get("RANK", "0") != "0":
         return
-    with torch.device("meta"):
-        generator = Generator(config.width, manifest.image_size, config.model.latent_dim, config.model.kernel_size)
-        discriminator = Discriminator(config.width, manifest.image_size, config.model.kernel_size)
+    generator, discriminator = networks_on_meta(config, manifest.image_size)
     print(to_yaml(config))
     print(f"data set:          {config.data.path}, {manifest.samples:,} images of {manifest.image_size} pixels")
     print(f"generator:         {count_parameters(generator):,} parameters")
@@ -63,11 +60,8 @@ def train_or_explain(config: Config, plan: Plan, location: DatasetLocation, resu
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
-        raise OneRankError(
-            f"out of memory on rank {rank} with {plan.batch_per_rank} images per rank at width {config.width}: use "
-            f"more ranks, or a smaller --global-batch or --width ({reason})"
-        ) from None
+        rank = os.environ.get("RANK", "0")
+        raise OneRankError(f"out of memory on rank {rank} {memory_remedy(error, config, plan)}") from None
 
 
 if __name__ == "__main__":

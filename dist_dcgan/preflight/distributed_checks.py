@@ -17,13 +17,13 @@ from torch import Tensor
 
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed.world import World, process_group
-from dist_dcgan.preflight.results import Finding, Subject, counted, gather
+from dist_dcgan.preflight.results import Finding, Subject, counted, gathered
 from dist_dcgan.preflight.storage import gradient_elements
 from dist_dcgan.random_streams import normal, stream_seed
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training.graph import prepare_step, training_stream
 from dist_dcgan.training.quality import QualityMeter
-from dist_dcgan.training.steps import is_out_of_memory
+from dist_dcgan.training.steps import is_out_of_memory, memory_remedy
 from dist_dcgan.training.train_state import TrainState
 from shards.common.errors import UserError
 
@@ -60,7 +60,7 @@ def process_group_found(subject: Subject) -> Finding:
             f"{world.world_size} ranks do not find each other at {where}: {subject.lost}: is every node started, "
             "is the port open, does GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) name the network between them?",
         )
-    hosts = list(dict.fromkeys(gather(world, socket.gethostname())))
+    hosts = list(dict.fromkeys(gathered(world, socket.gethostname())))
     shown = ", ".join(hosts[:8]) + (", …" if len(hosts) > 8 else "")
     backend = "NCCL" if world.device.type == "cuda" else "gloo"
     found = f"{counted(world.world_size, 'rank')} on {counted(len(hosts), 'host')} ({shown}) over {backend}"
@@ -74,7 +74,6 @@ def all_reduce(subject: Subject) -> Finding:
 
 def all_reduce_gradients(subject: Subject) -> Finding:
     """Check and time an all-reduce of as many values as a step has gradients."""
-    assert subject.location is not None
     elements = gradient_elements(subject.config, subject.location.manifest.image_size)
     seconds = _seconds_of_sum(subject.world, elements, _LARGE_REPEATS)
     return Finding("ok", f"{4 * elements / 1e6:,.1f} MB, the gradients of a step, in {1000 * seconds:,.1f} ms")
@@ -82,7 +81,6 @@ def all_reduce_gradients(subject: Subject) -> Finding:
 
 def training_step(subject: Subject) -> Finding:
     """Build networks and optimizers and take some training steps on random images; time the last."""
-    assert subject.location is not None and subject.plan is not None
     world, made = subject.world, subject.plan
     seconds = 0.0
     try:
@@ -98,10 +96,7 @@ def training_step(subject: Subject) -> Finding:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"out of memory with {made.batch_per_rank} images per rank at width {subject.config.width}: use more "
-            f"ranks, or a smaller --global-batch or --width ({str(error).splitlines()[0]})"
-        ) from None
+        raise UserError(f"out of memory {memory_remedy(error, subject.config, made)}") from None
     subject.state = state
     rate = made.global_batch / seconds
     return Finding("ok", f"{seconds:.3f} s, {rate:,.0f} images/s over all ranks; peak memory {_peak(world)}")
@@ -109,27 +104,23 @@ def training_step(subject: Subject) -> Finding:
 
 def gradients(subject: Subject) -> Finding:
     """Check that every parameter has a finite gradient, the same on all ranks."""
-    assert subject.state is not None
     found: dict[str, Tensor] = {}
-    for prefix, network in (("generator", subject.state.generator), ("discriminator", subject.state.discriminator)):
-        for name, parameter in network.named_parameters():
-            if parameter.grad is None:
-                return Finding("FAILED", f"{prefix}.{name} got no gradient: a part of the network is cut off")
-            if not torch.isfinite(parameter.grad).all():
-                return Finding("FAILED", f"the gradient of {prefix}.{name} is not finite: use --precision fp32")
-            found[f"the gradient of {prefix}.{name}"] = parameter.grad
+    for name, gradient in subject.state.gradients().items():
+        if gradient is None:
+            return Finding("FAILED", f"{name} got no gradient: a part of the network is cut off")
+        if not torch.isfinite(gradient).all():
+            return Finding("FAILED", f"the gradient of {name} is not finite: use --precision fp32")
+        found[f"the gradient of {name}"] = gradient
     return _equal(found, subject.world)
 
 
 def parameters(subject: Subject) -> Finding:
     """Check that all tensors of a checkpoint are the same on all ranks after these steps."""
-    assert subject.state is not None
     return _equal({f"after a step, {name}": tensor for name, tensor in subject.state.tensors().items()}, subject.world)
 
 
 def scores(subject: Subject) -> Finding:
     """Load the feature network that scores images during training; every rank takes part."""
-    assert subject.state is not None and subject.location is not None
     QualityMeter(subject.state, ShardReader(subject.location), RunDirectory(subject.config.run_dir))
     options = subject.config.quality
     if subject.state.plan.total_steps * subject.state.plan.global_batch < options.every_images:

@@ -21,6 +21,7 @@ from packaging.specifiers import SpecifierSet
 
 from dist_dcgan.preflight.results import Finding, Subject, counted
 from dist_dcgan.training.train_state import resolve_precision
+from shards.common.workers import available_cores
 
 _PACKAGE = "dist_dcgan"
 _SHARED_MEMORY = Path("/dev/shm")
@@ -75,7 +76,8 @@ def devices(subject: Subject) -> Finding:
     same = {"the kind of device": "GPU" if gpus else "CPU", "precision": precision}
     remedy = "give every node GPUs of one kind, or name one --precision"
     if device.type == "cpu":
-        return Finding("ok", f"CPU with {counted(_cores(), 'core')}, no GPU; trains in {precision}", same, remedy)
+        cores = counted(available_cores(), "core")
+        return Finding("ok", f"CPU with {cores}, no GPU; trains in {precision}", same, remedy)
     properties = torch.cuda.get_device_properties(device)
     bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
     each = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bf16}"
@@ -86,7 +88,7 @@ def devices(subject: Subject) -> Finding:
 
 def threads(subject: Subject) -> Finding:
     """Compare the threads of this node's ranks with its cores."""
-    each, ranks, cores = torch.get_num_threads(), ranks_of_node(), _cores()
+    each, ranks, cores = torch.get_num_threads(), ranks_of_node(), available_cores()
     found = f"{counted(ranks, 'rank')} of {counted(each, 'thread')} on {counted(cores, 'core')}"
     if each * ranks <= cores:
         return Finding("ok", found)
@@ -106,10 +108,8 @@ def shared_memory(subject: Subject) -> Finding | None:
     return Finding("warning", f"{found}, what containers get by default; several GPUs want more: --shm-size=1g")
 
 
-def wandb(subject: Subject) -> Finding | None:
-    """Report W&B's resulting mode, on rank 0; contacts no server and never shows a key."""
-    if not subject.world.is_main:
-        return None
+def wandb(subject: Subject) -> Finding:
+    """Report W&B's resulting mode; contacts no server and never shows a key."""
     mode = subject.config.wandb.mode
     if mode in ("disabled", "offline"):
         return Finding("ok", mode)
@@ -126,10 +126,6 @@ def wandb(subject: Subject) -> Finding | None:
 def ranks_of_node() -> int:
     """Return the number of ranks that torchrun started on this machine, 1 without it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _code() -> str:

@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from dist_dcgan.config import Config, Invocation, Plan
 from dist_dcgan.data.storage.location import DatasetLocation
+from dist_dcgan.distributed.collectives import gather
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training.train_state import TrainState
-from shards.common.errors import OneRankError, UserError
+from shards.common.errors import OneRankError, UserError, joined
 
 Level = Literal["ok", "skipped", "warning", "FAILED"]
 
@@ -44,9 +45,12 @@ class Subject:
     world: World
     lost: str | None = None
     """Why this rank has no process group, None if it has one."""
-    location: DatasetLocation | None = None
-    plan: Plan | None = None
-    state: TrainState | None = None
+    location: DatasetLocation = field(init=False)
+    """Set by the check of the data set; a check that reads it needs that one, as with the next two."""
+    plan: Plan = field(init=False)
+    """Set by the check of the plan."""
+    state: TrainState = field(init=False)
+    """Set by the training step."""
 
 
 class Check(NamedTuple):
@@ -57,6 +61,12 @@ class Check(NamedTuple):
     """Returns None on a rank with nothing to check; if all ranks do, the line is omitted."""
     needs: tuple[str, ...] = ()
     """Checks that must not have failed or been skipped."""
+    ranks: Literal["all", "one per node", "rank 0"] = "all"
+    """Ranks that run it; the others have nothing to check."""
+
+    def runs_on(self, world: World) -> bool:
+        """Return whether this rank runs the check."""
+        return {"all": True, "one per node": world.local_rank == 0, "rank 0": world.is_main}[self.ranks]
 
 
 def examine_all(checks: Sequence[Check], subject: Subject, tell: Callable[[str, Finding], None]) -> dict[str, Finding]:
@@ -72,7 +82,7 @@ def examine_all(checks: Sequence[Check], subject: Subject, tell: Callable[[str, 
         if not lacking:
             mine = attempt(check, subject)
             try:
-                agreed = agree(gather(subject.world, mine))
+                agreed = agree(gathered(subject.world, mine))
             except RuntimeError:  # a peer was killed: report this rank's own result
                 text = "" if mine is None else f", and found: {mine.level}, {mine.text}"
                 raise OneRankError(
@@ -85,9 +95,9 @@ def examine_all(checks: Sequence[Check], subject: Subject, tell: Callable[[str, 
 
 
 def attempt(check: Check, subject: Subject) -> Finding | None:
-    """Return the result of a check on this rank; any exception becomes a failure."""
+    """Return the result of a check on this rank, if it runs here; any exception becomes a failure."""
     try:
-        return check.examine(subject)
+        return check.examine(subject) if check.runs_on(subject.world) else None
     except UserError as error:
         text = str(error)
     except Exception as error:  # the check exists to find it before training does
@@ -95,13 +105,9 @@ def attempt(check: Check, subject: Subject) -> Finding | None:
     return Finding("FAILED", " ".join(text.split())[:_LONGEST_TEXT])
 
 
-def gather(world: World, value: Any) -> list[Any]:
+def gathered(world: World, value: Any) -> list[Any]:
     """Return the values of all ranks, which may call it minutes apart; without a process group only this rank's."""
-    if not dist.is_initialized() or world.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world.world_size
-    dist.all_gather_object(values, value, group=world.slow_group)
-    return values
+    return gather(value, world.slow_group) if dist.is_initialized() else [value]
 
 
 def agree(findings: Sequence[Finding | None]) -> Finding | None:
@@ -121,8 +127,7 @@ def agree(findings: Sequence[Finding | None]) -> Finding | None:
     if level == "ok" or ranks_of[texts[0]] == list(concerned):
         return Finding(level, texts[0])
     named = [f"{_name(ranks)}: {text}" for text, ranks in ranks_of.items()]
-    more = f"; and {len(named) - _TEXTS_SHOWN} more" if len(named) > _TEXTS_SHOWN else ""
-    return Finding(level, "; ".join(named[:_TEXTS_SHOWN]) + more)
+    return Finding(level, joined(named, _TEXTS_SHOWN))
 
 
 def _difference(concerned: Mapping[int, Finding]) -> str | None:

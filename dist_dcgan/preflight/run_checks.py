@@ -19,7 +19,7 @@ def examine(config: Config, invocation: Invocation, tell: Callable[[str, Finding
     with ExitStack() as stack:
         world, lost = distributed_checks.join(config.distributed.timeout_seconds, stack)
         subject = Subject(config, invocation, world, lost)
-        return examine_all(checks(stack), subject, tell if world.is_main else _nobody)
+        return examine_all(checks(stack), subject, tell if world.is_main else lambda thing, finding: None)
 
 
 def checks(stack: ExitStack) -> list[Check]:
@@ -35,21 +35,17 @@ def checks(stack: ExitStack) -> list[Check]:
         Check("process group", distributed_checks.process_group_found),
         Check("all-reduce", distributed_checks.all_reduce, ("process group",)),
         Check("data set", partial(storage.data_set, stack=stack)),
-        Check("first shard", storage.first_shard, ("data set",)),
+        Check("first shard", storage.first_shard, ("data set",), ranks="one per node"),
         Check("plan", storage.plan, ("data set",)),
         Check("shuffling", storage.shuffling, ("plan",)),
-        Check("cache", storage.cache, ("plan",)),
-        Check("run directory", storage.run_directory),
-        Check("writing", storage.writing),
-        Check("room", storage.room, ("plan",)),
-        Check("W&B", machine.wandb),
+        Check("cache", storage.cache, ("plan",), ranks="one per node"),
+        Check("run directory", storage.run_directory, ranks="rank 0"),
+        Check("writing", storage.writing, ranks="rank 0"),
+        Check("room", storage.room, ("plan",), ranks="rank 0"),
+        Check("W&B", machine.wandb, ranks="rank 0"),
         Check("gradients' sum", distributed_checks.all_reduce_gradients, ("all-reduce", "data set")),
         Check(step, distributed_checks.training_step, ("all-reduce", "plan")),
         Check("gradients", distributed_checks.gradients, (step,)),
         Check("parameters", distributed_checks.parameters, (step,)),
         Check("scores", distributed_checks.scores, (step,)),
     ]
-
-
-def _nobody(thing: str, finding: Finding) -> None:
-    """Do nothing: only rank 0 reports."""

@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from dist_dcgan.config import Config, Plan, make_plan, to_yaml
+from dist_dcgan.config import Config, make_plan, to_yaml
 from dist_dcgan.data.order import SampleOrder
 from dist_dcgan.data.prefetch import shards_at_a_time
-from dist_dcgan.data.storage.location import DatasetLocation
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.world import world_size_of_launch
-from dist_dcgan.models.networks import Discriminator, Generator, require_image_size
+from dist_dcgan.models.networks import Discriminator, Generator, count_parameters, require_image_size
 from dist_dcgan.preflight.results import Finding, Subject, counted
 from dist_dcgan.run.checkpoint import load_newest
 from dist_dcgan.run.directory import RunDirectory, require_fitting, require_same_run, require_unclaimed
@@ -46,11 +45,9 @@ def data_set(subject: Subject, stack: ExitStack) -> Finding:
     return Finding("ok", found, same, "copy one data set to all nodes")
 
 
-def first_shard(subject: Subject) -> Finding | None:
-    """Check the SHA-256 of training's first shard, on one rank of each node."""
-    if subject.world.local_rank != 0:
-        return None
-    location = _location(subject)
+def first_shard(subject: Subject) -> Finding:
+    """Check the SHA-256 of training's first shard."""
+    location = subject.location
     shard = _order(subject).window(0).shards[0]
     started = time.perf_counter()
     location.ready(shard)
@@ -63,7 +60,7 @@ def first_shard(subject: Subject) -> Finding | None:
 def plan(subject: Subject) -> Finding:
     """Compute the plan of the run: steps, and batch per rank."""
     config, invocation = subject.config, subject.invocation
-    made = make_plan(config, world_size_of_launch(invocation.world_size), _location(subject).manifest.samples)
+    made = make_plan(config, world_size_of_launch(invocation.world_size), subject.location.manifest.samples)
     subject.plan = made
     found = (
         f"{made.total_steps:,} steps of {made.global_batch} images, {made.batch_per_rank} per rank; "
@@ -75,51 +72,47 @@ def plan(subject: Subject) -> Finding:
 
 def shuffling(subject: Subject) -> Finding:
     """Report the number of images that are shuffled together."""
-    order, made = _order(subject), _plan(subject)
+    order, made = _order(subject), subject.plan
     shards = order.window(0).shards
-    images = sum(_location(subject).manifest.shards[shard].samples for shard in shards)
+    images = sum(subject.location.manifest.shards[shard].samples for shard in shards)
     found = f"among {images:,} images at a time ({counted(len(shards), 'shard')})"
-    everything = len(shards) == len(_location(subject).manifest.shards)
+    everything = len(shards) == len(subject.location.manifest.shards)
     if everything or images >= _FEW_BATCHES * made.global_batch:
         return Finding("ok", found)
     return Finding("ok", f"{found}, few batches of {made.global_batch}: a larger --data.window-shards shuffles better")
 
 
 def cache(subject: Subject) -> Finding | None:
-    """Test the disk of the cache, on one rank of each node."""
+    """Test the disk of the cache, if there is one."""
     folder, gigabytes = subject.config.data.cache_dir, subject.config.data.cache_gb
-    if folder is None or subject.world.local_rank != 0:
+    if folder is None:
         return None
-    location = _location(subject)
-    location.require_room(shards_at_a_time(_order(subject), _plan(subject).global_batch))
+    location = subject.location
+    location.require_room(shards_at_a_time(_order(subject), subject.plan.global_batch))
     try_writing(folder)
     total = sum(entry.bytes for entry in location.manifest.shards)
     staged = sum(path.stat().st_size for path in folder.glob("*.tar"))
     required = max(min(round(gigabytes * 1e9), total) - staged, 0)
-    require_room(folder, required, "the cache takes", "a smaller --data.cache-gb, or another --data.cache-dir")
+    check_room(folder, required, "the cache takes", ": use a smaller --data.cache-gb, or another --data.cache-dir")
     return Finding("ok", f"{folder} can be written and has room for {required / 1e9:,.3g} GB")
 
 
-def run_directory(subject: Subject) -> Finding | None:
-    """Check that this run may start or continue in its folder, on rank 0, the only one that writes there."""
-    if not subject.world.is_main:
-        return None
+def run_directory(subject: Subject) -> Finding:
+    """Check that this run may start or continue in its folder; only rank 0 writes there."""
     run = RunDirectory(subject.config.run_dir)
     require_fitting(run, subject.config, subject.invocation.resume)
     require_unclaimed(run)
     newest = load_newest(run.checkpoints)
     if newest is None:
         return Finding("ok", f"{run.path} is free for a new run")
-    if subject.location is not None and subject.plan is not None:
+    if hasattr(subject, "plan"):  # else the check of the data set or of the plan has failed
         digest = subject.location.manifest.digest()
         require_same_run(run, subject.config, subject.plan.global_batch, digest, newest.values)
     return Finding("ok", f"{run.path} holds this run, which goes on from step {newest.values['step']:,}")
 
 
-def writing(subject: Subject) -> Finding | None:
-    """Test the disk of the run directory, on rank 0."""
-    if not subject.world.is_main:
-        return None
+def writing(subject: Subject) -> Finding:
+    """Test the disk of the run directory."""
     try:
         folder = try_writing(subject.config.run_dir)
     except OSError as error:
@@ -130,25 +123,23 @@ def writing(subject: Subject) -> Finding | None:
     return Finding("ok", f"files can be written, renamed, locked and removed in {folder}")
 
 
-def room(subject: Subject) -> Finding | None:
-    """Compare the free space for the run directory with the size of its files, on rank 0."""
-    if not subject.world.is_main:
-        return None
+def room(subject: Subject) -> Finding:
+    """Compare the free space for the run directory with the size of its files."""
     run, config = RunDirectory(subject.config.run_dir), subject.config
-    image_size, steps = _location(subject).manifest.image_size, _plan(subject).total_steps
+    image_size, steps = subject.location.manifest.image_size, subject.plan.total_steps
     each, exports = checkpoint_bytes(config, image_size), export_bytes(config, image_size)
     # One more than are kept, because the next is written before the oldest is removed.
     kept = config.checkpoint.keep + 1 + steps // (config.checkpoint.keep_every_steps or steps + 1)
     there = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
     required = max(kept * each - there, each) + exports
     purpose = f"{kept} checkpoints of {each:,} bytes and the generator take"
-    require_room(run.path, required, purpose, "a smaller --checkpoint.keep, or another --run-dir")
+    check_room(run.path, required, purpose, ": use a smaller --checkpoint.keep, or another --run-dir")
     return Finding("ok", f"for {kept} checkpoints of {each / 1e6:,.1f} MB and the generator, twice")
 
 
 def checkpoint_bytes(config: Config, image_size: int) -> int:
     """Return the bytes of the tensors of a checkpoint: both networks, the averaged generator, Adam's moments."""
-    generator, discriminator = _networks(config, image_size)
+    generator, discriminator = networks_on_meta(config, image_size)
     total = 2 * _bytes(generator) + _bytes(discriminator)
     for network in (generator, discriminator):
         step_bytes = 4  # Adam counts its steps per parameter, in float32
@@ -158,12 +149,12 @@ def checkpoint_bytes(config: Config, image_size: int) -> int:
 
 def export_bytes(config: Config, image_size: int) -> int:
     """Return the bytes of the two exported generators, the latest and the best."""
-    return 2 * _bytes(_networks(config.model_copy(update={"precision": "fp32"}), image_size)[0])
+    return 2 * _bytes(networks_on_meta(config.model_copy(update={"precision": "fp32"}), image_size)[0])
 
 
 def gradient_elements(config: Config, image_size: int) -> int:
     """Return the number of gradient values that a step sums over the ranks."""
-    return sum(parameter.numel() for network in _networks(config, image_size) for parameter in network.parameters())
+    return sum(map(count_parameters, networks_on_meta(config, image_size)))
 
 
 def try_writing(path: Path) -> Path:
@@ -194,15 +185,7 @@ def probe_folder(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def require_room(folder: Path, required: int, purpose: str, remedy: str) -> None:
-    """Raise UserError, with the remedy, if the disk of `folder` has less than `required` bytes free."""
-    try:
-        check_room(folder, required, purpose)
-    except UserError as error:
-        raise UserError(f"{error}: use {remedy}") from None
-
-
-def _networks(config: Config, image_size: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+def networks_on_meta(config: Config, image_size: int) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return both networks on the meta device, without memory."""
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     with torch.device("meta"):
@@ -216,14 +199,4 @@ def _bytes(network: torch.nn.Module) -> int:
 
 
 def _order(subject: Subject) -> SampleOrder:
-    return SampleOrder(_location(subject).manifest, subject.config.seed, subject.config.data.window_shards)
-
-
-def _location(subject: Subject) -> DatasetLocation:
-    assert subject.location is not None
-    return subject.location
-
-
-def _plan(subject: Subject) -> Plan:
-    assert subject.plan is not None
-    return subject.plan
+    return SampleOrder(subject.location.manifest, subject.config.seed, subject.config.data.window_shards)

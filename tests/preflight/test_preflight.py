@@ -190,7 +190,7 @@ def test_more_ranks_than_gpus_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_threads_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_cores", lambda: 4)
+    monkeypatch.setattr(machine, "available_cores", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert machine.threads(subject()) == Finding("ok", "2 ranks of 2 threads on 4 cores")
@@ -252,11 +252,21 @@ def test_the_mode_of_wandb_is_told_and_no_key_is(
         (tmp_path / name).write_text(content)
     monkeypatch.chdir(tmp_path)
     found = machine.wandb(Subject(Config(wandb={"mode": mode}), Invocation(), ALONE))
-    assert found is not None
     assert found.level == expected[0]
     assert found.text.startswith(expected[1])
     assert KEY not in found.text
-    assert machine.wandb(Subject(Config(), Invocation(), World(1, 1, 2, torch.device("cpu")))) is None
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_check_of_a_disk_runs_where_the_table_says(rank: int) -> None:
+    world = World(rank, rank % 2, 4, torch.device("cpu"))
+    with ExitStack() as stack:
+        elsewhere = {check.thing for check in checks(stack) if not check.runs_on(world)}
+    of_rank_0 = {"run directory", "writing", "room", "W&B"}
+    of_a_node = {"first shard", "cache"}
+    assert elsewhere == (of_rank_0 if rank else set()) | (of_a_node if rank % 2 else set())
+    check = Check("W&B", machine.wandb, ranks="rank 0")
+    assert (attempt(check, Subject(Config(), Invocation(), world)) is None) == (rank > 0)
 
 
 # Data and disks.
