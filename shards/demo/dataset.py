@@ -87,7 +87,6 @@ def _write_lmdb(folder: Path, images: int, chunks: Iterable[list[Record]]) -> No
     with lmdb.open(os.fsencode(folder), map_size=map_size, sync=False) as environment:
         for records in chunks:
             with environment.begin(write=True) as transaction:
-                for key, value in records:
-                    transaction.put(key, value)
+                transaction.cursor().putmulti(records)
         environment.sync(True)
         assert environment.stat()["entries"] == images, "two pictures have the same SHA-1"
