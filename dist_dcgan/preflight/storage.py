@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from dist_dcgan.config import Config, make_plan, to_yaml
 from dist_dcgan.data.order import SampleOrder
@@ -23,6 +22,7 @@ from dist_dcgan.run.checkpoint import load_newest
 from dist_dcgan.run.directory import RunDirectory, require_fitting, require_same_run, require_unclaimed
 from shards.common.errors import UserError
 from shards.common.files import check_room, publish
+from shards.common.locks import Lock, NoLocksError
 
 _PROBE = ".dist_dcgan-doctor-"
 _FEW_BATCHES = 10
@@ -166,13 +166,10 @@ def try_writing(path: Path) -> Path:
         publish(folder / "probe", b"written by dist_dcgan.doctor\n")
         (folder / "probe").unlink()
         try:
-            with FileLock(folder / "lock", timeout=0):
-                try:
-                    with FileLock(folder / "lock", timeout=0, is_singleton=False):
-                        raise UserError(f"file locks hold nobody off in {folder.parent}: use another file system")
-                except Timeout:
-                    pass  # as expected
-        except NotImplementedError:
+            with Lock(folder / "lock") as first, Lock(folder / "lock") as second:
+                if first.take() and second.take():
+                    raise UserError(f"file locks hold nobody off in {folder.parent}: use another file system")
+        except NoLocksError:
             raise UserError(f"there are no file locks in {folder.parent}: use another file system") from None
         return folder.parent
 

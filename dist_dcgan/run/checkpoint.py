@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from safetensors import SafetensorError
@@ -27,6 +26,7 @@ from dist_dcgan.run.tensor_file import serialised
 from shards.common.command_line import Options, build, nearest, parse_flags, run
 from shards.common.errors import UserError
 from shards.common.files import atomic_file, file_sha256, publish, sync_directory
+from shards.common.locks import Lock
 
 FORMAT_VERSION = 3
 _TENSORS = "tensors.safetensors"
@@ -203,17 +203,16 @@ def _verify(options: _Folder, found: list[Path]) -> None:
 
 def _prune(options: _Prune, found: list[Path]) -> None:
     """Remove all except the newest sound ones."""
-    try:
-        with FileLock(options.run_dir / "run.lock", timeout=0):
-            kept = _inspect(options, found)[-options.keep :]
-            if not kept:
-                raise UserError(f"none of the checkpoints of {options.run_dir} is sound: nothing is removed")
-            for path in found:
-                if path not in kept:
-                    shutil.rmtree(path)
-                    print(f"{path.name}: removed")
-    except Timeout:
-        raise UserError(f"run directory {options.run_dir} is in use: wait for the run to end") from None
+    with Lock(options.run_dir / "run.lock") as lock:
+        if not lock.take():
+            raise UserError(f"run directory {options.run_dir} is in use: wait for the run to end")
+        kept = _inspect(options, found)[-options.keep :]
+        if not kept:
+            raise UserError(f"none of the checkpoints of {options.run_dir} is sound: nothing is removed")
+        for path in found:
+            if path not in kept:
+                shutil.rmtree(path)
+                print(f"{path.name}: removed")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from dist_dcgan.config import Config, differences, from_command_line, read_yaml, to_yaml
 from shards.common.command_line import build
 from shards.common.command_line import run as run_command
 from shards.common.errors import UserError
 from shards.common.files import publish
+from shards.common.locks import Lock
 
 LOGS = "logs"
 """Folder of the ranks' output, written by launch/."""
@@ -59,11 +58,14 @@ def claimed(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
     run, or a run of another configuration, or any run while `resume` is "never".
     """
     require_fitting(run, config, resume)
-    lock = _lock(run.path)
-    try:
+    with ExitStack() as stack:
+        with _errors(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+            _take(stack.enter_context(Lock(run.path / _LOCK)), run.path)
+            started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            who = {"host": socket.gethostname(), "pid": os.getpid(), "since": started}
+            publish(run.path / _HOLDER, json.dumps(who).encode())
         yield
-    finally:
-        lock.release()
 
 
 def require_fitting(run: RunDirectory, config: Config, resume: str) -> None:
@@ -87,7 +89,8 @@ def require_unclaimed(run: RunDirectory) -> None:
     """Raise UserError, with the process, if another process has locked the folder; changes nothing."""
     with _errors(run.path):
         if (run.path / _LOCK).exists():
-            FileLock(run.path / _LOCK, timeout=0).acquire().lock.release()
+            with Lock(run.path / _LOCK) as lock:
+                _take(lock, run.path)
 
 
 def record(run: RunDirectory, config: Config) -> None:
@@ -116,27 +119,20 @@ def require_same_run(
     _require_equal(f"the newest checkpoint in {run.checkpoints} is", stored, config)
 
 
-def _lock(path: Path) -> FileLock:
-    lock = FileLock(path / _LOCK, timeout=0)
-    with _errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "since": started}
-        publish(path / _HOLDER, json.dumps(who).encode())
-    return lock
+def _take(lock: Lock, path: Path) -> None:
+    """Take the lock of the folder `path`; raises UserError, with the process, if another has it."""
+    if not lock.take():
+        holder = path / _HOLDER
+        who = holder.read_text() if holder.is_file() else "an unknown process"
+        raise UserError(f"run directory {path} is in use by {who}: wait for it, or name another")
 
 
 @contextmanager
 def _errors(path: Path) -> Iterator[None]:
-    """Turn errors of locking into UserErrors with the reason."""
+    """Turn errors of the disk, such as one without locks, into UserErrors with the reason."""
     try:
         yield
-    except Timeout:
-        holder = path / _HOLDER
-        who = holder.read_text() if holder.is_file() else "an unknown process"
-        raise UserError(f"run directory {path} is in use by {who}: wait for it, or name another") from None
-    except (OSError, NotImplementedError) as error:  # the latter if the file system has no locks
+    except OSError as error:
         raise UserError(f"run directory {path} cannot be used: {error}: name another with --run-dir") from None
 
 

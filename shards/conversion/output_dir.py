@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import random
 import re
 import shutil
@@ -11,10 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
 from shards.common.errors import UserError
 from shards.common.files import check_room
+from shards.common.locks import Lock, NoLocksError
 from shards.conversion.reports import FOLDER_NAME, Part
 from shards.manifest import MANIFEST_NAME
 from shards.writer import KEYS_NAME, REJECTED_NAME
@@ -23,9 +21,6 @@ _OURS = re.compile(rf"(shard-\d{{6,}}\.tar|{KEYS_NAME}|{REJECTED_NAME}|{MANIFEST
 _LOCK_NAME = "lock"
 
 _TRIES, _SECONDS_TO_WAIT = 100, 5.0
-
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""Errors of network file systems without locks, such as Lustre without its flock option."""
 
 
 @contextmanager
@@ -40,14 +35,13 @@ def claim(out: Path, part: Part, required_bytes: int = 0) -> Iterator[None]:
     check_room(out, required_bytes - sum(map(_size, ours)), "the shards take")
     (out / FOLDER_NAME).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        lock = stack.enter_context((out / FOLDER_NAME / _LOCK_NAME).open("a+"))
+        lock = stack.enter_context(Lock(out / FOLDER_NAME / _LOCK_NAME))
         if part.of == 1:
-            _lock(lock, fcntl.LOCK_EX, out)
-            _write(lock, "1")
+            _lock(lock, out)
+            lock.write("1")
         else:
             _lock_with_other_parts(lock, str(part.of), out)
-            of_part = stack.enter_context((out / FOLDER_NAME / f"{part.name}.{_LOCK_NAME}").open("a"))
-            _lock(of_part, fcntl.LOCK_EX, out)
+            _lock(stack.enter_context(Lock(out / FOLDER_NAME / f"{part.name}.{_LOCK_NAME}")), out)
         yield
 
 
@@ -60,9 +54,9 @@ def claim_whole(out: Path) -> Iterator[int]:
     path = out / FOLDER_NAME / _LOCK_NAME
     if not path.is_file():
         raise UserError(f"nothing to merge at {out}: run convert --part I/N for all parts first")
-    with path.open("a+") as lock:
-        _lock(lock, fcntl.LOCK_EX, out)
-        yield int(_read(lock) or 0)
+    with Lock(path) as lock:
+        _lock(lock, out)
+        yield int(lock.read() or 0)
 
 
 def clean_up(out: Path, shards: int) -> None:
@@ -100,41 +94,26 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _lock(file: IO[str], kind: int, out: Path) -> None:
-    if not _try_lock(file, kind):
+def _lock(lock: Lock, out: Path) -> None:
+    if not _try_lock(lock):
         raise UserError(f"another conversion is writing to {out}: wait, or give another --out")
 
 
-def _lock_with_other_parts(lock: IO[str], count: str, out: Path) -> None:
+def _lock_with_other_parts(lock: Lock, count: str, out: Path) -> None:
     """Take the lock shared with the other parts; the first takes it exclusively to write the number of parts."""
     for _ in range(_TRIES):
-        if _try_lock(lock, fcntl.LOCK_SH) and _read(lock) == count:
+        if _try_lock(lock, shared=True) and lock.read() == count:
             return
-        _try_lock(lock, fcntl.LOCK_UN)
-        if _try_lock(lock, fcntl.LOCK_EX):
-            _write(lock, count)
+        if _try_lock(lock):
+            lock.write(count)
         else:
             time.sleep(random.uniform(0, 2 * _SECONDS_TO_WAIT / _TRIES))
     raise UserError(f"another conversion is writing to {out}: wait, or give another --out")
 
 
-def _try_lock(file: IO[str], kind: int) -> bool:
+def _try_lock(lock: Lock, shared: bool = False) -> bool:
+    """Return False if another conversion holds the lock; True, too, if the file system has no locks."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
-
-
-def _read(lock: IO[str]) -> str:
-    lock.seek(0)
-    return lock.read()
-
-
-def _write(lock: IO[str], content: str) -> None:
-    lock.truncate(0)
-    lock.write(content)
-    lock.flush()
+        return lock.take(shared=shared)
+    except NoLocksError:
+        return True

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from shards.common.errors import UserError
 from shards.common.files import sync_directory
 from shards.common.http import discard, fetch
+from shards.common.locks import Lock, NoLocksError
 from shards.lsun.archive import ArchiveError, unpack
 from shards.lsun.catalog import ADDRESS
 
@@ -68,13 +67,13 @@ def _damaged(archive: Path, address: str, error: ArchiveError) -> str:
 def _claim(folder: Path) -> Iterator[None]:
     """Lock the files of `folder`; raises UserError if another process has locked them."""
     path = folder.with_name(folder.name + ".lock")
-    try:
-        lock = FileLock(path, timeout=0).acquire()
-    except Timeout:
-        raise UserError(f"another process is downloading {folder}: wait for it, or give another --out") from None
-    except NotImplementedError as error:
-        raise UserError(f"cannot lock {path}: {error}; give another --out") from None
-    with lock:
+    with Lock(path) as lock:
+        try:
+            taken = lock.take()
+        except NoLocksError as error:
+            raise UserError(f"cannot lock {path}: {error.strerror}; give another --out") from None
+        if not taken:
+            raise UserError(f"another process is downloading {folder}: wait for it, or give another --out")
         yield
         path.unlink(missing_ok=True)  # safe: a process waiting for the lock has no work left
 

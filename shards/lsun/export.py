@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from shards.common.errors import UserError
 from shards.common.files import atomic_file
+from shards.common.locks import Lock
 from shards.common.progress import Progress
 from shards.conversion.images import ImageError
 from shards.conversion.sources.lmdb_pages import ValueLocation
@@ -134,14 +134,8 @@ def _held(folder: Path) -> Iterator[None]:
 
     Raises UserError if another export has locked it. Without effect on file systems without locks.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another export is writing to {folder}: wait, or give another --out") from None
-        except OSError:
-            pass
+    with Lock(folder.resolve()) as lock:  # --out may be a link
+        with suppress(OSError):
+            if not lock.take():
+                raise UserError(f"another export is writing to {folder}: wait, or give another --out")
         yield
-    finally:
-        os.close(descriptor)

@@ -10,9 +10,9 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from filelock import FileLock
 
 from dist_dcgan.data.order import SampleOrder
+from shards.common.locks import Lock
 from shards.manifest import read_manifest
 from tests.support.commands import environment, module, run, succeed, train_command
 
@@ -137,7 +137,8 @@ def test_a_run_directory_in_use_is_named_with_its_holder(demo_shards: Path, tmp_
     holder = {"host": "elsewhere", "pid": 4711, "since": "2026-01-01"}
     (run_dir / "run.holder.json").write_text(json.dumps(holder))
     flags = [*FLAGS, "--data", demo_shards, "--run-dir", run_dir]
-    with FileLock(run_dir / "run.lock", timeout=0):
+    with Lock(run_dir / "run.lock") as lock:
+        assert lock.take()
         rows = failed(run(doctor(1, *flags)), "run directory")
     assert rows["run directory"][1].startswith(f"run directory {run_dir} is in use by {json.dumps(holder)}: wait")
     succeed(doctor(1, *flags))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import sys
@@ -343,10 +345,10 @@ def test_a_cache_below_what_is_in_use_at_a_time_fails(demo_shards: Path, tmp_pat
 
 def test_locks_that_hold_nobody_off_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert storage.try_writing(tmp_path / "not" / "yet") == tmp_path
-    monkeypatch.setattr(storage, "FileLock", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     with pytest.raises(UserError, match=f"file locks hold nobody off in {tmp_path}"):
         storage.try_writing(tmp_path / "not" / "yet")
-    monkeypatch.setattr(storage, "FileLock", mock.Mock(side_effect=NotImplementedError))
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     with pytest.raises(UserError, match="there are no file locks"):
         storage.try_writing(tmp_path)
     assert list(tmp_path.iterdir()) == []

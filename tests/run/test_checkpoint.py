@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from filelock import FileLock
 
 from dist_dcgan.config import CheckpointOptions
 from dist_dcgan.run.checkpoint import Retention, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
@@ -28,6 +27,7 @@ from dist_dcgan.run.saver import Saver, Schedule, make_schedule
 from dist_dcgan.run.tensor_file import serialised
 from shards.common.errors import UserError
 from shards.common.files import atomic_file
+from shards.common.locks import Lock
 from tests.support.commands import module, one_line_error, succeed
 
 CPU = torch.device("cpu")
@@ -354,7 +354,8 @@ def test_verify_fails_where_one_is_damaged_and_prune_keeps_the_newest_sound_one(
     assert succeed(module(command, "verify", tmp_path)).stdout.count("sound") == 3
     (tmp_path / "checkpoints" / "step-00000003" / "tensors.safetensors").write_bytes(b"")
     assert "1 of the 3 checkpoints" in one_line_error(module(command, "verify", tmp_path))
-    with FileLock(tmp_path / "run.lock"):
+    with Lock(tmp_path / "run.lock") as lock:
+        assert lock.take()
         assert "is in use: wait for the run to end" in one_line_error(module(command, "prune", tmp_path))
     succeed(module(command, "prune", tmp_path))
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import signal
@@ -19,6 +18,7 @@ import pytest
 
 from shards.__main__ import main
 from shards.common.errors import UserError
+from shards.common.locks import Lock
 from shards.conversion.sources import lmdb_source
 from shards.conversion.sources.lmdb_pages import ValueLocation
 from shards.conversion.sources.lmdb_source import LmdbSource
@@ -276,11 +276,10 @@ def test_a_value_too_large_to_be_read_is_one_line(tmp_path: Path, monkeypatch: p
 
 def test_one_export_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match=f"another export is writing to {tmp_path}/out: wait, or give another --out"):
-        exported(tmp_path, SMALL)
-    os.close(descriptor)
+    with Lock(tmp_path / "out") as lock:
+        assert lock.take()
+        with pytest.raises(UserError, match=f"another export is writing to {tmp_path}/out: wait, or give another"):
+            exported(tmp_path, SMALL)
     assert exported(tmp_path, SMALL).present == 0
 
 

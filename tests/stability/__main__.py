@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from dist_dcgan.training.train_state import resolve_precision
+from shards.common.locks import Lock
 from tests.stability import evidence, jump, long, report, results
 from tests.stability.experiment import run_trial
 from tests.stability.recipes import PHASES, Trial
@@ -102,11 +102,11 @@ def start(trial: Trial, options: argparse.Namespace) -> None:
 def run_locked(trial: Trial, options: argparse.Namespace) -> None:
     """Run one trial, unless another process is at it."""
     folder = options.work / trial.name
-    try:
-        with FileLock(folder / "lock", timeout=0):
+    with Lock(folder / "lock") as lock:
+        if lock.take():
             run_trial(trial, options.photos if trial.data == "photos" else options.rooms, folder)
-    except Timeout:
-        print(f"{trial.name} is being run by another process")
+        else:
+            print(f"{trial.name} is being run by another process")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from typing import TypeVar
 from dist_dcgan.data.storage.location import ShardFile, checked, read_ahead, state_at
 from dist_dcgan.data.storage.remote import FailedError, Remote
 from shards.common.errors import OneRankError, UserError
+from shards.common.locks import Lock
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 
 Result = TypeVar("Result")
@@ -181,10 +181,10 @@ def _remove(part: Path) -> None:
 def _folder_of_parts(owner: object, folder: Path) -> Path:
     """Make a folder for partial files, locked while this process runs and removed with `owner`."""
     parts = Path(tempfile.mkdtemp(prefix=_PARTS, dir=folder))
-    descriptor = os.open(parts, os.O_RDONLY)
+    lock = Lock(parts)
     with contextlib.suppress(OSError):  # a file system without locks: orphans are not removed there
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    weakref.finalize(owner, _remove_parts, parts, descriptor)
+        lock.take()
+    weakref.finalize(owner, _remove_parts, parts, lock)
     return parts
 
 
@@ -193,14 +193,11 @@ def _remove_orphans(folder: Path) -> None:
     for parts in folder.glob(f"{_PARTS}*"):
         with contextlib.suppress(OSError):  # in use, another user's, or just removed by another
             if time.time() - parts.stat().st_mtime > _ORPHANED_SECONDS:  # one that was just made is about to be locked
-                descriptor = os.open(parts, os.O_RDONLY)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(parts)
-                finally:
-                    os.close(descriptor)
+                with Lock(parts) as lock:
+                    if lock.take():
+                        shutil.rmtree(parts)
 
 
-def _remove_parts(parts: Path, descriptor: int) -> None:
+def _remove_parts(parts: Path, lock: Lock) -> None:
     shutil.rmtree(parts, ignore_errors=True)
-    os.close(descriptor)
+    lock.close()

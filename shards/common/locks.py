@@ -1,0 +1,74 @@
+"""Locks between processes, on files and folders."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of network file systems without locks, such as Lustre without its flock option."""
+
+
+class NoLocksError(OSError):
+    """The file system has no locks."""
+
+
+class Lock:
+    """The operating system's lock on a file or folder; it is taken at once or not, and ends with its process.
+
+    Two `Lock`s exclude each other even in one process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`, and create it as a file with mode 0600 if it does not exist; raises OSError for a link."""
+        flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+        self._path, self._taken = path, False
+        self._descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def take(self, *, shared: bool = False) -> bool:
+        """Lock, or change the kind of the lock; return False if another holds it in a way that excludes this.
+
+        In that case nothing is held afterwards. Raises NoLocksError if the file system has no locks.
+        """
+        self.release()
+        try:
+            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                raise NoLocksError(error.errno, "the file system has no locks", str(self._path)) from None
+            raise
+        self._taken = True
+        return True
+
+    def release(self) -> None:
+        """Unlock, also for forked processes that share the open file."""
+        if self._taken:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self._taken = False
+
+    def close(self) -> None:
+        """Unlock and close the file, which is not removed."""
+        self.release()
+        os.close(self._descriptor)
+
+    def read(self) -> str:
+        """Return the content of the locked file."""
+        return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0).decode()
+
+    def write(self, content: str) -> None:
+        """Replace the content of the locked file."""
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, content.encode(), 0)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
