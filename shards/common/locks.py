@@ -33,7 +33,7 @@ class Lock:
 
         In that case nothing is held afterwards. Raises NoLocksError if the file system has no locks.
         """
-        self.release()
+        self.release()  # on NFS a lock that cannot be converted stays
         try:
             fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -28,6 +28,21 @@ sys.stdin.read()
 """
 
 
+_FORKS = """
+import os, sys, time
+from pathlib import Path
+from shards.common.locks import Lock
+
+with Lock(Path(sys.argv[1])) as lock:
+    lock.take()
+    fork = os.fork()
+    if fork == 0:
+        time.sleep(600)
+print(Lock(Path(sys.argv[1])).take())
+os.kill(fork, 9)
+"""
+
+
 @contextmanager
 def another_process(path: Path, kind: str = "exclusive") -> Iterator[subprocess.Popen[str]]:
     """Have another process hold the lock of `path`."""
@@ -50,6 +65,11 @@ def test_a_lock_holds_another_process_off_until_that_ends(what: str, tmp_path: P
             assert not second.take()
     with another_process(path):  # released with the block
         pass
+
+
+def test_a_lock_that_is_released_is_free_whatever_forked_processes_hold_open(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _FORKS, str(tmp_path / "lock")]
+    assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60).stdout == "True\n"
 
 
 def test_a_shared_lock_admits_shared_ones_only(tmp_path: Path) -> None:
