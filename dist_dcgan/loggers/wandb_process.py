@@ -1,10 +1,8 @@
-"""Process beside rank 0 that uploads to Weights & Biases: `python -m dist_dcgan.loggers.wandb_process`.
+"""Process beside rank 0 that uploads to Weights & Biases: `python -m dist_dcgan.loggers.wandb_process TASK`.
 
-Its standard input holds a line of JSON that says what to record; another line followed by the end of input means that
-the run has ended, the end of input alone that it was killed. The data are read from the run directory.
-
-wandb is imported once; a fork then connects to the server. If the fork hangs, it is killed after a timeout, and another
-fork records offline into the run directory, from the start. Nothing here imports torch.
+It only reads the run directory, so at any time it can be ended and run again from the same position: it does so, to
+record offline, if the server does not take the run. A line on its standard input means that the run has ended, the end
+of input alone that it was killed. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -16,24 +14,45 @@ import os
 import select
 import shutil
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import yaml
 
 UNSENT = "unsent"
 """Marker file in a segment that is not completely uploaded."""
+IMPORTING, READY = b"0", b"1"
+"""What the process reports on its standard output: that it is about to import wandb, and that it has."""
 
 _INIT_SECONDS = 60.0  # for the server to accept the run, during training
 _LAST_INIT_SECONDS = 1.5  # the same, once training has ended
-_FINISH_SECONDS = 3.5
 _LOOK_SECONDS = 1.0  # between checks for new rows and pictures
-
 _HEADER_BYTES = 7  # of a .wandb file
 
-_DONE, _FAILED, _NO_SERVER = range(3)  # exit status of the fork
-_START, _HAS_KEY, _RECORDS = b"0", b"1", b"2"  # progress of the fork
+
+@dataclass(frozen=True)
+class Task:
+    """What to record, and from which position on."""
+
+    run_dir: str
+    run_id: str
+    mode: str
+    seconds: float
+    """Time to finish, once the run has ended and wandb is imported."""
+    offset: int
+    """Bytes of metrics.jsonl that an earlier start of the run has recorded."""
+    pictures_since: int
+    """Modification time, in ns, of the newest picture that an earlier start has recorded."""
+
+    def command(self) -> list[str]:
+        """Return the command that starts the process."""
+        return [sys.executable, "-m", "dist_dcgan.loggers.wandb_process", json.dumps(asdict(self))]
 
 
 def holds_rows(file: Path) -> bool:
@@ -41,88 +60,63 @@ def holds_rows(file: Path) -> bool:
     return file.stat().st_size > _HEADER_BYTES
 
 
-def close_seconds(mode: str) -> float:
-    """Return the seconds within which the process ends, once the run has ended and wandb is imported.
-
-    A network that hangs must not delay the end of a run; offline, writing to disk takes longer but finishes.
-    """
-    return 30.0 if mode == "offline" else 5.0
-
-
-@dataclass(frozen=True)
-class Order:
-    """What to record."""
-
-    run_dir: str
-    run_id: str
-    mode: str
-    project: str
-    name: str
-    config: dict[str, Any]
-    offset: int
-    """Bytes of metrics.jsonl that an earlier start of the run has recorded."""
-    pictures: dict[str, int]
-    """Modification times, in ns, of pictures that are not new."""
-    pid: int
-    """The training process, whose CPU and GPU use is recorded."""
+def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration without possible passwords: parts of the data set's address, or its command."""
+    path = str(config["data"]["path"])
+    if path.startswith("pipe:"):
+        path = "pipe:"
+    elif "://" in path:
+        address = urlsplit(path)
+        path = address._replace(netloc=address.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    return config | {"data": config["data"] | {"path": path}}
 
 
 class Training:
     """Connection to the training process; the standard streams of other code are redirected to /dev/null."""
 
     def __init__(self) -> None:
+        self._environment = dict(os.environ)  # before wandb puts the address of its wandb-core there
         # Private descriptors, which wandb-core does not inherit and so cannot keep open.
-        self._orders, self._reports, self._errors = (os.dup(number) for number in range(3))
+        self._streams = [os.dup(number) for number in range(3)]
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number in range(3):
             os.dup2(nowhere, number)
-        self._ended_at: float | None = None
 
-    def order(self) -> Order:
-        """Read what to record."""
-        line = b""
-        while not line.endswith(b"\n"):  # byte by byte: the rest of the input says how the run ended
-            byte = os.read(self._orders, 1)
-            if not byte:
-                raise SystemExit(0)  # training was killed at its start
-            line += byte
-        return Order(**json.loads(line))
-
-    def tell_imported(self) -> None:
-        """Report that wandb is imported."""
-        _write(self._reports, "imported\n")
+    def report(self, state: bytes) -> None:
+        """Report IMPORTING or READY."""
+        self._write(1, state)
 
     def warn(self, text: str) -> None:
         """Print one line of warning, with the API key masked."""
         key = os.environ.get("WANDB_API_KEY")
         line = " ".join((text.replace(key, "***") if key else text).split())
-        _write(self._errors, f"warning: {line}\n")
+        self._write(2, f"warning: {line}\n".encode())
 
-    def ended(self, wait: float = 0.0) -> bool:
+    def ended(self, wait: float | None = 0.0) -> bool:
         """Return whether the run has ended, after waiting up to `wait` seconds for it."""
-        if select.select([self._orders], [], [], wait)[0] and self._ended_at is None:
-            self._ended_at = time.monotonic()
-        return self._ended_at is not None
-
-    def seconds_since_end(self) -> float:
-        """Return the seconds since `ended` was first true."""
-        return 0.0 if self._ended_at is None else time.monotonic() - self._ended_at
+        return bool(select.select([self._streams[0]], [], [], wait)[0])
 
     def well(self) -> bool:
         """Return whether the run ended normally and was not killed; call it once, after its end."""
-        return os.read(self._orders, 1) != b""
+        return os.read(self._streams[0], 1) != b""
+
+    def run_again(self, task: Task) -> NoReturn:
+        """Replace this process, whatever its threads do, by one that does `task`."""
+        self.report(IMPORTING)
+        for number, stream in enumerate(self._streams):
+            os.dup2(stream, number)
+        os.execve(sys.executable, task.command(), self._environment)
+
+    def _write(self, number: int, content: bytes) -> None:
+        with contextlib.suppress(OSError):  # the reader is gone
+            os.write(self._streams[number], content)
 
 
-@dataclass
 class Feed:
     """Finds new rows and pictures in the run directory."""
 
-    order: Order
-    _offset: int = field(init=False)
-    _pictures: dict[str, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._offset, self._pictures = self.order.offset, dict(self.order.pictures)
+    def __init__(self, task: Task) -> None:
+        self._task, self._offset, self._pictures = task, task.offset, dict[Path, int]()
 
     def new(self) -> list[dict[str, Any]]:
         """Return rows, alerts and pictures (`{"step": ..., "picture": path}`) in the order of steps."""
@@ -130,7 +124,7 @@ class Feed:
         return sorted([*rows, *self._new_pictures()], key=lambda found: found["step"])
 
     def _new_rows(self) -> Iterator[dict[str, Any]]:
-        path = Path(self.order.run_dir, "metrics.jsonl")
+        path = Path(self._task.run_dir, "metrics.jsonl")
         if not path.exists():
             return
         with path.open("rb") as file:
@@ -141,100 +135,65 @@ class Feed:
             yield from map(json.loads, whole.splitlines())
 
     def _new_pictures(self) -> Iterator[dict[str, Any]]:
-        for path in Path(self.order.run_dir, "samples").glob("step-*.png"):
-            changed = path.stat().st_mtime_ns
-            if self._pictures.get(path.name) != changed:
-                self._pictures[path.name] = changed
+        for path, changed in picture_times(Path(self._task.run_dir, "samples")).items():
+            if changed > self._pictures.get(path, self._task.pictures_since):
+                self._pictures[path] = changed
                 yield {"step": int(path.stem.removeprefix("step-")), "picture": str(path)}
 
 
-def main() -> None:
-    """Record a run until it ends."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # training handles them and then ends this process
-    training = Training()
-    order = training.order()
-    os.environ["WANDB_SILENT"] = "true"  # else it asks the server for the user's name, to print it
-    try:
-        import wandb
-
-        with contextlib.suppress(ImportError):
-            import wandb.apis.public  # wandb.init imports it, in each fork
-    except BaseException as error:  # no error of wandb may affect training
-        training.warn(f"W&B is turned off: it cannot be imported: {error!r}")
-        return
-    training.tell_imported()
-    if order.mode == "offline" or Attempt(training, order, wandb, "online").run() == _NO_SERVER:
-        Attempt(training, order, wandb, "offline").run()
+def picture_times(folder: Path) -> dict[Path, int]:
+    """Return the sample grids in a folder and their modification times in ns."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("step-*.png")}
 
 
-class Attempt:
-    """A fork that records the run, with its time limits."""
+class Recorder:
+    """Records the run, in the main thread; another thread ends what does not end in time."""
 
-    def __init__(self, training: Training, order: Order, wandb: Any, mode: str) -> None:
-        self._training, self._order, self._wandb, self._mode = training, order, wandb, mode
-        self._limit = close_seconds(order.mode) - 0.5
-        self._progress, self._tell = os.pipe()
-        os.set_blocking(self._progress, False)
-        self._reached = _START
+    def __init__(self, task: Task, training: Training, wandb: Any) -> None:
+        self._task, self._training, self._wandb = task, training, wandb
+        self._lock, self._waits_for_server = threading.Lock(), task.mode != "offline"
+        self._deadline = float("inf")
 
-    def run(self) -> int:
-        """Return the exit status; _NO_SERVER if nothing was recorded and another mode may be tried."""
-        started = time.monotonic()
-        fork = os.fork()
-        if fork == 0:
-            self._record_and_exit()
-        while True:
-            done, status = os.waitpid(fork, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            failure = self._too_slow(time.monotonic() - started)
-            if failure is not None:
-                os.kill(fork, signal.SIGKILL)
-                os.waitpid(fork, 0)
-                return failure
-            time.sleep(0.05)
-
-    def _too_slow(self, seconds: float) -> int | None:
-        """Return the exit status if a time limit has passed after `seconds`, else None."""
-        training = self._training
-        if training.ended() and training.seconds_since_end() > self._limit:
-            training.warn("W&B did not finish in time")
-            return _FAILED
-        with contextlib.suppress(BlockingIOError):
-            self._reached = os.read(self._progress, 10)[-1:]
-        waiting = self._mode == "online" and self._reached == _HAS_KEY
-        if waiting and (seconds > _INIT_SECONDS or training.seconds_since_end() > _LAST_INIT_SECONDS):
-            training.warn("W&B's server does not answer: the run is recorded in the run directory")
-            return _NO_SERVER
-        return None
-
-    def _record_and_exit(self) -> NoReturn:
-        """Record, in the fork, and exit without exit hooks: wandb's would wait for the network."""
-        status = _FAILED
+    def run(self) -> None:
+        """Record until the run ends."""
         try:
-            status = self._record()
+            if self._task.mode == "auto" and not self._wandb.login(prompt=False, verify=False):
+                return  # no key, nothing to do
+            threading.Thread(target=self._watch, daemon=True).start()
+            self._record()
         except BaseException as error:  # wandb's and network errors; some are SystemExit
-            if self._reached == _RECORDS or self._mode == "offline":
-                self._training.warn(f"W&B is turned off: {error!r}")
-            else:
-                self._training.warn(f"W&B does not take the run, which is recorded in its directory: {error!r}")
-                status = _NO_SERVER
-        finally:
-            os._exit(status)
+            if self._waits_for_server:
+                self._wandb.teardown()  # ends wandb-core, which would go on asking; the other thread limits its time
+                self._record_offline(f"W&B does not take the run, which is recorded in its directory: {error!r}")
+            self._training.warn(f"W&B is turned off: {error!r}")
 
-    def _record(self) -> int:
+    def _watch(self) -> None:
+        self._training.ended(wait=None)
+        self._deadline = time.monotonic() + self._task.seconds
+        time.sleep(_LAST_INIT_SECONDS)
+        self._record_offline("W&B's server does not answer: the run is recorded in the run directory")
+        time.sleep(max(self._deadline - time.monotonic(), 0))
+        self._training.warn("W&B did not finish in time")
+        os._exit(0)
+
+    def _record_offline(self, reason: str) -> None:
+        """Run again, offline, in the time that is left, if the server has not taken the run."""
+        with self._lock:
+            if self._waits_for_server:
+                self._training.warn(reason)
+                seconds = min(self._task.seconds, self._deadline - time.monotonic())
+                self._training.run_again(replace(self._task, mode="offline", seconds=seconds))
+
+    def _record(self) -> None:
         wandb = self._wandb
-        if self._order.mode == "auto" and self._mode == "online" and not wandb.login(prompt=False, verify=False):
-            return _DONE  # no key, nothing to do
-        self._reach(_HAS_KEY)
         run = wandb.init(**self._arguments())
-        self._reach(_RECORDS)
+        with self._lock:
+            self._waits_for_server = False
         unsent = Path(run.dir).parent / UNSENT
-        if self._mode == "online":
+        if self._task.mode != "offline":
             unsent.touch()
         wandb.define_metric("*", step_metric="step")  # else steps before the last logged one are dropped after a resume
-        feed, ended = Feed(self._order), False
+        feed, ended = Feed(self._task), False
         while not ended:
             ended = self._training.ended(wait=_LOOK_SECONDS)
             for found in feed.new():
@@ -245,11 +204,6 @@ class Attempt:
             wandb.teardown()  # waits until the file is written
         _require_written(unsent.parent)
         unsent.unlink(missing_ok=True)
-        return _DONE
-
-    def _reach(self, state: bytes) -> None:
-        self._reached = state
-        os.write(self._tell, state)
 
     def _log(self, found: dict[str, Any]) -> None:
         wandb, step = self._wandb, found["step"]
@@ -261,11 +215,11 @@ class Attempt:
             wandb.log({key: float("nan") if value is None else value for key, value in found.items()})
 
     def _arguments(self) -> dict[str, Any]:
-        """Return the arguments of wandb.init: no code and no console is recorded."""
-        order, wandb = self._order, self._wandb
+        """Return the arguments of wandb.init: no code, no console and no command line is recorded."""
+        task, config = self._task, yaml.safe_load(Path(self._task.run_dir, "config.yaml").read_bytes())
         options: dict[str, Any] = {
             "init_timeout": _INIT_SECONDS,
-            "finish_timeout": _FINISH_SECONDS if self._mode == "online" else close_seconds("offline"),
+            "finish_timeout": max(task.seconds - 1, 0.1),
             "finish_timeout_raises": True,
             "silent": True,
             "disable_git": True,
@@ -273,17 +227,17 @@ class Attempt:
             "save_code": False,
             "console": "off",
         }
-        if "x_stats_pid" in getattr(wandb.Settings, "model_fields", {}):
-            options["x_stats_pid"] = order.pid  # show training's memory and GPU, not this process's
+        if "x_stats_pid" in getattr(self._wandb.Settings, "model_fields", {}):
+            options["x_stats_pid"] = os.getppid()  # show training's memory and GPU, not this process's
         return {
-            "project": order.project,
-            "name": order.name,
-            "id": order.run_id,
+            "project": config["wandb"]["project"],
+            "name": config["wandb"]["name"] or Path(task.run_dir).name,
+            "id": task.run_id,
             "resume": "allow",
-            "mode": self._mode,
-            "dir": order.run_dir,
-            "config": order.config,
-            "settings": wandb.Settings(**options),
+            "mode": "offline" if task.mode == "offline" else "online",
+            "dir": task.run_dir,
+            "config": without_secrets(config),
+            "settings": self._wandb.Settings(**options),
         }
 
 
@@ -293,9 +247,23 @@ def _require_written(segment: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(segment))
 
 
-def _write(descriptor: int, text: str) -> None:
-    with contextlib.suppress(OSError):  # the reader is gone
-        os.write(descriptor, text.encode())
+def main() -> None:
+    """Record a run until it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # training handles them and then ends this process
+    task, training = Task(**json.loads(sys.argv.pop())), Training()  # pop: wandb records the arguments
+    os.environ["WANDB_SILENT"] = "true"  # else it asks the server for the user's name, to print it
+    try:
+        import wandb
+
+        with contextlib.suppress(ImportError):
+            import wandb.apis.public  # wandb.init imports it
+    except BaseException as error:  # no error of wandb may affect training
+        training.warn(f"W&B is turned off: it cannot be imported: {error!r}")
+    else:
+        training.report(READY)
+        Recorder(task, training, wandb).run()
+    os._exit(0)  # without exit hooks: wandb's would wait for the network
 
 
 if __name__ == "__main__":

@@ -6,15 +6,20 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from wandb.proto.wandb_internal_pb2 import Record
+import pytest
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # chosen at run time
+
+from tests.support.http_server import Answer, serve
 
 ROOT = Path(__file__).parents[2]
 
 _CLIENT = """
 import os, time
+from pathlib import Path
+from unittest.mock import MagicMock
 
 def here(place):
     if os.environ["FAKE_WANDB"] == place:
@@ -22,45 +27,34 @@ def here(place):
     if os.environ["FAKE_WANDB"] == f"hang at {place}":
         time.sleep(600)
 
-here("import")
-
-class Settings:
-    def __init__(self, **_): pass
-
-class Run:
-    def __init__(self, dir): self.dir = dir
-
-def login(**_): return True
 def init(*, mode, dir, **_):
     here("init")
-    files = os.path.join(dir, "wandb", f"{mode}-run-fake", "files")
-    os.makedirs(files)
-    with open(os.path.join(files, "..", "run.wandb"), "w") as file:
-        file.write("longer than a header")
-    return Run(files)
-def define_metric(*_, **__): pass
-def log(row): here("log")
-def Image(path): return path
-def alert(**_): pass
-def finish(**_): here("finish")
-def teardown(): pass
+    files = Path(dir, "wandb", f"{mode}-run-fake", "files")
+    files.mkdir(parents=True)
+    (files.parent / "run.wandb").write_text("longer than a header")
+    return MagicMock(dir=files)
+
+here("import")
+Settings = login = define_metric = Image = alert = teardown = MagicMock()
+log, finish = lambda row: here("log"), lambda **_: here("finish")
 """
 
 
-def fake_client(folder: Path, behaviour: str) -> dict[str, str]:
-    """Return the environment in which `import wandb` finds a client that is, say, "broken at init"."""
+def fake_client(folder: Path, behaviour: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `import wandb` find a client that fails at, say, "init", or hangs, as in "hang at init"."""
     (folder / "wandb").mkdir(parents=True)
     (folder / "wandb" / "__init__.py").write_text(_CLIENT)
-    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "FAKE_WANDB": behaviour}
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("FAKE_WANDB", behaviour)
 
 
 @contextmanager
-def black_hole() -> Iterator[str]:
-    """Return the address of a server that takes connections and never answers."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen(100)  # the kernel takes them; nobody accepts
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+def server(kind: str) -> Iterator[str]:
+    """Return the address of a server that never answers ("silent"), refuses connections, or answers 401."""
+    unauthorized = Answer(status=401, headers={"Content-Length": "0"})
+    with socket.create_server(("127.0.0.1", 0)) as silent, serve(unauthorized) as running:  # nobody accepts at silent
+        addresses = {"silent": f"http://127.0.0.1:{silent.getsockname()[1]}", "refused": "http://127.0.0.1:9"}
+        yield (addresses | {"401": running.address.removesuffix("/scenes/")})[kind]
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -69,9 +63,8 @@ def read_records(path: Path) -> Iterator[Record]:
     assert content[:4] == b":W&B"
     position, whole = 7, b""
     while position < len(content):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
+        if 0 < -position % 32768 < 7:  # too little for another header
+            position += -position % 32768
             continue
         length, kind = struct.unpack_from("<HB", content, position + 4)
         whole += content[position + 7 : position + 7 + length]
@@ -85,9 +78,7 @@ def processes_with(variable: str) -> dict[int, str]:
     """Return ids and command lines of processes that have `variable`, NAME=VALUE, in their environment."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):  # it ended, or is another user's
             if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
                 found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
-        except OSError:  # it ended, or is another user's
-            continue
     return found
