@@ -38,8 +38,8 @@ TrainHere: TypeAlias = Callable[[str], list[str]]
 
 
 def flags(data: Path, run_dir: Path, mode: str, steps: int = STEPS) -> list[str]:
-    settings = ["--preset", "debug", "--width", 4, "--max-steps", steps, "--wandb", mode]
-    return list(map(str, [*settings, "--data", data, "--run-dir", run_dir]))
+    settings = ["--preset", "debug", "--width", 4, "--max-steps", steps, "--log.samples-every-images", 60]
+    return list(map(str, [*settings, "--wandb", mode, "--data", data, "--run-dir", run_dir]))
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +143,15 @@ def sync_paths(lines: list[str]) -> list[Path]:
     return [Path(word) for word in words[3:]]
 
 
-def steps_in(segment: Path) -> list[int]:
-    """The steps of rows, not pictures, in a segment."""
+def steps_in(segment: Path, key: str = "loss/d") -> list[int]:
+    """The steps in a segment at which `key` is logged: by default those of rows, not pictures."""
     (file,) = segment.glob("*.wandb")
     rows = [
         {item.nested_key[0] if item.nested_key else item.key: item.value_json for item in record.history.item}
         for record in read_records(file)
         if record.WhichOneof("record_type") == "history"
     ]
-    return [int(json.loads(row["step"])) for row in rows if "loss/d" in row]
+    return [int(json.loads(row["step"])) for row in rows if key in row]
 
 
 def slow(*values: str) -> Any:
@@ -241,6 +241,8 @@ def test_segments_of_a_run_offline_are_one_run_with_each_step_once(
     assert len(segments) == 3
     assert segments == sorted((run_dir / "wandb").glob("offline-run-*"))
     assert [step for segment in segments for step in steps_in(segment)] == list(range(1, last + 1))
+    pictures = sorted(int(path.stem.removeprefix("step-")) for path in (run_dir / "samples").iterdir())
+    assert [step for segment in segments for step in steps_in(segment, "samples")] == pictures != []
     values = json.loads((list_checkpoints(run_dir / "checkpoints")[-1] / "values.json").read_text())
     for segment in segments:
         require_complete(segment, values["values"]["wandb_run_id"])
