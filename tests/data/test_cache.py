@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import shutil
+import signal
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +26,9 @@ from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.data.storage.remote import OtherFolder
 from dist_dcgan.distributed.world import World
 from shards.common.errors import OneRankError, UserError
-from tests.support.http_server import Answer, serve
-from tests.support.shards_fixtures import ROOT
+from tests.support.forks import status_of
+from tests.support.http_server import Answer, serve, web_server
+from tests.support.mistakes import flip_bit
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -44,17 +42,8 @@ def source(demo_shards: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def web(source: Path) -> Iterator[str]:
     """The address of a web server of the same."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(source))) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with web_server(source) as (_, address):
+        yield address
 
 
 def staged(location: Path | str, folder: Path, **options: Any) -> DatasetLocation:
@@ -94,7 +83,7 @@ def test_what_was_staged_before_is_used_and_checked(source: Path, tmp_path: Path
     files = sorted((tmp_path / "cache").glob("*.tar"))
     assert len(files) == 10
     damaged = files[3].read_bytes()
-    files[3].write_bytes(damaged[:700] + bytes([damaged[700] ^ 1]) + damaged[701:])
+    flip_bit(files[3], 700)
     for path in source.glob("*.tar"):
         if path.read_bytes() != damaged:
             path.unlink()
@@ -139,9 +128,7 @@ def test_a_shard_that_another_run_evicts_is_brought_again(source: Path, tmp_path
 
 
 def test_a_shard_that_is_damaged_at_its_source_is_named(source: Path, web: str, tmp_path: Path) -> None:
-    with (source / "shard-000004.tar").open("r+b") as file:
-        file.seek(1000)
-        file.write(b"X")
+    flip_bit(source / "shard-000004.tar", 1000)
     for place, name in ((staged(source, tmp_path / "a"), source), (staged(web, tmp_path / "b"), web)):
         with loader(place) as batches, pytest.raises(OneRankError) as caught:
             list(batches)
@@ -177,16 +164,31 @@ def test_a_server_that_cuts_corrupts_and_stalls_is_asked_again(
         assert place.ready(0).path.read_bytes() == shard
 
 
-def test_a_server_that_only_stalls_is_given_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "message", "pauses_at_most"),
+    [
+        ({"hang": 100}, r"cannot get .*shard-000000\.tar: .* after 5 attempts", 6),  # others wait: not all over again
+        ({"status": 503, "headers": {"Retry-After": "120"}}, "the server answers 503 .* attempts without progress;", 4),
+    ],
+)
+def test_a_server_that_gives_nothing_for_long_is_given_up(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    message: str,
+    pauses_at_most: int,
+) -> None:
+    """However much patience it asks for: ranks on other machines have less."""
     monkeypatch.setattr(remote, "_SILENCE_SECONDS", 0.1)
     pauses: list[float] = []
     monkeypatch.setattr("shards.common.http.sleep", pauses.append)
-    shard = (source / "shard-000000.tar").read_bytes()
-    with serve(Answer((source / "manifest.json").read_bytes()), Answer(shard, hang=100)) as server:
+    manifest, shard = (source / "manifest.json").read_bytes(), (source / "shard-000000.tar").read_bytes()
+    with serve(Answer(manifest), Answer(shard, **options)) as server:
         place = staged(server.address, tmp_path / "cache")
-        with pytest.raises(UserError, match=r"cannot get .*shard-000000\.tar: .* after 5 attempts"):
+        with pytest.raises(UserError, match=message):
             place.ready(0)
-    assert len(pauses) <= 6  # not all over again: ranks on other machines wait
+    assert len(pauses) <= pauses_at_most and max(pauses) <= 8.0
 
 
 @pytest.mark.parametrize(
@@ -235,18 +237,16 @@ def test_a_folder_that_cannot_hold_the_cache_gets_one_line(source: Path, tmp_pat
         staged(source, tmp_path / "file" / "cache")
 
 
+def open_cache_and_die(source: Path, folder: Path) -> None:
+    cache = Cache(OtherFolder(source), folder, 10**9)
+    os.kill(os.getpid(), signal.SIGKILL)
+    del cache
+
+
 def test_what_a_killed_run_left_is_removed_and_what_a_running_one_writes_is_not(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    code = """
-import os, sys
-from pathlib import Path
-from dist_dcgan.data.storage.cache import Cache
-from dist_dcgan.data.storage.remote import OtherFolder
-cache = Cache(OtherFolder(Path(sys.argv[1])), Path(sys.argv[2]), 10**9)
-os.kill(os.getpid(), 9)
-"""
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", code, str(source), str(folder)], cwd=ROOT)
+        assert status_of(open_cache_and_die, source, folder) == -signal.SIGKILL
     alive = Cache(OtherFolder(source), folder, 10**9)
     dead, young, own = sorted(folder.glob("parts-*"), key=lambda path: path.stat().st_mtime_ns)
     for path in (dead, own):
@@ -303,19 +303,6 @@ def test_a_command_that_is_given_up_leaves_no_process(
     with pytest.raises(UserError, match="prints nothing"):
         staged("pipe:sleep 31.4159 | cat {}", tmp_path / "cache", allow_commands=True)
     assert "31.4159" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-
-
-def test_a_server_that_asks_for_more_patience_than_ranks_have_is_given_up(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr("shards.common.http.sleep", pauses.append)
-    busy = Answer(status=503, headers={"Retry-After": "120"})
-    with serve(Answer((source / "manifest.json").read_bytes()), busy) as server:
-        place = staged(server.address, tmp_path / "cache")
-        with pytest.raises(UserError, match=r"the server answers 503 .* attempts without progress; the same command"):
-            place.ready(0)
-    assert pauses == [8.0] * 4
 
 
 def test_a_manifest_that_does_not_come_at_once_is_asked_for_again(source: Path, tmp_path: Path) -> None:

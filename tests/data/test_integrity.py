@@ -23,16 +23,24 @@ from dist_dcgan.distributed.world import World, process_group
 from shards.common.errors import UserError
 from shards.manifest import TAR_BLOCK, TAR_END
 from tests.support.commands import run, train_command
+from tests.support.mistakes import flip_bit
 from tests.support.ranks import run_ranks
 
 DAMAGES = 100
-KINDS = ("header", "payload", "padding", "end", "cut", "missing", "swapped")
+CHANGED, RESIZED = r" is damaged: sha256 ", r" has \d+ bytes, the manifest says "
+KINDS = dict.fromkeys(("header", "payload", "padding", "end"), CHANGED) | {
+    "cut": RESIZED,
+    "missing": r" is missing",
+    "swapped": f"{CHANGED}|{RESIZED}",
+}
+"""What may become of a shard, and what is said of it."""
 
 
 class Meeting(NamedTuple):
     """What one rank met in one damaged data set."""
 
     shard: str
+    kind: str
     error: str
     used: int
     """Samples of the damaged shard that came before the error."""
@@ -40,10 +48,10 @@ class Meeting(NamedTuple):
     """Samples whose pixels were not those of the sound data set."""
 
 
-def damage(data: Path, choice: random.Random) -> int:
-    """Damage one shard somehow; return its number."""
+def damage(data: Path, choice: random.Random) -> tuple[int, str]:
+    """Damage one shard somehow; return its number and the kind of damage."""
     manifest = Folder(data).manifest
-    shard, kind = choice.randrange(len(manifest.shards)), choice.choice(KINDS)
+    shard, kind = choice.randrange(len(manifest.shards)), choice.choice(list(KINDS))
     path, layout = data / manifest.shards[shard].name, manifest.layout
     content = bytearray(path.read_bytes())
     sample = choice.randrange(manifest.shards[shard].samples) * layout.stride
@@ -63,7 +71,7 @@ def damage(data: Path, choice: random.Random) -> int:
         path.unlink()
     else:
         shutil.copy(data / manifest.shards[(shard + 1) % (len(manifest.shards) - 1)].name, path)
-    return shard
+    return shard, kind
 
 
 def meet(source: Path, folder: Path) -> list[Meeting]:
@@ -78,14 +86,14 @@ def meet(source: Path, folder: Path) -> list[Meeting]:
 
 def meet_one(world: World, source: Path, copy: Path, trial: int, pixels: np.ndarray) -> Meeting:
     choice = random.Random(trial)
-    damaged = [0]
+    damaged = [(0, "")]
     if world.is_main:
         shutil.copytree(source, copy)
         damaged = [damage(copy, choice)]
     dist.broadcast_object_list(damaged)
-    entry = Folder(source).manifest.shards[damaged[0]]
-    first = 10 * damaged[0]
-    of_shard = range(first, first + entry.samples)
+    ((shard, kind),) = damaged
+    entry = Folder(source).manifest.shards[shard]
+    of_shard = range(10 * shard, 10 * shard + entry.samples)
     node = node_store(world, 60)
     error, used, wrong = "", 0, 0
     try:
@@ -98,24 +106,20 @@ def meet_one(world: World, source: Path, copy: Path, trial: int, pixels: np.ndar
     except UserError as caught:
         error = str(caught)
     dist.barrier()
-    return Meeting(entry.name, error, used, wrong)
+    return Meeting(entry.name, kind, error, used, wrong)
 
 
 def test_damage_at_a_hundred_places_is_named_on_all_ranks_before_it_is_used(demo_shards: Path, tmp_path: Path) -> None:
     for meetings in run_ranks(2, meet, demo_shards, tmp_path):
         assert len(meetings) == DAMAGES
         for meeting in meetings:
-            assert meeting.shard in meeting.error, meeting
+            assert re.search(re.escape(meeting.shard) + f"({KINDS[meeting.kind]})", meeting.error), meeting
             assert (meeting.used, meeting.wrong) == (0, 0), meeting
 
 
 def test_a_run_that_meets_damage_ends_with_its_name(demo_shards: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(demo_shards, tmp_path / "data"))
-    with (data / "shard-000007.tar").open("r+b") as file:
-        file.seek(5000)
-        byte = file.read(1)
-        file.seek(5000)
-        file.write(bytes([byte[0] ^ 4]))
+    flip_bit(data / "shard-000007.tar", 5000)
     flags = ["--data", data, "--run-dir", tmp_path / "run", "--preset", "debug", "--width", 4, "--global-batch", 8]
     done = run(train_command(2, *flags, "--data.window-shards", 1, "--wandb", "disabled"))
     assert done.returncode != 0

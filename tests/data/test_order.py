@@ -5,9 +5,6 @@ Promise 2 (the order) of dist_dcgan/README.md.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +15,13 @@ from hypothesis import strategies as st
 
 from dist_dcgan.config import Config, make_plan
 from dist_dcgan.data.loader import BatchLoader
-from dist_dcgan.data.order import SampleOrder, rank_slots
-from dist_dcgan.data.storage.location import ShardFile
+from dist_dcgan.data.order import SampleOrder
 from dist_dcgan.distributed.world import World
 from dist_dcgan.random_streams import permutation
 from shards.common.errors import UserError
 from shards.manifest import Layout, Manifest, ShardEntry, shard_name
-
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.scale import Nowhere
+from tests.support.ranks import run_ranks
 
 
 def manifest(counts: list[int], order_version: int = 1) -> Manifest:
@@ -65,29 +61,6 @@ def test_an_epoch_is_a_permutation_and_parts_of_it_agree(
     assert again.samples(epoch, start, stop).tolist() == whole[start:stop].tolist()
 
 
-@settings(max_examples=30, deadline=None)
-@given(per_rank=st.integers(1, 5), world_size=st.sampled_from([1, 2, 4, 8]))
-def test_the_slots_of_the_ranks_make_up_the_global_batch(per_rank: int, world_size: int) -> None:
-    slots = [rank_slots(per_rank * world_size, rank, world_size) for rank in range(world_size)]
-    assert [slot for part in slots for slot in part] == list(range(per_rank * world_size))
-
-
-class Nowhere:
-    """A place of which only the manifest is asked for."""
-
-    def __init__(self, counts: list[int]) -> None:
-        self.manifest = manifest(counts)
-
-    def keep(self, shards: Collection[int]) -> None:
-        raise AssertionError
-
-    def require_room(self, shards: int) -> None:
-        pass
-
-    def ready(self, shard: int) -> ShardFile:
-        raise AssertionError
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 30), min_size=1, max_size=9),
@@ -102,7 +75,7 @@ def test_an_epoch_of_the_ranks_together_is_the_start_of_a_permutation(
     """Without repetition, in as many steps on every rank, the same for any number of ranks."""
     batch, total = 8 * per_rank, sum(counts)
     assume(batch <= total)
-    place, found = Nowhere(counts), {}
+    place, found = Nowhere(manifest(counts)), {}
     config = Config(seed=seed, global_batch=batch, data={"window_shards": window})
     for world_size in (1, 2, 4, 8):
         plan = make_plan(config, world_size, total)
@@ -152,26 +125,24 @@ def test_any_position_of_three_million_samples_is_reached_at_once(monkeypatch: p
         assert permuted[0] == 741 and len(permuted) == 2 and permuted[1] <= 16 * 4096
 
 
+def memory_of_three_million_samples() -> float:
+    def anonymous_kib() -> int:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+        return int(line.split()[1])
+
+    SampleOrder(manifest([8]), 0, 16).samples(0, 0, 8)
+    before = anonymous_kib()
+    order = SampleOrder(manifest([4096] * 741), 0, 16)
+    for epoch in range(3):
+        for start in range(0, 3_000_000, 100_000):
+            order.samples(epoch, start, start + 128)
+    return (anonymous_kib() - before) / 1024
+
+
 def test_three_million_samples_take_little_memory() -> None:
     """Anonymous memory, in a process of its own: what the manifest, the order and a batch of it add."""
-    code = """
-from pathlib import Path
-from tests.data.test_order import SampleOrder, manifest
-
-def anonymous_kib():
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    return int(line.split()[1])
-
-SampleOrder(manifest([8]), 0, 16).samples(0, 0, 8)
-before = anonymous_kib()
-order = SampleOrder(manifest([4096] * 741), 0, 16)
-for epoch in range(3):
-    for start in range(0, 3_000_000, 100_000):
-        order.samples(epoch, start, start + 128)
-print((anonymous_kib() - before) / 1024)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert 0 < float(done.stdout) < 100
+    (mebibytes,) = run_ranks(1, memory_of_three_million_samples)
+    assert 0 < mebibytes < 100
 
 
 def test_the_order_of_version_1_is_pinned() -> None:

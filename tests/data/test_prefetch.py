@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from dist_dcgan.distributed.node import NodeStore
 from shards.common.errors import UserError
 from shards.manifest import Manifest
 from tests.data.test_order import manifest
+from tests.support.waiting import wait_until
 
 SHARDS, SAMPLES, WINDOW = 12, 5, 3
 SECONDS = 20
@@ -72,19 +73,12 @@ def has_asked(place: Recorder, expected: list[int]) -> bool:
     return place.asked == expected
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_one_window_is_made_ready_ahead_of_the_one_that_is_read() -> None:
     place = Recorder()
     with prefetcher_of(place) as prefetcher:
         for window in range(6):
             expected = shards_in_order(place, window + 2)
-            eventually(partial(has_asked, place, expected))
+            wait_until(partial(has_asked, place, expected), seconds=SECONDS)
             time.sleep(0.05)
             assert has_asked(place, expected)
             assert place.kept == set(expected[-3 * WINDOW :])  # what is read, what is next, and what other ranks read
@@ -95,7 +89,7 @@ def test_one_window_is_made_ready_ahead_of_the_one_that_is_read() -> None:
 def test_it_begins_with_the_window_of_the_first_position() -> None:
     place = Recorder()
     with prefetcher_of(place, position=2 * WINDOW * SAMPLES):
-        eventually(partial(has_asked, place, shards_in_order(place, 4)[2 * WINDOW :]))
+        wait_until(partial(has_asked, place, shards_in_order(place, 4)[2 * WINDOW :]), seconds=SECONDS)
 
 
 def test_the_ranks_of_a_machine_share_the_work_and_the_files() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.commands import SECONDS, metrics, start, succeed, train_command
+from tests.support.commands import SECONDS, start, succeed, train_command
 from tests.support.http_server import web_server
+from tests.support.mistakes import flip_bit
+from tests.support.waiting import rows_so_far, wait_until
 
 STALL_SECONDS = 10  # longer than the loader takes a silence for
 
@@ -31,19 +35,12 @@ def staged(address: str, tmp_path: Path) -> list[object]:
     return [*flags(address, tmp_path / "run", 150), "--data.cache-dir", tmp_path / "cache", "--data.cache-gb", 0.0008]
 
 
-def wait_for_rows(run_dir: Path, count: int) -> None:
-    end = time.monotonic() + SECONDS
-    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < count:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_server_that_stalls_changes_nothing(source: Path, tmp_path: Path, ranks: int) -> None:
     succeed(train_command(ranks, *flags(source, tmp_path / "expected", 150)))
     with web_server(source) as (server, address):
         process = start(train_command(ranks, *staged(address, tmp_path)))
-        wait_for_rows(tmp_path / "run", 20)
+        wait_until(lambda: rows_so_far(tmp_path / "run") >= 20, process)
         server.send_signal(signal.SIGSTOP)
         time.sleep(STALL_SECONDS)
         server.send_signal(signal.SIGCONT)
@@ -54,26 +51,29 @@ def test_a_server_that_stalls_changes_nothing(source: Path, tmp_path: Path, rank
     assert generators[0] == generators[1]
 
 
-def test_a_server_that_dies_ends_the_run_with_its_name(source: Path, tmp_path: Path) -> None:
+def dies(server: subprocess.Popen[bytes], source: Path) -> None:
+    server.kill()
+
+
+def turns_bad(server: subprocess.Popen[bytes], source: Path) -> None:
+    for path in source.glob("*.tar"):
+        flip_bit(path, 5000)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dies, r"cannot get ADDRESS/shard-.* after 5 attempts without progress"),
+        (turns_bad, r"cannot be had from ADDRESS: shard .*is damaged: sha256"),
+    ],
+)
+def test_a_server_that_fails_for_good_ends_the_run_with_the_reason(
+    source: Path, tmp_path: Path, change: Callable[[subprocess.Popen[bytes], Path], None], reason: str
+) -> None:
     with web_server(source) as (server, address):
         process = start(train_command(2, *staged(address, tmp_path)))
-        wait_for_rows(tmp_path / "run", 20)
-        server.kill()
+        wait_until(lambda: rows_so_far(tmp_path / "run") >= 20, process)
+        change(server, source)
         output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
-    assert re.search(r"error: rank [01] of 2 on ", output)
-    assert f"cannot get {address}/shard-" in output and "after 5 attempts without progress" in output
-
-
-def test_a_server_that_turns_bad_ends_the_run_with_the_shard(source: Path, tmp_path: Path) -> None:
-    with web_server(source) as (_, address):
-        process = start(train_command(2, *staged(address, tmp_path)))
-        wait_for_rows(tmp_path / "run", 20)
-        for path in source.glob("*.tar"):
-            content = bytearray(path.read_bytes())
-            content[5000] ^= 1
-            path.write_bytes(content)
-        output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode != 0
-    assert re.search(r"error: rank [01] of 2 on ", output)
-    assert f"cannot be had from {address}: shard " in output and "is damaged: sha256" in output
+    assert re.search(rf"error: rank [01] of 2 on .*{reason.replace('ADDRESS', re.escape(address))}", output)

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARDS = {"shards.manifest", "shards.common"}
 BASE = {"dist_dcgan.config", "dist_dcgan.distributed", "dist_dcgan.random_streams"}
+LIBRARY = {*BASE, *SHARDS, "dist_dcgan.models", "dist_dcgan.data", "dist_dcgan.run"}
 COMMAND = {"dist_dcgan", *SHARDS}
 MAY_IMPORT: dict[str, set[str]] = {
     "shards.common": {"shards.common"},
@@ -34,25 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.run": {*BASE, *SHARDS, "dist_dcgan.models", "dist_dcgan.run"},
     "dist_dcgan.loggers": {*BASE, *SHARDS, "dist_dcgan.run", "dist_dcgan.loggers"},
     "dist_dcgan.metrics": {*BASE, *SHARDS, "dist_dcgan.data", "dist_dcgan.metrics"},
-    "dist_dcgan.training": {
-        *BASE,
-        *SHARDS,
-        "dist_dcgan.models",
-        "dist_dcgan.data",
-        "dist_dcgan.metrics",
-        "dist_dcgan.run",
-        "dist_dcgan.loggers",
-        "dist_dcgan.training",
-    },
-    "dist_dcgan.preflight": {
-        *BASE,
-        *SHARDS,
-        "dist_dcgan.models",
-        "dist_dcgan.data",
-        "dist_dcgan.run",
-        "dist_dcgan.training",
-        "dist_dcgan.preflight",
-    },
+    "dist_dcgan.training": {*LIBRARY, "dist_dcgan.metrics", "dist_dcgan.loggers", "dist_dcgan.training"},
+    "dist_dcgan.preflight": {*LIBRARY, "dist_dcgan.training", "dist_dcgan.preflight"},
     "dist_dcgan.train": COMMAND,
     "dist_dcgan.doctor": COMMAND,
     "dist_dcgan.evaluate": COMMAND,

@@ -26,7 +26,8 @@ def rows(model: BaseModel, prefix: str = "") -> Iterator[str]:
             continue
         extra = field.json_schema_extra
         mark = " ↻" if isinstance(extra, dict) and extra.get("changeable") else ""
-        description = " ".join(str(field.description).split())
+        assert field.description, f"{prefix}{name} is not documented"
+        description = " ".join(field.description.split())
         yield f"| `{prefix}{name}`{mark} | `{'none' if value is None else value}` | {description} |\n"
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_dcgan.models import batchnorm
 from dist_dcgan.models.batchnorm import CrossRankBatchNorm, DirectBatchNorm, make_norm
 from shards.common.errors import UserError
+from tests.support.operations import OperationRecorder, Parts
 
 FORWARD_OPERATIONS = 15
 """Of one forward on a GPU with half-precision input, one rank; one of them is an unused buffer of torch's own."""
@@ -47,9 +45,11 @@ def gradients(layer: nn.Module, values: Tensor) -> list[Tensor]:
 
 def test_outputs_gradients_and_statistics_equal_torchs() -> None:
     ours, reference = both(torch.float64)
-    for step in range(3):
-        values = images(torch.float64, mean=step)
-        for a, b in zip(gradients(ours, values), gradients(reference, values), strict=True):
+    for mean in (0.0, 3.0, 100.0):
+        values = images(torch.float64, mean)
+        (output, *found), (expected, *others) = gradients(ours, values), gradients(reference, values)
+        assert (output - expected).abs().max() <= 1e-12
+        for a, b in zip(found, others, strict=True):
             assert (a - b).abs().max() <= 1e-11
     for name, buffer in reference.state_dict().items():
         assert (ours.state_dict()[name] - buffer).abs().max() <= 1e-11, name
@@ -57,18 +57,10 @@ def test_outputs_gradients_and_statistics_equal_torchs() -> None:
     assert (ours.eval()(values) - reference.eval()(values)).abs().max() <= 1e-11
 
 
-@pytest.mark.parametrize("mean", [0.0, 3.0, 100.0])
-def test_outputs_depend_on_the_mean_no_more_than_torchs(mean: float) -> None:
-    ours, reference = both(torch.float64)
-    values = images(torch.float64, mean)
-    assert (ours(values) - reference(values)).abs().max() <= 1e-12
-
-
 def test_a_constant_channel_of_large_mean_stays_finite() -> None:
     """Its variance between ranks is a difference of two equal large numbers, which may round below zero."""
     values = torch.logspace(3, 9, 60, dtype=torch.float64)[:, None, None].expand(2, 60, 5, 7)
-    three_ranks = {"_world_size": lambda: 3, "_sum_across_ranks": lambda sums: sums + sums + sums}
-    with mock.patch.multiple(batchnorm, **three_ranks):
+    with mock.patch.multiple(batchnorm, _world_size=lambda: 3, _sum_across_ranks=lambda sums: sums + sums + sums):
         assert CrossRankBatchNorm(60, dtype=torch.float64)(values).isfinite().all()
 
 
@@ -105,21 +97,16 @@ def test_a_large_mean_does_not_cancel() -> None:
     assert (ours(values) - exact).abs().max() <= 2e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_input_keeps_float32_moments(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_type_and_memory_format_are_those_of_the_input_and_moments_are_float32(dtype: torch.dtype) -> None:
     ours, _ = both(torch.float32)
     values = images(dtype)
     output, grad, *_ = gradients(ours, values)
     assert output.dtype == grad.dtype == dtype
-    exact_mean = values.double().mean((0, 2, 3))
-    assert ((ours.running_mean / 0.1) - exact_mean).abs().max() <= 1e-5
-
-
-def test_the_memory_format_is_kept() -> None:
-    ours, _ = both(torch.float32)
-    output, grad, *_ = gradients(ours, images(torch.float32))
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert grad.is_contiguous(memory_format=torch.channels_last)
+    assert ours.running_mean is not None
+    assert (ours.running_mean / 0.1 - values.double().mean((0, 2, 3))).abs().max() <= 1e-5
 
 
 def test_moments_of_gpus_are_those_of_cpus() -> None:
@@ -138,45 +125,18 @@ def test_frozen_parameters_get_no_gradients_and_their_input_gets_the_same() -> N
     assert torch.equal(trained, frozen)
 
 
-class Operations(TorchDispatchMode):
-    """Counts torch's operations but views while it is entered: on a GPU each launches a kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-def operations(function: Callable[[], Any]) -> tuple[int, Any]:
-    with Operations() as counter:
-        result = function()
-    return counter.count, result
-
-
-def operations_both_ways() -> tuple[int, int]:
-    """Operations of one forward and one backward of a layer as a GPU would run it under autocast."""
+def test_a_layer_launches_few_kernels() -> None:
+    """Of a layer as a GPU would run it under autocast."""
     layer = CrossRankBatchNorm(6, device="meta")
     values = images(torch.bfloat16).to("meta").requires_grad_()
-    forward, output = operations(lambda: layer(values))
-    leaves, gradient = [values, layer.weight, layer.bias], torch.empty_like(output)
-    backward, _ = operations(lambda: torch.autograd.grad(output, leaves, gradient))
-    return forward, backward
-
-
-def test_a_layer_launches_few_kernels() -> None:
-    forward, backward = operations_both_ways()
-    assert forward <= FORWARD_OPERATIONS
-    assert backward <= BACKWARD_OPERATIONS
-
-
-def test_one_more_operation_would_be_seen() -> None:
-    with mock.patch.object(batchnorm, "_wide", lambda values: values.double().float()):
-        assert operations_both_ways() == (FORWARD_OPERATIONS + 1, BACKWARD_OPERATIONS + 1)
+    forward, backward = OperationRecorder(Parts("")), OperationRecorder(Parts(""))
+    with forward:
+        output = layer(values)
+    gradient = torch.empty_like(output)
+    with backward:
+        torch.autograd.grad(output, [values, layer.weight, layer.bias], gradient)
+    launches = [sum(operation.launches for operation in each.operations) for each in (forward, backward)]
+    assert launches[0] <= FORWARD_OPERATIONS and launches[1] <= BACKWARD_OPERATIONS, launches
 
 
 def test_each_kind_is_taken_where_it_runs() -> None:

@@ -61,6 +61,7 @@ def run_layer(layer: nn.BatchNorm2d, part: slice, case: Case) -> Result:
         values, gradient = (whole[part].contiguous(memory_format=torch.channels_last) for whole in batch(seed, mean))
         output = layer(values.requires_grad_())
         output.backward(gradient.contiguous())
+        assert values.grad is not None
         assert output.stride() == values.grad.stride() == values.stride()
         found = {"output": output, "input": values.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
         found |= layer.named_buffers()
@@ -105,7 +106,7 @@ def _double_counts() -> Any:
 
 
 def _biased_running_variance() -> Any:
-    gather = primitives.batch_norm_gather_stats_with_counts
+    gather: Callable[..., tuple[Tensor, Tensor]] = primitives.batch_norm_gather_stats_with_counts
 
     def biased(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         return gather(input, *arguments[:-1], arguments[-1] * 1_000_000)
@@ -146,7 +147,7 @@ class Found(NamedTuple):
     collectives: list[list[str]]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest) -> dict[Case, Found]:
     ranks = run_ranks(request.param, run_cases, CASES)
     return {

@@ -9,18 +9,19 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from filelock import FileLock
+from torch import Tensor
 
 from dist_dcgan.config import Config, Invocation, make_plan
 from dist_dcgan.data.storage.location import Folder
@@ -30,12 +31,20 @@ from dist_dcgan.preflight.results import Check, Finding, Subject, agree, attempt
 from dist_dcgan.preflight.run_checks import checks, examine
 from dist_dcgan.run.checkpoint import Retention, save_checkpoint
 from dist_dcgan.run.export import export_generator
-from dist_dcgan.training import graph
+from dist_dcgan.training import steps
 from dist_dcgan.training.train_state import TrainState
 from shards.common.errors import UserError
+from shards.conversion.convert import Settings, convert
+from shards.conversion.sources.lmdb_source import LmdbSource
+from shards.manifest import read_manifest
+from tests.support.commands import succeed, train_command
+from tests.support.mistakes import flip_bit
 from tests.support.ranks import run_ranks
+from tests.support.shards_fixtures import contents
+from tests.support.training import raw_discriminator
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 KEY = "0123456789abcdef" * 3
 
 
@@ -47,9 +56,9 @@ def subject(world: World = ALONE, **options: Any) -> Subject:
     return Subject(config(**options), Invocation(), world)
 
 
-def with_data(data: Path, world: World = ALONE, **options: Any) -> Subject:
-    made = subject(world, data={"path": data}, **options)
-    made.location = Folder(data)
+def with_data(path: Path, world: World = ALONE, data: Mapping[str, Any] = EMPTY, **options: Any) -> Subject:
+    made = subject(world, data={"path": path, **data}, **options)
+    made.location = Folder(path)
     made.plan = make_plan(made.config, world.world_size, made.location.manifest.samples)
     return made
 
@@ -210,7 +219,7 @@ def test_small_shared_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
         found = machine.shared_memory(subject())
         assert found is not None and found.level == level
-    assert "--shm-size=1g" in found.text
+    assert found is not None and "--shm-size=1g" in found.text
     monkeypatch.setattr(sys, "platform", "darwin")
     assert machine.shared_memory(subject()) is None
 
@@ -289,48 +298,33 @@ def test_the_bytes_of_a_checkpoint_are_counted_exactly(options: dict[str, Any], 
     assert 0 < exported - storage.export_bytes(made, 64) / 2 < 5_000
 
 
-@contextlib.contextmanager
-def free(count: int) -> Iterator[None]:
-    with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=count, total=count)):
-        yield
+def takes_exactly(count: int, check: Any, of: Subject) -> str:
+    """Require that a check finds enough room in `count` bytes, and not in one less; return what it says then."""
+    with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=count)):
+        assert check(of) is not None
+    with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=count - 1)):
+        return failure(check, of)
 
 
 def test_too_small_a_disk_fails_by_one_byte(demo_shards: Path, tmp_path: Path) -> None:
-    options = {"run_dir": tmp_path / "no" / "run", "checkpoint": {"keep": 2}}
-    of = with_data(demo_shards, **options)
+    of = with_data(demo_shards, run_dir=tmp_path / "no" / "run", checkpoint={"keep": 2})
     each, exports = storage.checkpoint_bytes(of.config, 64), storage.export_bytes(of.config, 64)
-    with free(3 * each + exports):
-        assert storage.room(of) is not None
-    with free(3 * each + exports - 1):
-        text = failure(storage.room, of)
+    text = takes_exactly(3 * each + exports, storage.room, of)
     assert text.startswith(f"no room at {tmp_path}/no/run: 3 checkpoints of {each:,} bytes and the generator take")
     assert text.endswith("use a smaller --checkpoint.keep, or another --run-dir")
     forever = with_data(demo_shards, run_dir=tmp_path, checkpoint={"keep": 2, "keep_every_steps": 5})  # of 20 steps
-    with free(7 * each + exports):
-        assert storage.room(forever) is not None
-    with free(7 * each + exports - 1):
-        failure(storage.room, forever)
+    takes_exactly(7 * each + exports, storage.room, forever)
     (tmp_path / "no" / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "no" / "run" / "checkpoints" / "there").write_bytes(bytes(1000))
-    with free(3 * each + exports - 1000):
-        assert storage.room(of) is not None
-    with free(3 * each + exports - 1001):
-        failure(storage.room, of)
+    takes_exactly(3 * each + exports - 1000, storage.room, of)
 
 
 def test_a_cache_has_room_for_what_it_may_hold(demo_shards: Path, tmp_path: Path) -> None:
-    of = with_data(demo_shards)
-    assert storage.cache(of) is None
-    location = of.location
-    assert location is not None
-    total = sum(entry.bytes for entry in location.manifest.shards)
+    assert storage.cache(with_data(demo_shards)) is None
+    total = sum(entry.bytes for entry in read_manifest(demo_shards).shards)
     for gigabytes, required in ((1.0, total), (5e-4, 500_000)):
-        of = with_data(demo_shards)
-        of.config = config(data={"path": demo_shards, "cache_dir": tmp_path / "cache", "cache_gb": gigabytes})
-        with free(required):
-            assert storage.cache(of) is not None
-        with free(required - 1):
-            assert "a smaller --data.cache-gb" in failure(storage.cache, of)
+        of = with_data(demo_shards, data={"cache_dir": tmp_path / "cache", "cache_gb": gigabytes})
+        assert "a smaller --data.cache-gb" in takes_exactly(required, storage.cache, of)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -361,11 +355,39 @@ def test_a_disk_that_is_full_or_cannot_sync_is_found(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_small_windows_are_told(demo_shards: Path) -> None:
+def test_a_first_shard_that_is_damaged_is_named(demo_shards: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(demo_shards, tmp_path / "data"))
+    sound = storage.first_shard(with_data(data))
+    assert sound is not None
+    first = data / sound.text.split(" matches its SHA-256: ")[0]
+    flip_bit(first, 600)
+    assert failure(storage.first_shard, with_data(data)).startswith(f"shard {first} is damaged: sha256 ")
+
+
+def test_another_number_of_ranks_than_expected_fails(demo_shards: Path) -> None:
     of = with_data(demo_shards)
-    assert storage.shuffling(of) == Finding("ok", "among 96 images at a time (10 shards)")
-    of.config = config(data={"path": demo_shards, "window_shards": 2})
-    found = storage.shuffling(of)
+    of.invocation = Invocation(world_size=2)
+    assert "this is one process without torchrun" in failure(storage.plan, of)
+
+
+def test_a_run_that_is_there_is_looked_at_and_not_touched(demo_shards: Path, tmp_path: Path) -> None:
+    flags = ["--width", 4, "--global-batch", 12, "--wandb", "disabled", "--max-steps", 2, "--ema.statistics-images", 32]
+    succeed(train_command(1, *flags, "--data", demo_shards, "--run-dir", tmp_path))
+    before = contents(tmp_path)
+    of, other = (with_data(demo_shards, run_dir=tmp_path, seed=seed, ema={"statistics_images": 32}) for seed in (0, 1))
+    assert storage.run_directory(of) == Finding("ok", f"{tmp_path} holds this run, which goes on from step 2")
+    assert "holds a run of another configuration (seed: 0 -> 1)" in failure(storage.run_directory, other)
+    with FileLock(tmp_path / "run.lock", timeout=0):
+        holder = (tmp_path / "run.holder.json").read_text()
+        assert f"{tmp_path} is in use by {holder}: wait" in failure(storage.run_directory, of)
+    of.invocation = Invocation(resume="never")
+    assert "holds a run already" in failure(storage.run_directory, of)
+    assert contents(tmp_path) == before
+
+
+def test_small_windows_are_told(demo_shards: Path) -> None:
+    assert storage.shuffling(with_data(demo_shards)) == Finding("ok", "among 96 images at a time (10 shards)")
+    found = storage.shuffling(with_data(demo_shards, data={"window_shards": 2}))
     assert found.level == "ok"
     assert found.text.endswith("few batches of 12: a larger --data.window-shards shuffles better")
 
@@ -378,65 +400,43 @@ def examined(data: Path, run_dir: Path, timeout_seconds: float = 60) -> dict[str
     return examine(made, Invocation(), lambda *_: None)
 
 
-def with_other_gradients(data: Path, run_dir: Path, rank: int) -> dict[str, Finding]:
-    """One rank's gradient differs in one element, by less than a comparison with tolerance would see."""
-    real = graph.train_step
+def with_a_step_of_its_own(
+    data: Path, run_dir: Path, rank: int, step: Callable[[TrainState, Tensor], steps.Metrics], timeout_seconds: float
+) -> dict[str, Finding]:
+    """One rank takes `step` for its step."""
 
-    def train_step(state: TrainState, images: torch.Tensor) -> Any:
-        metrics = real(state, images)
-        if state.world.rank == rank:
-            gradient = state.generator.layers[0].weight.grad
-            with torch.no_grad():
-                gradient[0, 0, 0, 0] *= 1 + 2**-22
-        return metrics
+    def train_step(state: TrainState, images: Tensor) -> steps.Metrics:
+        return (step if state.world.rank == rank else steps.train_step)(state, images)
 
-    with mock.patch.object(graph, "train_step", train_step):
-        return examined(data, run_dir)
+    with mock.patch("dist_dcgan.training.graph.train_step", train_step):
+        return examined(data, run_dir, timeout_seconds)
+
+
+def another_gradient(state: TrainState, images: Tensor) -> steps.Metrics:
+    """One element of it differs, by less than a comparison with tolerance would see."""
+    metrics = steps.train_step(state, images)
+    gradient = state.generator.get_parameter("layers.0.weight").grad
+    assert gradient is not None
+    gradient[0, 0, 0, 0] *= 1 + 2**-22
+    return metrics
+
+
+def no_memory(state: TrainState, images: Tensor) -> steps.Metrics:
+    """The other ranks wait for this one in a collective."""
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
 
 def with_a_raw_discriminator(data: Path, run_dir: Path) -> dict[str, Finding]:
-    """Gradients of D are not reduced, as after a `.module` in the wrong place."""
-
-    class Raw(nn.Module):
-        def __init__(self, network: nn.Module) -> None:
-            super().__init__()
-            self.network = network
-            self.no_sync = contextlib.nullcontext
-
-        def forward(self, images: torch.Tensor) -> Any:
-            return self.network(images)
-
-    def wrap(self: TrainState, network: nn.Module) -> nn.Module:
-        return Raw(network) if network is self.discriminator else real(self, network)
-
-    real = TrainState._wrap
-    with mock.patch.object(TrainState, "_wrap", wrap):
+    with raw_discriminator():
         return examined(data, run_dir)
-
-
-def with_a_rank_that_fails(data: Path, run_dir: Path, rank: int) -> dict[str, Finding]:
-    """One rank has no memory for the step; the others wait for it in a collective."""
-    real = graph.train_step
-
-    def train_step(state: TrainState, images: torch.Tensor) -> Any:
-        if state.world.rank == rank:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-        return real(state, images)
-
-    with mock.patch.object(graph, "train_step", train_step):
-        return examined(data, run_dir, timeout_seconds=3)
 
 
 def with_data_of_its_own(data: Path, other: Path, run_dir: Path) -> dict[str, Finding]:
     return examined(other if os.environ["RANK"] == "1" else data, run_dir)
 
 
-def levels(found: dict[str, Finding]) -> dict[str, str]:
-    return {thing: finding.level for thing, finding in found.items()}
-
-
 def test_a_rank_with_another_gradient_is_named(demo_shards: Path, tmp_path: Path) -> None:
-    results = run_ranks(3, with_other_gradients, demo_shards, tmp_path / "run", 1)
+    results = run_ranks(3, with_a_step_of_its_own, demo_shards, tmp_path / "run", 1, another_gradient, 60)
     for found in results:
         assert found["gradients"].level == "FAILED"
         assert found["gradients"].text.startswith("the gradient of generator.layers.0.weight differs: rank 1 has ")
@@ -452,7 +452,7 @@ def test_gradients_that_are_not_reduced_are_found(demo_shards: Path, tmp_path: P
 
 def test_a_rank_that_fails_leaves_nobody_waiting(demo_shards: Path, tmp_path: Path) -> None:
     started = time.monotonic()
-    results = run_ranks(2, with_a_rank_that_fails, demo_shards, tmp_path / "run", 1)
+    results = run_ranks(2, with_a_step_of_its_own, demo_shards, tmp_path / "run", 1, no_memory, 3)
     assert time.monotonic() - started < 60
     for found in results:
         step = found["training step"]
@@ -465,16 +465,14 @@ def test_a_rank_that_fails_leaves_nobody_waiting(demo_shards: Path, tmp_path: Pa
 
 def test_a_rank_without_data_is_named_and_all_skip_alike(demo_shards: Path, tmp_path: Path) -> None:
     results = run_ranks(2, with_data_of_its_own, demo_shards, tmp_path / "none", tmp_path / "run")
-    assert levels(results[0]) == levels(results[1])
+    mine, other = ({thing: finding.level for thing, finding in found.items()} for found in results)
+    assert mine == other
     assert results[0]["data set"].text.startswith(f"rank 1: no data set at {tmp_path}/none: make one with")
     assert results[0]["first shard"] == Finding("skipped", "it needs this first: data set")
     assert results[0]["all-reduce"].level == "ok"
 
 
 def test_ranks_on_two_data_sets_are_named(demo_shards: Path, demo_lmdb: Path, tmp_path: Path) -> None:
-    from shards.conversion.convert import Settings, convert
-    from shards.conversion.sources.lmdb_source import LmdbSource
-
     convert([LmdbSource(demo_lmdb)], tmp_path / "other", Settings(samples_per_shard=20), workers=1)
     found = run_ranks(2, with_data_of_its_own, demo_shards, tmp_path / "other", tmp_path / "run")[0]
     assert found["data set"].level == "FAILED"
@@ -511,7 +509,7 @@ def test_gradients_that_are_missing_or_not_finite_are_named(demo_shards: Path) -
         assert distributed_checks.training_step(of).level == "ok"
         assert distributed_checks.gradients(of) == Finding("ok", "24 tensors", mock.ANY, mock.ANY)
         assert of.state is not None
-        weight = of.state.discriminator.layers[2].weight
+        weight = of.state.discriminator.get_parameter("layers.2.weight")
         assert weight.grad is not None
         weight.grad[0, 0, 0, 0] = float("nan")
         text = "the gradient of discriminator.layers.2.weight is not finite: use --precision fp32"

@@ -8,29 +8,35 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import pickle
+import subprocess
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from filelock import FileLock
 
 from dist_dcgan.config import CheckpointOptions
+from dist_dcgan.run import checkpoint
 from dist_dcgan.run.checkpoint import Retention, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from dist_dcgan.run.saver import Saver, Schedule, make_schedule
 from dist_dcgan.run.tensor_file import serialised
 from shards.common.errors import UserError
 from shards.common.files import atomic_file
-from shards.common.locks import Lock
-from tests.support.commands import module, one_line_error, succeed
+from tests.support.commands import module, one_line_error
+from tests.support.mistakes import flip_bit, refusal
+from tests.support.waiting import wait_until
 
 CPU = torch.device("cpu")
+THREE = Retention(3)
 MIB = 1 << 20
 
 
@@ -45,8 +51,8 @@ def values_of(step: int) -> dict[str, object]:
     return {"step": step, "scaler_g": {"scale": 1.5}}
 
 
-def save(directory: Path, step: int, keep: int = 3, every: int | None = None) -> Path:
-    return save_checkpoint(directory, tensors_of(step), values_of(step), Retention(keep, every))
+def save(directory: Path, step: int, retention: Retention = THREE) -> Path:
+    return save_checkpoint(directory, tensors_of(step), values_of(step), retention)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -56,26 +62,18 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert values == {"step": 7, "scaler_g": {"scale": 1.5}}
 
 
-def test_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 99_999_998, 99_999_999, 100_000_000):  # the last has a digit more
-        save(tmp_path, step)
-    assert [path.name for path in list_checkpoints(tmp_path)] == [
-        "step-99999998",
-        "step-99999999",
-        "step-100000000",
-    ]
-
-
-def test_one_just_written_stays_though_later_ones_are_there(tmp_path: Path) -> None:
-    for step in (7, 8, 9, 1, 2):
-        save(tmp_path, step, keep=2)
-    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["1", "2", "8", "9"]
-
-
-def test_those_at_multiples_stay_for_good(tmp_path: Path) -> None:
-    for step in range(1, 9):
-        save(tmp_path, step, keep=1, every=3)
-    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "8"]
+@pytest.mark.parametrize(
+    ("steps", "retention", "kept"),
+    [
+        ((1, 99_999_998, 99_999_999, 100_000_000), Retention(3), [99_999_998, 99_999_999, 100_000_000]),  # a digit more
+        ((7, 8, 9, 1, 2), Retention(2), [1, 2, 8, 9]),  # one just written stays though later ones are there
+        (range(1, 9), Retention(1, 3), [3, 6, 8]),  # those at multiples stay for good
+    ],
+)
+def test_the_newest_are_kept(tmp_path: Path, steps: Iterable[int], retention: Retention, kept: list[int]) -> None:
+    for step in steps:
+        save(tmp_path, step, retention)
+    assert [int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path)] == kept
 
 
 class Disk(io.BufferedWriter):
@@ -92,51 +90,48 @@ class Disk(io.BufferedWriter):
         return super().write(bytes(content).replace(b"\0\0", b"\0\1", 1) if self._lies else content)
 
 
-def put_disk_under_checkpoints(monkeypatch: pytest.MonkeyPatch, room: int = MIB, lies: bool = False) -> None:
+def on_disk(room: int = MIB, lies: bool = False) -> Callable[[Path], AbstractContextManager[Disk]]:
+    """Return a stand-in for `atomic_file`."""
+
     @contextmanager
-    def on_disk(path: Path) -> Iterator[Disk]:
+    def opened(path: Path) -> Iterator[Disk]:
         with atomic_file(path), Disk(path.with_name(path.name + ".tmp"), room, lies) as file:
             yield file
 
-    monkeypatch.setattr("dist_dcgan.run.checkpoint.atomic_file", on_disk)
+    return opened
 
 
-@pytest.mark.parametrize("room", [10, 300])  # the header is longer than the one, and shorter than the other
+def full(path: Path, content: bytes) -> None:
+    """Stand in for `publish` on a full disk."""
+    path.write_bytes(content[:10])
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+FULL = r"step-00000002 cannot be written: No space left on device: mend that"
+
+
+@pytest.mark.parametrize(
+    ("replaced", "disk", "message"),
+    [
+        ("atomic_file", on_disk(room=10), FULL),  # the header is longer
+        ("atomic_file", on_disk(room=300), FULL),  # the header is shorter
+        ("publish", full, FULL),
+        ("atomic_file", on_disk(lies=True), "what was written is not what is read"),
+    ],
+)
 def test_one_that_cannot_be_written_leaves_the_others_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: str, disk: Callable[..., Any], message: str
 ) -> None:
     save(tmp_path, 1)
-    put_disk_under_checkpoints(monkeypatch, room)
-    with pytest.raises(UserError, match=r"step-00000002 cannot be written: No space left on device: mend that"):
+    monkeypatch.setattr(f"dist_dcgan.run.checkpoint.{replaced}", disk)
+    with pytest.raises(UserError, match=message):
         save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_one_whose_values_cannot_be_written_leaves_nothing_either(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path, content: bytes) -> None:
-        path.write_bytes(content[:10])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("dist_dcgan.run.checkpoint.publish", full)
-    with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        save(tmp_path, 2)
-    assert not list(tmp_path.iterdir())
-
-
-def test_one_that_reads_otherwise_than_it_was_written_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put_disk_under_checkpoints(monkeypatch, lies=True)
-    with pytest.raises(UserError, match="what was written is not what is read"):
-        save(tmp_path, 2)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_streamed_file_is_that_of_the_library_to_the_byte(tmp_path: Path) -> None:
-    dtypes = (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.int32)
-    dtypes = (*dtypes, torch.float32, torch.float64, torch.int64)
+    dtypes = [torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.int32]
+    dtypes += [torch.float32, torch.float64, torch.int64]
     tensors = {f"{name}.{dtype}": torch.arange(7).to(dtype) for dtype in dtypes for name in ("z", "a", 'é"')}
     tensors |= {"scalar": torch.tensor(3), "empty": torch.empty(0, 4), "large": torch.randn(3, MIB // 8 + 5)}
     images = torch.randn(2, 3, 4, 4)
@@ -170,7 +165,7 @@ def test_what_is_written_beside_training_is_what_would_have_been_written_at_once
 
     expected, live, stepped = save(tmp_path / "at once", 7), tensors_of(7), threading.Event()
     monkeypatch.setattr("dist_dcgan.run.saver.save_checkpoint", late)
-    with Saver(tmp_path / "beside", Retention(3), CPU) as saver:
+    with Saver(tmp_path / "beside", THREE, CPU) as saver:
         saver.save(live, values_of(7))
         for tensor in live.values():  # the next step
             tensor.zero_()
@@ -195,11 +190,10 @@ def test_never_two_are_written_at_once_and_an_error_is_raised_by_the_next(
         return directory
 
     monkeypatch.setattr("dist_dcgan.run.saver.save_checkpoint", slow)
-    with Saver(tmp_path, Retention(3), CPU) as saver:
+    with Saver(tmp_path, THREE, CPU) as saver:
         for step in (1, 2, 3):
             saver.save({}, {"step": step})
-        while not saver.failed:
-            time.sleep(0.01)
+        wait_until(lambda: saver.failed)
         with pytest.raises(UserError, match="no room"):
             saver.save({}, {"step": 4})
         assert not saver.failed
@@ -214,7 +208,7 @@ def test_the_copies_of_all_checkpoints_lie_in_the_same_memory(tmp_path: Path, mo
         return directory
 
     monkeypatch.setattr("dist_dcgan.run.saver.save_checkpoint", note)
-    with Saver(tmp_path, Retention(3), CPU) as saver:
+    with Saver(tmp_path, THREE, CPU) as saver:
         for step in (1, 2):
             live = tensors_of(step)
             saver.save(live, values_of(step))
@@ -244,7 +238,7 @@ def test_on_a_gpu_the_writing_thread_waits_for_the_copies_and_training_does_not(
 
     monkeypatch.setattr("torch.cuda.Event", Event)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: note(f"use {device}"))
-    with Saver(tmp_path, Retention(3), torch.device("cuda", 3)) as saver:
+    with Saver(tmp_path, THREE, torch.device("cuda", 3)) as saver:
         for step in (1, 2):
             saver.save(tensors_of(step), values_of(step))
             saver.wait()
@@ -262,7 +256,7 @@ def test_a_checkpoint_from_a_gpu_holds_what_was_there_although_the_next_step_goe
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     live = {"a": torch.ones(4, 3, 512, 512, device=device).contiguous(memory_format=torch.channels_last)}
     live |= {"b": torch.tensor(1, device=device)}
-    with torch.cuda.device(device), Saver(tmp_path, Retention(3), device) as saver:
+    with torch.cuda.device(device), Saver(tmp_path, THREE, device) as saver:
         for step in (1, 2, 3):
             saver.save(live, {"step": step})
             for tensor in live.values():  # the next step, queued on the same stream
@@ -302,13 +296,13 @@ def test_a_damaged_checkpoint_is_passed_over(
 ) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2) / name
-    content = path.read_bytes()
-    if damage == "remove":
-        path.unlink()
+    middle = path.stat().st_size // 2
+    if damage == "flip":
+        flip_bit(path, middle)
+    elif damage == "cut":
+        os.truncate(path, middle)
     else:
-        middle = len(content) // 2
-        changed = bytes([content[middle] ^ 1])
-        path.write_bytes(content[:middle] + (changed + content[middle + 1 :] if damage == "flip" else b""))
+        path.unlink()
     found = load_newest(tmp_path)
     assert found is not None
     assert found[1]["step"] == 1
@@ -338,28 +332,25 @@ def test_a_pickle_in_its_place_does_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "pwned").exists()
 
 
-def test_inspect_lists_what_is_sound(tmp_path: Path) -> None:
+def test_inspect_lists_what_is_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no checkpoints in" in refusal(checkpoint.main, "inspect", tmp_path)
     save(tmp_path / "checkpoints", 1)
     values = save(tmp_path / "checkpoints", 2) / "values.json"
     values.write_text(json.dumps(json.loads(values.read_text()) | {"values": {"step": 3}}))
-    lines = succeed(module("dist_dcgan.run.checkpoint", "inspect", tmp_path)).stdout.splitlines()
+    checkpoint.main(["inspect", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step-00000001: sound, step 1, 2 tensors")
     assert lines[1].startswith("step-00000002: DAMAGED, values.json does not match its checksum")
 
 
-def test_verify_fails_where_one_is_damaged_and_prune_keeps_the_newest_sound_one(tmp_path: Path) -> None:
-    command = "dist_dcgan.run.checkpoint"
+def test_verify_fails_if_one_is_damaged_and_prune_keeps_the_newest_sound_one(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path / "checkpoints", step)
-    assert succeed(module(command, "verify", tmp_path)).stdout.count("sound") == 3
+    checkpoint.main(["verify", str(tmp_path)])
     (tmp_path / "checkpoints" / "step-00000003" / "tensors.safetensors").write_bytes(b"")
-    assert "1 of the 3 checkpoints" in one_line_error(module(command, "verify", tmp_path))
-    with Lock(tmp_path / "run.lock") as lock:
-        assert lock.take()
-        assert "is in use: wait for the run to end" in one_line_error(module(command, "prune", tmp_path))
-    succeed(module(command, "prune", tmp_path))
+    verify = module("dist_dcgan.run.checkpoint", "verify", tmp_path)
+    assert "1 of the 3 checkpoints" in one_line_error(verify, stdin=subprocess.DEVNULL)  # in a process of its own
+    with FileLock(tmp_path / "run.lock"):
+        assert "is in use: wait for the run to end" in refusal(checkpoint.main, "prune", tmp_path)
+    checkpoint.main(["prune", str(tmp_path)])
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
-
-
-def test_inspect_of_something_else_says_so(tmp_path: Path) -> None:
-    assert "no checkpoints in" in one_line_error(module("dist_dcgan.run.checkpoint", "inspect", tmp_path))

@@ -68,7 +68,7 @@ class AutocastOnMeta(TorchFunctionMode):
 
 
 class Undistributed(nn.Module):
-    """Stands in for DDP, which does not take networks on the meta device; at one rank it only copies."""
+    """Stands in for DDP and reduces nothing: on the meta device, which DDP does not take, or by mistake."""
 
     def __init__(self, network: nn.Module, **_: Any) -> None:
         super().__init__()

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_dcgan.config import Config, make_plan
+from dist_dcgan.config import Config
 from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
@@ -22,6 +21,8 @@ from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training import steps, train_state
 from dist_dcgan.training.ema import draw_latents, recompute_statistics
 from dist_dcgan.training.train_state import TrainState
+from tests.gpu.training import Arrays, make_state, networks
+from tests.support.meta_device import Undistributed
 
 
 @dataclass
@@ -29,42 +30,33 @@ class Outcome:
     """What a rank saw and what it ended with."""
 
     keys: list[list[str]] = field(default_factory=list)
-    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    tensors: Arrays = field(default_factory=dict)
 
 
 def train_steps(data: Path, options: dict[str, Any], count: int, mistake: str | None = None) -> Outcome:
-    """Take `count` steps and return the sample keys of each and the final tensors of networks and EMA."""
-    config = Config(data={"path": data}, **options)
+    """Take `count` steps and return the sample keys of each and the networks at the end."""
     outcome = Outcome()
     with process_group(60, "cpu") as world, MISTAKES[mistake]() if mistake else contextlib.nullcontext():
         place = Folder(data)
-        manifest = place.manifest
-        plan = make_plan(config, world.world_size, manifest.samples)
         reader = ShardReader(place)
-        state = TrainState(config, plan, world, manifest.image_size)
-        if mistake == "raw discriminator":
-            state.ddp_discriminator = _Raw(state.discriminator)
-        with BatchLoader(place, config, plan, world, 0, node_store(world, 60)) as batches:
+        state = make_state(world, options, place.manifest.samples)
+        with BatchLoader(place, state.config, state.plan, world, 0, node_store(world, 60)) as batches:
             for _, batch in zip(range(count), batches, strict=False):
                 outcome.keys.append(reader.keys(batch.samples))
                 steps.train_step(state, to_images(batch, state.dtype))
-        recompute_statistics(state.generator_ema, config, world.device, state.dtype)
-        outcome.tensors = {name: tensor.detach().numpy().copy() for name, tensor in state.tensors().items()}
+        recompute_statistics(state.generator_ema, state.config, world.device, state.dtype)
+        outcome.tensors = networks(state)
     return outcome
 
 
-class _Raw(nn.Module):
-    """Stands in for DDP and reduces nothing."""
+def raw_discriminator() -> contextlib.AbstractContextManager[Any]:
+    """Reduce no gradients of D, as after a `.module` in the wrong place."""
+    real = TrainState._wrap
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
+    def wrap(self: TrainState, network: nn.Module) -> nn.Module:
+        return Undistributed(network) if network is self.discriminator else real(self, network)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)
-
-    def no_sync(self) -> contextlib.nullcontext[None]:
-        return contextlib.nullcontext()
+    return mock.patch.object(TrainState, "_wrap", wrap)
 
 
 def _plain_batchnorm() -> contextlib.AbstractContextManager[Any]:
@@ -80,6 +72,6 @@ def _z_per_rank() -> contextlib.AbstractContextManager[Any]:
 
 MISTAKES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "plain batch norm": _plain_batchnorm,
-    "raw discriminator": contextlib.nullcontext,
+    "raw discriminator": raw_discriminator,
     "z per rank": _z_per_rank,
 }
