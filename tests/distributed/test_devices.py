@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -59,22 +58,14 @@ def test_hosts_that_lack_gpus_are_named_on_all_ranks(gpus: tuple[int, ...], text
         assert str(agreed_device(all_processes, rank, lenient=True)) == "cpu"
 
 
-@pytest.fixture
-def _tf32_is_kept() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
-@pytest.mark.usefixtures("_tf32_is_kept")
 def test_float32_on_a_gpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", mock.Mock())
-    torch.backends.cudnn.allow_tf32 = True
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     set_up(torch.device("cpu"))
     assert torch.backends.cudnn.allow_tf32
     set_up(GPU)
     assert not torch.backends.cudnn.allow_tf32
-    torch.cuda.set_device.assert_called_once_with(GPU)  # type: ignore[attr-defined]
+    torch.cuda.set_device.assert_called_once_with(GPU)
 
 
 def test_the_loaders_thread_takes_its_ranks_gpu_before_all_else(
@@ -123,15 +114,11 @@ def test_nccl_waits_longer_than_gloo_and_the_watch_explain(group: mock.Mock) -> 
     backend.return_value._set_default_timeout.assert_called_once_with(timedelta(seconds=180))
 
 
-def test_a_rank_that_fails_alone_aborts_its_communicators_first(group: mock.Mock) -> None:
-    world._leave_group(all_ranks_end=False)
-    names = [call[0] for call in group.mock_calls]
-    assert names == ["default._get_backend", "default._get_backend().abort", "destroy"]
-
-
-def test_ranks_that_end_together_abort_nothing(group: mock.Mock) -> None:
-    world._leave_group(all_ranks_end=True)
-    assert [call[0] for call in group.mock_calls] == ["destroy"]
+@pytest.mark.parametrize("all_ranks_end", [False, True])
+def test_a_rank_that_fails_alone_aborts_its_communicators_first(group: mock.Mock, all_ranks_end: bool) -> None:
+    world._leave_group(all_ranks_end)
+    aborted = [] if all_ranks_end else ["default._get_backend", "default._get_backend().abort"]
+    assert [call[0] for call in group.mock_calls] == [*aborted, "destroy"]
 
 
 @pytest.mark.parametrize(

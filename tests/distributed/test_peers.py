@@ -9,11 +9,9 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,7 +22,7 @@ import torch.distributed as dist
 from dist_dcgan.distributed.peers import Peers, rendezvous
 from dist_dcgan.distributed.world import process_group
 from shards.common.errors import OneRankError, UserError
-from tests.support.commands import environment, run
+from tests.support.commands import module, run
 from tests.support.ranks import run_ranks
 
 TIMEOUT = 5.0
@@ -80,15 +78,20 @@ def what_a_rank_gets(device_type: str | None, gpus: tuple[int, ...]) -> str:
             return str(error)
 
 
-@pytest.mark.parametrize(("device_type", "gpus"), [(None, (0, 0, 0)), ("any", (8, 0, 8)), ("cpu", (8, 0, 8))])
-def test_ranks_of_which_one_has_no_gpu_take_the_cpu_if_they_may(device_type: str | None, gpus: tuple[int, ...]) -> None:
-    assert run_ranks(3, what_a_rank_gets, device_type, gpus) == ["cpu"] * 3
-
-
-def test_a_rank_without_a_gpu_is_named_on_all_ranks_before_any_joins() -> None:
-    heard = run_ranks(3, what_a_rank_gets, None, (8, 0, 8))
-    assert len(set(heard)) == 1
-    assert re.match(r"host \S+ shows no GPU \(rank 1\), the other ranks have one each: mend the driver there", heard[0])
+@pytest.mark.parametrize(
+    ("device_type", "gpus", "expected"),
+    [
+        (None, (0, 0, 0), "cpu"),
+        ("any", (8, 0, 8), "cpu"),
+        ("cpu", (8, 0, 8), "cpu"),
+        (None, (8, 0, 8), r"host \S+ shows no GPU \(rank 1\), the other ranks have one each: mend the driver there"),
+    ],
+)
+def test_all_ranks_take_the_cpu_if_they_may_and_else_name_the_one_without_a_gpu_before_any_joins(
+    device_type: str | None, gpus: tuple[int, ...], expected: str
+) -> None:
+    heard = run_ranks(3, what_a_rank_gets, device_type, gpus)
+    assert len(set(heard)) == 1 and re.match(expected, heard[0])
 
 
 def test_rank_zero_keeps_the_store_until_all_have_read() -> None:
@@ -134,14 +137,13 @@ class LostStore:
         raise RuntimeError("it timed out")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _sigterm_is_kept() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.usefixtures("_sigterm_is_kept")
 def test_many_ranks_and_a_slow_store_are_no_broken_network(monkeypatch: pytest.MonkeyPatch) -> None:
     store = SlowStore()
     with monkeypatch.context() as far:
@@ -155,7 +157,6 @@ def test_many_ranks_and_a_slow_store_are_no_broken_network(monkeypatch: pytest.M
     assert ranks[1].cause().endswith("failed: ValueError: it cannot go on")
 
 
-@pytest.mark.usefixtures("_sigterm_is_kept")
 def test_a_rank_that_comes_and_fails_while_another_asks_is_named() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
     late = threading.Timer(0.5, lambda: Peers(store, 1, 2).report("ValueError: it cannot go on"))
@@ -163,7 +164,6 @@ def test_a_rank_that_comes_and_fails_while_another_asks_is_named() -> None:
     assert Peers(store, 0, 2).cause().endswith("failed: ValueError: it cannot go on")
 
 
-@pytest.mark.usefixtures("_sigterm_is_kept")
 def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "n1")
     assert Peers(LostStore(), 0, 2).cause() == "n1, where the ranks meet, cannot be reached"
@@ -193,36 +193,11 @@ def test_ranks_that_do_not_come_are_named() -> None:
         rendezvous(dist.HashStore(), 0, 3, 0.1)  # type: ignore[attr-defined]
 
 
-RESTARTED = """
-import os, signal, sys
-from dist_dcgan.distributed.world import process_group, under_torchrun
-from shards.common.command_line import run
-from shards.common.errors import UserError
-import torch, torch.distributed as dist
-
-def main(argv):
-    with process_group(20, "cpu") as world:
-        dist.all_reduce(torch.ones(1))
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            if argv[0] == "mistake":
-                raise UserError("a mistake of the user")
-            if world.rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-        dist.all_reduce(torch.ones(1))
-    os.write(1, f"ended well {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n".encode())  # at once: the other writes, too
-
-run(under_torchrun(main))
-"""
-
-
-@pytest.mark.parametrize("kind", ["killed", "mistake"])
-def test_ranks_that_died_are_started_again_and_a_mistake_is_not(kind: str, tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(RESTARTED)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
-    env = environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = run([*torchrun, str(script), kind], env=env)
-    if kind == "killed":
+@pytest.mark.parametrize("acts", ["reduce,die", "mistake,mistake"])
+def test_ranks_that_died_are_started_again_and_a_mistake_is_not(acts: str) -> None:
+    torchrun = ["--standalone", "--nproc_per_node=2", "--max-restarts=2", "-m", "tests.distributed.rank", acts, 20]
+    done = run(module("torch.distributed.run", *torchrun))
+    if acts == "reduce,die":
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("ended well 1") == 2  # at the first attempt: it met no addresses of the ranks before
     else:

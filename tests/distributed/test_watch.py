@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,77 +15,38 @@ import torch.distributed as dist
 
 from dist_dcgan.distributed.peers import Peers
 from dist_dcgan.distributed.watch import Watch, grace_seconds
-from tests.support.commands import environment
+from tests.support import commands
+from tests.support.commands import environment, module
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 4
-GRACE = grace_seconds(TIMEOUT)
 SLACK = 60  # seconds in which ranks of a loaded machine start, and end
-
-RANK = f"""
-import ctypes, os, signal, sys, time
-from unittest import mock
-from dist_dcgan.distributed.world import process_group, under_torchrun
-from dist_dcgan.distributed.peers import Peers
-from dist_dcgan.distributed.watch import Watch
-from shards.common.command_line import run
-import torch, torch.distributed as dist
-
-def main(argv):
-    act, without = argv
-    if without == "watch":
-        Watch.__enter__, Watch.__exit__ = mock.Mock(), mock.Mock(return_value=None)
-    if without == "leave":
-        Peers.leave = mock.Mock()
-    with process_group({TIMEOUT}, "cpu"):
-        dist.all_reduce(torch.ones(1))
-        if act == "raise":
-            raise ValueError("it cannot go on")
-        if act == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if act == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if act == "block":
-            ctypes.CDLL(None).pause()  # without the interpreter's lock, as CUDA waits
-        if act == "work":
-            time.sleep({GRACE + 4})
-        if act == "hang":
-            while True: time.sleep(0.1)  # as an endless loop would
-        if act == "reduce":
-            dist.all_reduce(torch.ones(1))
-
-run(under_torchrun(main))
-"""
 
 
 class Ranks:
     """Ranks that do as they are told after a collective, around a store of this process, as torchrun's agent has."""
 
-    def __init__(self, folder: Path, acts: tuple[str, ...], without: str) -> None:
+    def __init__(self, folder: Path, acts: tuple[str, ...]) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        (folder / "rank.py").write_text(RANK)
         common = environment() | {
-            "PYTHONPATH": str(ROOT),
             "WORLD_SIZE": str(len(acts)),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         self.errors = [folder / f"error-{rank}.json" for rank in range(len(acts))]
+        command = module("tests.distributed.rank", ",".join(acts), TIMEOUT)
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, folder / "rank.py", act, without],
+            commands.start(
+                command,
                 env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(error)},
-                stderr=subprocess.PIPE,
-                text=True,
             )
-            for rank, (act, error) in enumerate(zip(acts, self.errors, strict=True))
+            for rank, error in enumerate(self.errors)
         ]
 
     def outcome(self, rank: int) -> tuple[int, str]:
-        """Status and stderr of a rank."""
-        _, text = self.processes[rank].communicate(timeout=SLACK)
-        return self.processes[rank].returncode, text
+        """Status and output of a rank."""
+        text, _ = self.processes[rank].communicate(timeout=SLACK)
+        return self.processes[rank].wait(), text
 
     def place(self, rank: int) -> str:
         return rf"rank {rank} on \S+ \(process {self.processes[rank].pid}\)"
@@ -100,11 +58,11 @@ class Ranks:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Any]:
-    started = []
+def start(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
+    started: list[Ranks] = []
 
-    def start(*acts: str, without: str = "") -> Ranks:
-        started.append(Ranks(tmp_path, acts, without))
+    def start(*acts: str) -> Ranks:
+        started.append(Ranks(tmp_path, acts))
         return started[-1]
 
     yield start
@@ -115,28 +73,17 @@ def start(tmp_path: Path) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("act", "reason"), [("raise", "failed: ValueError: it cannot go on"), ("die", "has ended")], ids=["raise", "die"]
 )
-def test_a_blocked_rank_ends_with_the_reason(act: str, reason: str, start: Any) -> None:
+def test_a_blocked_rank_ends_with_the_reason(act: str, reason: str, start: Callable[..., Ranks]) -> None:
     ranks = start(act, "block")
     ranks.processes[0].wait(SLACK)
     status, text = ranks.outcome(1)
     assert status == 2, text
     expected = rf"error: rank 1 of 2 cannot go on: {ranks.place(0)} {reason}"
     assert re.search(rf"^{expected}$", text, re.MULTILINE), text
-    assert (
-        f"OneRankError: {expected.partition(': ')[2][:30]}"
-        in json.loads(ranks.errors[1].read_text())["message"]["message"]
-    )
+    assert "OneRankError: rank 1 of 2 cannot go on" in json.loads(ranks.errors[1].read_text())["message"]["message"]
 
 
-@pytest.mark.parametrize("act", ["raise", "die"])
-def test_without_the_watch_a_blocked_rank_stays(act: str, start: Any) -> None:
-    ranks = start(act, "block", without="watch")
-    ranks.processes[0].wait(SLACK)
-    time.sleep(GRACE + 4)
-    assert ranks.processes[1].poll() is None
-
-
-def test_a_healthy_rank_that_is_blocked_is_neither_blamed_nor_killed(start: Any) -> None:
+def test_a_healthy_rank_that_is_blocked_is_neither_blamed_nor_killed(start: Callable[..., Ranks]) -> None:
     ranks = start("reduce", "die", "block")
     status, text = ranks.outcome(0)
     assert status == 2, text
@@ -146,34 +93,23 @@ def test_a_healthy_rank_that_is_blocked_is_neither_blamed_nor_killed(start: Any)
     assert re.search(rf"rank 2 of 3 cannot go on: {ranks.place(1)} has ended$", text, re.MULTILINE), text
 
 
-def test_without_the_watch_it_is_killed(start: Any) -> None:
-    ranks = start("reduce", "die", "block", without="watch")
-    assert re.search(rf"{ranks.place(2)} does not answer and is killed", ranks.outcome(0)[1])
-    assert ranks.outcome(2)[0] == -9
-
-
-def test_a_rank_that_is_stopped_is_killed(start: Any) -> None:
+def test_a_rank_that_is_stopped_is_killed(start: Callable[..., Ranks]) -> None:
     ranks = start("reduce", "stop", "block")
     assert re.search(rf"cannot go on: {ranks.place(1)} does not answer and is killed \(", ranks.outcome(0)[1])
     assert ranks.outcome(1)[0] == -9
     assert ranks.outcome(2)[0] == 2
 
 
-def test_a_rank_that_hangs_in_a_loop_is_told_with_its_line_and_ends(start: Any) -> None:
+def test_a_rank_that_hangs_in_a_loop_is_told_with_its_line_and_ends(start: Callable[..., Ranks]) -> None:
     ranks = start("reduce", "hang")
     text = ranks.outcome(0)[1]
-    assert re.search(rf"cannot go on: {ranks.place(1)} is busy or waits at rank\.py:\d+ \(main\) \(", text), text
+    assert re.search(rf"cannot go on: {ranks.place(1)} is busy or waits at rank\.py:\d+ \(hang\) \(", text), text
     assert ranks.outcome(1)[0] == 2
 
 
-def test_a_rank_that_ends_first_is_no_failure(start: Any) -> None:
+def test_a_rank_that_ends_first_is_no_failure(start: Callable[..., Ranks]) -> None:
     ranks = start("leave", "work")
     assert [ranks.outcome(rank)[0] for rank in (0, 1)] == [0, 0]
-
-
-def test_a_rank_that_ends_without_leaving_is_one(start: Any) -> None:
-    ranks = start("leave", "work", without="leave")
-    assert [ranks.outcome(rank)[0] for rank in (0, 1)] == [0, 2]
 
 
 class LostStore:
