@@ -158,10 +158,10 @@ def test_a_mistake_is_found_before_the_nodes_start(stand_ins: dict[str, str], tm
     assert not (tmp_path / "called").exists()
 
 
-def test_machines_that_do_not_meet_are_told_so(tmp_path: Path) -> None:
+def test_machines_that_do_not_meet_are_told_so(stand_ins: dict[str, str], tmp_path: Path) -> None:
     """Torchrun ends before it has started ranks."""
-    script(tmp_path / "torchrun", "exit 1")
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "2"}
+    script(tmp_path / "bin" / "torchrun", "exit 1")
+    env = stand_ins | {"NODES": "2"}
     words = launcher("torchrun.sh")
     done = subprocess.run(words, env=env | {"HEAD": "n1:20007"}, capture_output=True, text=True)
     assert done.returncode == 1 and "the 2 machines have not met at n1:20007" in done.stderr
@@ -169,13 +169,14 @@ def test_machines_that_do_not_meet_are_told_so(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: NODES=2, HEAD=: they meet at HEAD=HOST:PORT")
 
 
-def test_what_torchrun_is_told(tmp_path: Path) -> None:
-    script(tmp_path / "torchrun", 'printf "%s\\n" "$@"')
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RANKS": "3"}
+def test_what_torchrun_is_told(stand_ins: dict[str, str], tmp_path: Path) -> None:
+    script(tmp_path / "bin" / "torchrun", 'printf "%s\\n" "$@"')
 
     def told(**more: str) -> list[str]:
         words = launcher("torchrun.sh", "--run-dir", "with space")
-        done = subprocess.run(words, env=env | more, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            words, env=stand_ins | {"RANKS": "3"} | more, stdout=subprocess.PIPE, text=True, check=True
+        )
         return done.stdout.splitlines()
 
     alone = told()

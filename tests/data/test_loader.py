@@ -20,7 +20,7 @@ from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.distributed.world import World
 from dist_dcgan.random_streams import stream_seed
-from shards.common.errors import OneRankError, UserError
+from shards.common.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -131,17 +131,6 @@ def test_starting_at_a_step_gives_what_a_run_from_the_start_gives_there(demo_sha
         with loader(demo_shards, first_step=first) as later:
             for batch, (step, samples, pixels) in zip(later, expected[first:], strict=True):
                 assert (batch.step, batch.samples.tolist()) == (step, samples) and torch.equal(batch.pixels, pixels)
-
-
-def test_an_error_of_the_thread_reaches_the_consumer(copy: Path) -> None:
-    batches = loader(copy)
-    (copy / "shard-000003.tar").unlink()
-    with (
-        batches,
-        pytest.raises(OneRankError, match=r"rank 0 of 1 on .*: shard .*shard-000003.tar cannot be read"),
-    ):
-        for _ in batches:
-            pass
 
 
 def test_images_span_minus_one_to_one_in_channels_last() -> None:

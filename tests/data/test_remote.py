@@ -1,20 +1,17 @@
-"""Training from a real web server that stalls, dies or turns bad: it goes on in order, or names what is wrong."""
+"""Training from a real web server that stalls or dies: it goes on in order, or names what is wrong."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.commands import SECONDS, start, succeed, train_command
 from tests.support.http_server import web_server
-from tests.support.mistakes import flip_bit
 from tests.support.waiting import rows_so_far, wait_until
 
 STALL_SECONDS = 10  # longer than the loader takes a silence for
@@ -51,29 +48,12 @@ def test_a_server_that_stalls_changes_nothing(source: Path, tmp_path: Path, rank
     assert generators[0] == generators[1]
 
 
-def dies(server: subprocess.Popen[bytes], source: Path) -> None:
-    server.kill()
-
-
-def turns_bad(server: subprocess.Popen[bytes], source: Path) -> None:
-    for path in source.glob("*.tar"):
-        flip_bit(path, 5000)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (dies, r"cannot get ADDRESS/shard-.* after 5 attempts without progress"),
-        (turns_bad, r"cannot be had from ADDRESS: shard .*is damaged: sha256"),
-    ],
-)
-def test_a_server_that_fails_for_good_ends_the_run_with_the_reason(
-    source: Path, tmp_path: Path, change: Callable[[subprocess.Popen[bytes], Path], None], reason: str
-) -> None:
+def test_a_server_that_dies_ends_the_run_with_its_name(source: Path, tmp_path: Path) -> None:
     with web_server(source) as (server, address):
         process = start(train_command(2, *staged(address, tmp_path)))
         wait_until(lambda: rows_so_far(tmp_path / "run") >= 20, process)
-        change(server, source)
+        server.kill()
         output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
-    assert re.search(rf"error: rank [01] of 2 on .*{reason.replace('ADDRESS', re.escape(address))}", output)
+    assert re.search(r"error: rank [01] of 2 on ", output)
+    assert f"cannot get {address}/shard-" in output and "after 5 attempts without progress" in output

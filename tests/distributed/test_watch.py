@@ -35,13 +35,10 @@ class Ranks:
         }
         self.errors = [folder / f"error-{rank}.json" for rank in range(len(acts))]
         command = module("tests.distributed.rank", ",".join(acts), TIMEOUT)
-        self.processes = [
-            commands.start(
-                command,
-                env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(error)},
-            )
-            for rank, error in enumerate(self.errors)
-        ]
+        self.processes = []
+        for rank, error in enumerate(self.errors):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(error)}
+            self.processes.append(commands.start(command, env=common | own))
 
     def outcome(self, rank: int) -> tuple[int, str]:
         """Status and output of a rank."""

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.commands import environment, module
+from tests.support.commands import environment, module, succeed
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,9 +29,7 @@ def test_a_wheel_installed_elsewhere_trains_and_samples(demo_shards: Path, tmp_p
     def run(*command: str) -> str:
         # The checkout must not be importable: the first assertion below says which package is.
         where = environment() | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
-        done = subprocess.run([sys.executable, *command], cwd=work, env=where, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return succeed([sys.executable, *command], cwd=work, env=where).stdout
 
     assert str(site) in run("-c", "import dist_dcgan; print(dist_dcgan.__file__)")
     flags = ["--data", str(demo_shards), "--preset", "debug", "--max-steps", "2", "--wandb", "disabled"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from tests.support.ranks import run_ranks
 
 COUNTS = (7, 2)
 REALS = 31
+RANKS = [1, pytest.param(2, marks=pytest.mark.slow), 3]
 
 Mosaics = Callable[[Tensor], Tensor]
 
@@ -33,10 +35,10 @@ class Share(NamedTuple):
     features: np.ndarray
 
 
-def mosaic_extractor(features: Mosaics | None = None, **changes: object) -> Extractor:
+def mosaic_extractor(features: Mosaics | None = None, **changes: Any) -> Extractor:
     """A stand-in without weights: the means of 2x2 tiles of each color, three images at a time."""
-    facts = {"name": "mosaic", "weights_sha256": "0" * 64, "resize": "none", "dimensions": 12, "batch": 3}
-    return Extractor(**(facts | changes), features=features or mosaics)
+    usual = Extractor("mosaic", "0" * 64, resize="none", dimensions=12, batch=3, features=features or mosaics)
+    return replace(usual, **changes)
 
 
 def mosaics(images: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def share_of_real(data: Path, world: World) -> Share:
     return Share(places, real_features(reader, mosaic_extractor(places_and_mosaics), REALS, world).numpy())
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(scope="module", params=RANKS)
 def ranks(
     request: pytest.FixtureRequest, demo_shards: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Share]]:

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 
-from dist_dcgan.config import Config, make_plan
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training import train_state
 from dist_dcgan.training.train_state import TrainState
+from tests.gpu.training import make_state
 
 META = torch.device("meta")
 CONVOLUTIONS = (torch.conv2d, F.conv2d, torch.conv_transpose2d, F.conv_transpose2d)
@@ -87,7 +87,6 @@ class Undistributed(nn.Module):
 @contextmanager
 def state_on_meta(**options: Any) -> Iterator[TrainState]:
     """Yield the state of one rank on the meta device, of width 8 and batch 4."""
-    config = Config(width=8, global_batch=4, **options)
     autocast = AutocastOnMeta()
     with (
         mock.patch.object(train_state, "DistributedDataParallel", Undistributed),
@@ -95,4 +94,4 @@ def state_on_meta(**options: Any) -> Iterator[TrainState]:
         mock.patch.object(clip_grad, "_has_foreach_support", return_value=True),  # as on CPUs and GPUs
         autocast,
     ):
-        yield TrainState(config, make_plan(config, 1, 100), World(0, 0, 1, META), 64)
+        yield make_state(World(0, 0, 1, META), {"width": 8, "global_batch": 4, **options})

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.commands import metrics, run, succeed, train_command
 
 SMALL = ["--global-batch", 16, "--log.every-steps", 1, "--wandb", "disabled", "--on-collapse", "stop"]
 
 
+@pytest.mark.slow
 def test_to_the_letter_it_collapses_and_is_named_within_twenty_steps(demo_shards: Path, tmp_path: Path) -> None:
     flags = ["--preset", "paper_literal", *SMALL, "--max-steps", 60, "--data", demo_shards, "--run-dir", tmp_path]
     done = run(train_command(1, *flags))
@@ -22,6 +25,7 @@ def test_to_the_letter_it_collapses_and_is_named_within_twenty_steps(demo_shards
     assert rows[-2]["loss/g"] > 20  # Loss_D or Loss_G "goes to 0", and the other stands high
 
 
+@pytest.mark.slow
 def test_by_default_it_does_not(demo_shards: Path, tmp_path: Path) -> None:
     flags = [*SMALL, "--max-steps", 30, "--data", demo_shards, "--run-dir", tmp_path]
     succeed(train_command(1, *flags))

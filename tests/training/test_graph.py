@@ -7,22 +7,23 @@ from unittest import mock
 import pytest
 import torch
 
-from dist_dcgan.config import Config, make_plan
+from dist_dcgan.config import Config
 from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.training.graph import prepare_step, takes_graph
 from dist_dcgan.training.steps import is_out_of_memory
-from dist_dcgan.training.train_state import TrainState
 from shards.common.errors import UserError
 from tests.gpu.graph import prepare
+from tests.gpu.training import make_state, snapshot
 
-CONFIG = Config(width=4, global_batch=4)
+ALONE = World(0, 0, 1, torch.device("cpu"))
+SMALL = {"width": 4, "global_batch": 4}
 
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_preparing_leaves_the_state_as_it_was(recorded: bool) -> None:
     with process_group(60):
-        state = state_of(CONFIG)
-        before, values = {name: tensor.clone() for name, tensor in state.tensors().items()}, state.values()
+        state = make_state(ALONE, SMALL)
+        before, values = snapshot(state), state.values()
         take_step = prepare(state, recorded=recorded)
         assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
         assert state.values() == values
@@ -33,7 +34,7 @@ def test_preparing_leaves_the_state_as_it_was(recorded: bool) -> None:
 
 def test_metrics_of_one_replay_outlive_the_next() -> None:
     with process_group(60):
-        take_step = prepare(state_of(CONFIG), recorded=True)
+        take_step = prepare(make_state(ALONE, SMALL), recorded=True)
         first = take_step(torch.zeros(4, 3, 64, 64))
         kept = {name: float(value) for name, value in first.items()}
         second = take_step(torch.ones(4, 3, 64, 64))
@@ -43,7 +44,7 @@ def test_metrics_of_one_replay_outlive_the_next() -> None:
 
 def test_a_graph_is_taken_on_one_gpu_or_if_asked_for() -> None:
     with process_group(60):
-        state = state_of(CONFIG)
+        state = make_state(ALONE, SMALL)
         assert not takes_graph(state)
         state.world = mock.Mock(device=torch.device("cuda", 0), world_size=1)
         assert takes_graph(state)
@@ -57,7 +58,7 @@ def test_a_graph_is_taken_on_one_gpu_or_if_asked_for() -> None:
 
 def test_a_graph_on_a_cpu_is_refused() -> None:
     with process_group(60), pytest.raises(UserError, match="--cuda-graph needs a GPU: leave it out"):
-        prepare_step(state_of(Config(width=4, global_batch=4, cuda_graph=True)), 64)
+        prepare_step(make_state(ALONE, SMALL | {"cuda_graph": True}), 64)
 
 
 def test_memory_that_ran_out_while_a_graph_was_recorded_is_told() -> None:
@@ -69,7 +70,3 @@ def test_memory_that_ran_out_while_a_graph_was_recorded_is_told() -> None:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("CUDA error: operation failed due to a previous error during capture"))
-
-
-def state_of(config: Config) -> TrainState:
-    return TrainState(config, make_plan(config, 1, 100), World(0, 0, 1, torch.device("cpu")), 64)

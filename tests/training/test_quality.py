@@ -46,15 +46,6 @@ def test_the_loop_scores_and_keeps_the_best_generator(demo_shards: Path, tmp_pat
     assert values_file.read_bytes() == before
 
 
-def test_two_ranks_score_like_one(demo_shards: Path, tmp_path: Path, cache: dict[str, str]) -> None:
-    flags = [*DEBUG, "--data", demo_shards, "--max-steps", 10, "--precision", "fp64"]
-    for ranks in (1, 2):
-        succeed(train_command(ranks, *flags, "--run-dir", tmp_path / str(ranks)), env=cache)
-    (one,), (two,) = scores(tmp_path / "1"), scores(tmp_path / "2")
-    for name in (name for name in one if name.startswith("quality/")):
-        assert two[name] == pytest.approx(one[name], rel=1e-4), name
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_collapse_stops_every_rank_where_that_is_asked(demo_shards: Path, tmp_path: Path, ranks: int) -> None:
     flags = [*DEBUG, *GENERATOR_WINS, "--data", demo_shards, "--run-dir", tmp_path / "run", "--on-collapse", "stop"]

@@ -28,7 +28,6 @@ from tests.benchmarks import ddp, scale
 from tests.benchmarks.collectives import (
     GRADIENTS,
     Collective,
-    moments_and_gradients,
     one_of,
     recorded_step,
     reduce_at_once,
@@ -42,6 +41,7 @@ from tests.benchmarks.scaling_model import (
     reduction_seconds,
     table,
 )
+from tests.gpu.training import make_state
 from tests.support.operations import NORM_BACKWARD, NORM_FORWARD
 from tests.support.primitives import direct_batch_norm
 from tests.support.ranks import run_ranks
@@ -51,39 +51,32 @@ ELEMENT_BYTES = {"float32": 4, "float64": 8}
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-class NormCollective(NamedTuple):
+class NormTraffic(NamedTuple):
     """What a batch norm says to the other ranks in one direction."""
 
     kind: str
     dtype: str
     bytes_per_channel: int
 
-    def of_layer(self, channels: int, purpose: str) -> Collective:
-        return Collective(self.kind, self.dtype, self.bytes_per_channel * channels, purpose)
-
-
-class Traffic(NamedTuple):
-    """One collective of a batch norm each way."""
-
-    forward: NormCollective
-    backward: NormCollective
-
 
 TRAFFIC = {
-    "portable": Traffic(NormCollective("allreduce_", "float64", 16), NormCollective("allreduce_", "float64", 16)),
-    "direct": Traffic(NormCollective("_allgather_base_", "float32", 8), NormCollective("allreduce_", "float32", 8)),
+    "portable": (NormTraffic("allreduce_", "float64", 16), NormTraffic("allreduce_", "float64", 16)),
+    "direct": (NormTraffic("_allgather_base_", "float32", 8), NormTraffic("allreduce_", "float32", 8)),
 }
-"""By the name of the batch norm in the configuration."""
+"""Forward and backward, by the name of the batch norm in the configuration."""
 
 
-def expected_step(traffic: Traffic) -> list[Collective]:
-    """Return the collectives of a step in their order, for batch norms that say `traffic`."""
+def expected_step(norm: str) -> list[Collective]:
+    """Return the collectives of a step in their order."""
+
+    def of_layers(traffic: NormTraffic, channels: Iterable[int], purpose: str) -> list[Collective]:
+        return [Collective(traffic.kind, traffic.dtype, traffic.bytes_per_channel * n, purpose) for n in channels]
 
     def forward(channels: list[int]) -> list[Collective]:
-        return [traffic.forward.of_layer(count, NORM_FORWARD) for count in channels]
+        return of_layers(TRAFFIC[norm][0], channels, NORM_FORWARD)
 
     def backward(channels: list[int]) -> list[Collective]:
-        return [traffic.backward.of_layer(count, NORM_BACKWARD) for count in reversed(channels)]
+        return of_layers(TRAFFIC[norm][1], reversed(channels), NORM_BACKWARD)
 
     def gradients(network: nn.Module) -> list[Collective]:
         return [Collective("allreduce_", "float32", 4 * count_parameters(network), GRADIENTS)]
@@ -98,8 +91,7 @@ def expected_step(traffic: Traffic) -> list[Collective]:
 
 
 def state_in(world: World, norm: str = "portable") -> TrainState:
-    config = Config(width=WIDTH, batch_per_rank=2, distributed={"batchnorm": norm})
-    return TrainState(config, make_plan(config, world.world_size, 10_000), world, 64)
+    return make_state(world, {"width": WIDTH, "batch_per_rank": 2, "distributed": {"batchnorm": norm}})
 
 
 def norm_on_cpu(norm: str) -> AbstractContextManager[None]:
@@ -112,15 +104,6 @@ def counted(world_size: int, norm: str = "portable") -> list[Collective]:
         state = state_in(world, norm)
         reduce_at_once(state)
         return recorded_step(state)
-
-
-def moments(collectives: Iterable[Collective]) -> list[Collective]:
-    return [each for each in collectives if each.purpose != GRADIENTS]
-
-
-def test_one_batch_norm_is_told_from_another() -> None:
-    """The negative control of the traces."""
-    assert moments(counted(2, "portable")) != moments(expected_step(TRAFFIC["direct"]))
 
 
 def real_step(norm: str) -> tuple[list[Collective], list[int]]:
@@ -141,49 +124,27 @@ def test_two_real_ranks_issue_the_collectives_of_a_step_in_order(norm: str) -> N
     found = run_ranks(2, real_step, norm)
     assert found[0] == found[1]
     collectives, elements = found[0]
-    assert collectives == expected_step(TRAFFIC[norm]) == counted(2, norm)
+    assert collectives == expected_step(norm) == counted(2, norm)
     reductions = [each for each in collectives if each.kind == "allreduce_"]
     assert [each.bytes // ELEMENT_BYTES[each.dtype] for each in reductions] == elements
 
 
 def test_the_count_is_the_same_for_every_number_of_ranks() -> None:
-    assert counted(2) == counted(512) == collectives_of_a_step(WIDTH)
-
-
-def test_bytes_are_those_of_the_parameters_and_of_the_normalised_channels() -> None:
-    moments, gradients = moments_and_gradients(counted(64))
-    parameters = count_parameters(Generator(WIDTH)) + count_parameters(Discriminator(WIDTH))
-    assert sum(gradients) == 4 * parameters
-    assert sorted(moments) == sorted(moments_and_gradients(expected_step(TRAFFIC["portable"]))[0])
-
-
-def test_gradients_that_are_not_reduced_are_missed() -> None:
-    """The negative control: D's half of the step without its reduction."""
-    with one_of(2) as world:
-        state = state_in(world)
-        reduce_at_once(state)
-        with mock.patch.object(state.ddp_discriminator, "require_backward_grad_sync", False):
-            found = recorded_step(state)
-    assert found != counted(2)
-    assert sum(moments_and_gradients(found)[1]) == 4 * count_parameters(Generator(WIDTH))
-
-
-def slices_hold(world_size: int = 64) -> bool:
-    manifest, config = scale.manifest_of(100_000), Config(batch_per_rank=8)
-    plan = make_plan(config, world_size, manifest.samples)
-    steps = (0, plan.steps_per_epoch - 1, plan.steps_per_epoch)
-    return scale.slices_make_up_the_batch(scale.Nowhere(manifest), config, plan, steps)
+    assert counted(2) == counted(64) == counted(512) == collectives_of_a_step(WIDTH)
 
 
 def test_the_slices_of_64_ranks_make_up_the_batch_and_wrong_ones_do_not() -> None:
-    assert slices_hold()
+    place, config = scale.Nowhere(scale.manifest_of(100_000)), Config(batch_per_rank=8)
+    plan = make_plan(config, 64, place.manifest.samples)
+    steps = (0, plan.steps_per_epoch - 1, plan.steps_per_epoch)
+    assert scale.slices_make_up_the_batch(place, config, plan, steps)
 
     def shifted(global_batch: int, rank: int, world_size: int) -> range:
         slots = rank_slots(global_batch, rank, world_size)
         return slots if rank != 17 else range(slots.start - 1, slots.stop - 1)
 
     with mock.patch("dist_dcgan.data.loader.rank_slots", shifted):
-        assert not slices_hold()
+        assert not scale.slices_make_up_the_batch(place, config, plan, steps)
 
 
 def test_the_command_prints_its_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,21 +55,18 @@ def steps_that_save(seconds_per_step: tuple[float, float]) -> tuple[list[int], i
 
 def test_all_ranks_save_by_the_clock_of_rank_0_whatever_theirs_say() -> None:
     """Due after 12, 24 and 36 s, in steps 2, 5 and 8, and agreed on a step later; with no collective of its own."""
-    for other in (0.0, 3.0, 1000.0):
-        assert run_ranks(2, steps_that_save, (4.0, other)) == [([3, 6, 9], 12)] * 2
+    for clocks, steps in (
+        ((4.0, 0.0), [3, 6, 9]),
+        ((4.0, 3.0), [3, 6, 9]),
+        ((4.0, 1000.0), [3, 6, 9]),
+        ((0.0, 4.0), []),
+    ):
+        assert run_ranks(2, steps_that_save, clocks) == [(steps, 12)] * 2
 
 
-def test_the_clock_of_another_rank_saves_nothing() -> None:
-    assert run_ranks(2, steps_that_save, (0.0, 4.0)) == [([], 12)] * 2
-
-
-def test_a_signal_to_one_rank_stops_all_at_the_same_step() -> None:
-    for asked_rank in (0, 1):
-        assert run_ranks(2, steps_until_stopped, asked_rank) == [list(range(7))] * 2
-
-
-def test_no_signal_stops_none() -> None:
-    assert run_ranks(2, steps_until_stopped, -1) == [list(range(20))] * 2
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_none_stops_none() -> None:
+    for asked_rank, steps in ((0, 7), (1, 7), (-1, 20)):
+        assert run_ranks(2, steps_until_stopped, asked_rank) == [list(range(steps))] * 2
 
 
 def test_many_ranks_agree_every_few_steps() -> None:

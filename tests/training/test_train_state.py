@@ -9,13 +9,14 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from dist_dcgan.config import Config, make_plan
+from dist_dcgan.config import Config
 from dist_dcgan.data.loader import flip
 from dist_dcgan.distributed.world import process_group
 from dist_dcgan.random_streams import stream_seed
@@ -23,20 +24,21 @@ from dist_dcgan.training import steps
 from dist_dcgan.training.ema import ema_decay, recompute_statistics, sample_images, update_ema
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
+from tests.gpu.training import constant_images, make_state, snapshot
 
-CONFIG = Config(width=4, global_batch=4, ema={"statistics_images": 32})
+SMALL: dict[str, Any] = {"width": 4, "global_batch": 4, "ema": {"statistics_images": 32}}
+CONFIG = Config(**SMALL)
 
 
 @pytest.fixture
 def state() -> Iterator[TrainState]:
     assert "WORLD_SIZE" not in os.environ
     with process_group(60, "cpu") as world:
-        yield TrainState(CONFIG, make_plan(CONFIG, 1, 100), world, 64)
+        yield make_state(world, SMALL)
 
 
 def images() -> torch.Tensor:
-    torch.manual_seed(0)
-    return (torch.rand(4, 3, 64, 64) * 2 - 1).contiguous(memory_format=torch.channels_last)
+    return constant_images(4, torch.device("cpu"), torch.float32)
 
 
 def test_strides_agree_at_first_after_steps_and_after_a_load(state: TrainState) -> None:
@@ -47,13 +49,12 @@ def test_strides_agree_at_first_after_steps_and_after_a_load(state: TrainState) 
     state.load_tensors(contiguous)
     train_step(state, images())
     state.assert_equal_strides()
-    weight = state.discriminator.layers[2].weight
+    weight = state.discriminator.get_parameter("layers.2.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
 
 
 def test_flips_are_part_of_the_step_and_differ_from_step_to_step() -> None:
-    config = Config(width=4, global_batch=4, data={"random_flip": True})
     seen: list[torch.Tensor] = []
     real_step = steps.discriminator_step
 
@@ -62,10 +63,10 @@ def test_flips_are_part_of_the_step_and_differ_from_step_to_step() -> None:
         return real_step(state, real, fake)
 
     with process_group(60, "cpu") as world, mock.patch.object(steps, "discriminator_step", note):
-        state = TrainState(config, make_plan(config, 1, 100), world, 64)
+        state = make_state(world, SMALL | {"data": {"random_flip": True}})
         for _ in range(2):
             train_step(state, images())
-    expected = [flip(images(), stream_seed(config.seed, "flip", step), range(4)) for step in range(2)]
+    expected = [flip(images(), stream_seed(CONFIG.seed, "flip", step), range(4)) for step in range(2)]
     assert all(torch.equal(*pair) for pair in zip(seen, expected, strict=True))
     assert not torch.equal(*expected)
 
@@ -85,7 +86,7 @@ def test_adam_can_be_captured_by_a_cuda_graph(state: TrainState, capturable: boo
 
 def test_moments_that_lie_otherwise_are_caught(state: TrainState) -> None:
     train_step(state, images())
-    moments = state.optimizer_d.state[state.discriminator.layers[2].weight]
+    moments = state.optimizer_d.state[state.discriminator.get_parameter("layers.2.weight")]
     moments["exp_avg"] = moments["exp_avg"].contiguous()
     with pytest.raises(AssertionError, match=r"optimizer_d\.layers\.2\.weight: strides differ"):
         state.assert_equal_strides()
@@ -109,8 +110,7 @@ def test_fused_adam_is_wrong_where_they_lie_otherwise() -> None:
 
 def test_a_registry_round_trip_continues_the_same(state: TrainState) -> None:
     train_step(state, images())
-    tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    values = state.values()
+    tensors, values = snapshot(state), state.values()
     first = train_step(state, images())
     state.load_tensors(tensors)
     state.load_values(values)
@@ -148,8 +148,9 @@ def test_statistics_are_those_of_the_averaged_weights(state: TrainState) -> None
     for _ in range(3):
         train_step(state, images())
     recompute_statistics(state.generator_ema, CONFIG, state.world.device, state.dtype)
-    norm = state.generator_ema.layers[1]
-    seen = []
+    norm = state.generator_ema.get_submodule("layers.1")
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    seen: list[torch.Tensor] = []
     hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     before = {name: buffer.clone() for name, buffer in state.generator_ema.named_buffers()}
     recompute_statistics(state.generator_ema, CONFIG, state.world.device, state.dtype)
