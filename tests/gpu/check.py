@@ -39,12 +39,13 @@ def check_against_cpu(context: Context) -> Figures:
     cpu_world = World(0, 0, 1, torch.device("cpu"))
     context.world  # noqa: B018  # the process group, which serves both devices
     expected = networks_after(cpu_world, options_of("portable", sigma=0), STEPS)
-    figures: Figures = {}
-    for kind in kinds_on(context.device):
-        figures[kind] = largest_difference(networks_after(context.world, options_of(kind, sigma=0), STEPS), expected)
+    figures: Figures = {
+        kind: largest_difference(networks_after(context.world, options_of(kind, sigma=0), STEPS), expected)
+        for kind in kinds_on(context.device)
+    }
+    assert all(difference <= 1e-9 for difference in figures.values()), f"parameters are off: {figures}"
     noisy = networks_after(cpu_world, options_of("portable"), STEPS)
     figures["with_noise"] = largest_difference(networks_after(context.world, options_of("portable"), STEPS), noisy)
-    assert all(figures[kind] <= 1e-9 for kind in kinds_on(context.device)), f"parameters are off: {figures}"
     assert figures["with_noise"] <= 1e-5, f"parameters are off: {figures}"
     return figures
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,13 @@ class Hosts:
         return f"{SUBNET}.{self.names.index(name) + 1}"
 
     def __enter__(self) -> Hosts:
-        self._made: list[str] = []
-        try:
-            self._make()
-        except BaseException:
-            self.__exit__()
-            raise
+        with ExitStack() as stack:
+            self._make(stack)
+            self._made = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for space in reversed(self._made):
-            _ip("netns", "del", space)
+        self._made.close()
 
     def command(self, name: str, words: Sequence[str]) -> list[str]:
         """What runs `words` on a host; the process is that of the command itself."""
@@ -67,22 +64,22 @@ class Hosts:
         """Plug it in again."""
         _ip("-n", self._switch, "link", "set", self._port(name), "master", "br0")
 
-    def _make(self) -> None:
-        self._add_space(self._switch)
+    def _make(self, stack: ExitStack) -> None:
+        self._add_space(self._switch, stack)
         _ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
         _ip("-n", self._switch, "link", "set", "br0", "up")
         for name in self.names:
             space, port = self._space(name), self._port(name)
-            self._add_space(space)
+            self._add_space(space, stack)
             # Both ends are made within namespaces: nothing appears on the machine.
             _ip("-n", space, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self._switch)
             _ip("-n", self._switch, "link", "set", port, "master", "br0", "up")
             _ip("-n", space, "addr", "add", f"{self.address(name)}/24", "dev", "eth0")
             _ip("-n", space, "link", "set", "eth0", "up")
 
-    def _add_space(self, space: str) -> None:
+    def _add_space(self, space: str, stack: ExitStack) -> None:
         _ip("netns", "add", space)
-        self._made.append(space)
+        stack.callback(_ip, "netns", "del", space)
         _ip("-n", space, "link", "set", "lo", "up")
 
     def _space(self, name: str) -> str:
