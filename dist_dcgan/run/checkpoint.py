@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dist_dcgan.run.directory import locked
 from dist_dcgan.run.tensor_file import serialised
 from shards.common.command_line import Options, build, nearest, parse_flags, run
 from shards.common.errors import UserError
 from shards.common.files import atomic_file, file_sha256, publish, sync_directory
-from shards.common.locks import Lock
 
 FORMAT_VERSION = 3
 _TENSORS = "tensors.safetensors"
@@ -203,9 +203,7 @@ def _verify(options: _Folder, found: list[Path]) -> None:
 
 def _prune(options: _Prune, found: list[Path]) -> None:
     """Remove all except the newest sound ones."""
-    with Lock(options.run_dir / "run.lock") as lock:
-        if not lock.take():
-            raise UserError(f"run directory {options.run_dir} is in use: wait for the run to end")
+    with locked(options.run_dir):
         kept = _inspect(options, found)[-options.keep :]
         if not kept:
             raise UserError(f"none of the checkpoints of {options.run_dir} is sound: nothing is removed")

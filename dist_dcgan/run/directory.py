@@ -58,13 +58,24 @@ def claimed(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
     run, or a run of another configuration, or any run while `resume` is "never".
     """
     require_fitting(run, config, resume)
-    with ExitStack() as stack:
+    with locked(run.path):
         with _errors(run.path):
-            run.path.mkdir(parents=True, exist_ok=True)
-            _take(stack.enter_context(Lock(run.path / _LOCK)), run.path)
             started = datetime.now(timezone.utc).isoformat(timespec="seconds")
             who = {"host": socket.gethostname(), "pid": os.getpid(), "since": started}
             publish(run.path / _HOLDER, json.dumps(who).encode())
+        yield
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lock the folder of a run, and make it if it does not exist; raises UserError if another process has locked it."""
+    with ExitStack() as stack:
+        with _errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if not stack.enter_context(Lock(path / _LOCK)).take():
+                holder = path / _HOLDER
+                who = holder.read_text() if holder.is_file() else "an unknown process"
+                raise UserError(f"run directory {path} is in use by {who}: wait for it, or name another")
         yield
 
 
@@ -87,10 +98,9 @@ def _is_content(name: str) -> bool:
 
 def require_unclaimed(run: RunDirectory) -> None:
     """Raise UserError, with the process, if another process has locked the folder; changes nothing."""
-    with _errors(run.path):
-        if (run.path / _LOCK).exists():
-            with Lock(run.path / _LOCK) as lock:
-                _take(lock, run.path)
+    if (run.path / _LOCK).exists():
+        with locked(run.path):
+            pass
 
 
 def record(run: RunDirectory, config: Config) -> None:
@@ -117,14 +127,6 @@ def require_same_run(
         )
     stored = build(Config, values["config"], where=f"the newest checkpoint in {run.checkpoints}")
     _require_equal(f"the newest checkpoint in {run.checkpoints} is", stored, config)
-
-
-def _take(lock: Lock, path: Path) -> None:
-    """Take the lock of the folder `path`; raises UserError, with the process, if another has it."""
-    if not lock.take():
-        holder = path / _HOLDER
-        who = holder.read_text() if holder.is_file() else "an unknown process"
-        raise UserError(f"run directory {path} is in use by {who}: wait for it, or name another")
 
 
 @contextmanager

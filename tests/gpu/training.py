@@ -58,6 +58,11 @@ def networks(state: TrainState) -> Arrays:
     return arrays({name: tensors[name] for name in names})
 
 
+def snapshot(state: TrainState) -> dict[str, Tensor]:
+    """Return a copy of all tensors of a state, on its device and in their memory formats."""
+    return {name: tensor.detach().clone() for name, tensor in state.tensors().items()}
+
+
 def arrays(tensors: Mapping[str, Tensor]) -> Arrays:
     """Return a copy of tensors on the host, which other processes can be sent."""
     return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}

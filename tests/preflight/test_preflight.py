@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -21,7 +20,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from torch import Tensor
 
 from dist_dcgan.config import Config, Invocation, make_plan
@@ -35,6 +33,7 @@ from dist_dcgan.run.export import export_generator
 from dist_dcgan.training import steps
 from dist_dcgan.training.train_state import TrainState
 from shards.common.errors import UserError
+from shards.common.locks import Lock
 from shards.conversion.convert import Settings, convert
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.manifest import read_manifest
@@ -371,7 +370,8 @@ def test_a_run_that_is_there_is_looked_at_and_not_touched(demo_shards: Path, tmp
     of, other = (with_data(demo_shards, run_dir=tmp_path, seed=seed, ema={"statistics_images": 32}) for seed in (0, 1))
     assert storage.run_directory(of) == Finding("ok", f"{tmp_path} holds this run, which goes on from step 2")
     assert "holds a run of another configuration (seed: 0 -> 1)" in failure(storage.run_directory, other)
-    with FileLock(tmp_path / "run.lock", timeout=0):
+    with Lock(tmp_path / "run.lock") as lock:
+        assert lock.take()
         holder = (tmp_path / "run.holder.json").read_text()
         assert f"{tmp_path} is in use by {holder}: wait" in failure(storage.run_directory, of)
     of.invocation = Invocation(resume="never")

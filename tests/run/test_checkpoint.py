@@ -10,7 +10,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import threading
 import time
 import tracemalloc
@@ -22,7 +21,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from filelock import FileLock
 
 from dist_dcgan.config import CheckpointOptions
 from dist_dcgan.run import checkpoint
@@ -31,6 +29,7 @@ from dist_dcgan.run.saver import Saver, Schedule, make_schedule
 from dist_dcgan.run.tensor_file import serialised
 from shards.common.errors import UserError
 from shards.common.files import atomic_file
+from shards.common.locks import Lock
 from tests.support.commands import module, one_line_error
 from tests.support.mistakes import flip_bit, refusal
 from tests.support.waiting import wait_until
@@ -349,8 +348,9 @@ def test_verify_fails_if_one_is_damaged_and_prune_keeps_the_newest_sound_one(tmp
     checkpoint.main(["verify", str(tmp_path)])
     (tmp_path / "checkpoints" / "step-00000003" / "tensors.safetensors").write_bytes(b"")
     verify = module("dist_dcgan.run.checkpoint", "verify", tmp_path)
-    assert "1 of the 3 checkpoints" in one_line_error(verify, stdin=subprocess.DEVNULL)  # in a process of its own
-    with FileLock(tmp_path / "run.lock"):
-        assert "is in use: wait for the run to end" in refusal(checkpoint.main, "prune", tmp_path)
+    assert "1 of the 3 checkpoints" in one_line_error(verify)
+    with Lock(tmp_path / "run.lock") as lock:
+        assert lock.take()
+        assert "is in use by an unknown process: wait" in refusal(checkpoint.main, "prune", tmp_path)
     checkpoint.main(["prune", str(tmp_path)])
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]

@@ -11,6 +11,7 @@ import os
 import runpy
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -64,7 +65,7 @@ class Forked:
         """`joined`: standard error goes to where the output goes."""
         self._files = [tempfile.TemporaryFile() for _ in range(1 if joined else 2)]  # noqa: SIM115
         place = (dict(env), str(cwd or Path.cwd()), _Streams([self._files[0].fileno(), self._files[-1].fileno()]))
-        started = context().Process(target=_run_module, args=(place, list(command[2:])), daemon=True)
+        started = context().Process(target=_run_module, args=(place, list(command[1:])), daemon=True)
         started.start()
         assert started.pid is not None
         self._process, self.pid, self.args = started, started.pid, command
@@ -159,10 +160,15 @@ def _run_module(place: Any, words: Sequence[str]) -> None:
 
 
 def run_command(words: Sequence[str]) -> None:
-    """Run `python -m WORDS` in this process."""
-    name, *arguments = words
+    """Run `python WORDS`, a script or -m and a module, in this process."""
+    is_module = words[0] == "-m"
+    name, *arguments = words[1:] if is_module else words
+    sys.argv = [name, *arguments]
+    sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(name))
     if name == "torch.distributed.run":
         name = "tests.support.torchrun"  # whose ranks are forked, too
-    sys.argv = [name, *arguments]
-    sys.path[0] = os.getcwd()
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # it may be preloaded
+    if is_module:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(name, run_name="__main__")

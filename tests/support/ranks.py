@@ -25,8 +25,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     processes = []
     for rank in range(world_size):
         ours = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
-        environment, *place = here()
-        place = (environment | ours, *place)
+        environment, directory, streams = here()
+        place = (environment | ours, directory, streams)
         processes.append(started.Process(target=_rank, args=(results, rank, place, function, arguments), daemon=True))
     for process in processes:
         process.start()

@@ -49,13 +49,13 @@ class ForkedRank:
 
 
 def fork_ranks() -> None:
-    """Have torchrun fork its ranks, which run `python -u -m MODULE ARGUMENTS`, from now on."""
+    """Have torchrun fork its ranks, which run `python -u WORDS`, from now on."""
     mock.patch.object(SubprocessHandler, "_popen", _start).start()
 
 
 def _start(_: SubprocessHandler, words: tuple[str, ...], environment: dict[str, str]) -> ForkedRank:
-    assert words[:3] == (sys.executable, "-u", "-m"), words
-    return ForkedRank(words[3:], environment)
+    assert words[:2] == (sys.executable, "-u"), words
+    return ForkedRank(words[2:], environment)
 
 
 def _run_and_exit(words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:

@@ -24,7 +24,8 @@ from dist_dcgan.training import steps
 from dist_dcgan.training.ema import ema_decay, recompute_statistics, sample_images, update_ema
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from tests.gpu.training import constant_images, make_state, snapshot
+from tests.benchmarks.measuring import constant_images
+from tests.gpu.training import make_state, snapshot
 
 SMALL: dict[str, Any] = {"width": 4, "global_batch": 4, "ema": {"statistics_images": 32}}
 CONFIG = Config(**SMALL)
