@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import lmdb
@@ -17,118 +18,141 @@ from PIL import Image
 
 from shards.manifest import read_manifest
 from shards.reader import locate, read_sample
-from tests.support.shards_fixtures import ROOT, contents, data_set, error_of, numbered, run_shards, write_lmdb
+from tests.support.commands import module, one_line_error, succeed
+from tests.support.shards_fixtures import (
+    ROOT,
+    contents,
+    data_set,
+    error_of,
+    numbered,
+    output_of,
+    run_shards,
+    write_files,
+    write_lmdb,
+)
 
 
-def test_help_lists_the_commands() -> None:
-    process = run_shards("--help")
-    assert process.returncode == 0
-    for command in ("demo", "convert", "export", "verify", "preview"):
-        assert sum(line.strip().startswith(f"{command} ") for line in process.stdout.splitlines()) == 1
+def test_each_command_runs_as_a_process_of_its_own(tmp_path: Path) -> None:
+    def typed(*words: object) -> str:
+        return succeed(module("shards", *words), cwd=ROOT).stdout
+
+    source, data = tmp_path / "demo" / "demo_train_lmdb", tmp_path / "data"
+    assert typed("demo", "--out", tmp_path / "demo", "--images", 5, "--seed", 3, "--workers", 1) == (
+        f"5 pictures at {source}; next: python -m shards convert {source} --out DIR\n"
+    )
+    for part in ("1/2", "2/2"):
+        typed("convert", source, "--out", data, "--samples-per-shard", 3, "--part", part)
+    summary = f"at {data}, digest "
+    assert summary in typed("merge", data) and f"5 images in 2 shards, all intact, {summary}" in typed("verify", data)
+    assert typed("export", source, "--out", tmp_path / "files").startswith("5 files at ")
+    assert typed("preview", data, "--out", tmp_path / "sheet.png").startswith("5 images of ")
+    assert typed("download", "--list").startswith("bedroom\n")
+    mistake = one_line_error(module("shards", "verify", tmp_path), cwd=ROOT)
+    assert mistake.startswith(f"error: no data set at {tmp_path}: ")
 
 
-def test_no_command_lists_them_too_but_is_a_mistake() -> None:
+def test_help_lists_the_commands_and_no_command_does_but_is_a_mistake() -> None:
+    lines = output_of("--help").splitlines()
+    for command in ("download", "demo", "convert", "merge", "export", "verify", "preview"):
+        assert sum(line.strip().startswith(f"{command} ") for line in lines) == 1
     process = run_shards()
-    assert process.returncode == 2 and process.stdout == run_shards("--help").stdout
+    assert process.returncode == 2 and process.stdout == output_of("--help")
 
 
 def test_help_of_a_command_lists_its_options() -> None:
-    process = run_shards("convert", "--help")
-    assert process.returncode == 0
-    for option in ("SOURCE", "--out", "--image-size", "--samples-per-shard", "--workers", "--max-rejected"):
-        assert option in process.stdout
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["convrt"], "unknown command convrt; did you mean convert?"),
-        (["xyzzy"], "unknown command xyzzy (--help lists them all)"),
-        (
-            ["convert", "SOURCE", "--out", "OUT", "--imagesize", "64"],
-            "unknown option --imagesize; did you mean --image-size?",
-        ),
-        (
-            ["convert", "SOURCE", "--out", "OUT", "--image-size", "0"],
-            "image_size: input should be greater than or equal to 8, got '0'",
-        ),
-        (
-            ["convert", "SOURCE", "--out", "OUT", "--image-size", "big"],
-            "image_size: input should be a valid integer",
-        ),
-        (
-            ["convert", "SOURCE", "--out", "OUT", "--image-size", "2048"],
-            "image_size: input should be less than or equal to 1024",
-        ),
-        (
-            ["convert", "SOURCE", "--out", "OUT", "--samples-per-shard", "0"],
-            "samples_per_shard: input should be greater",
-        ),
-        (["convert", "SOURCE", "--out", "OUT", "--workers", "-1"], "workers: input should be greater"),
-        (["convert", "SOURCE", "--out", "OUT", "--max-rejected", "2"], "max_rejected: input should be less"),
-        (["convert", "SOURCE"], "the following arguments are required: --out"),
-        (["convert", "--out", "OUT"], "the following arguments are required: SOURCES"),
-        (["convert", "SOURCE", "nowhere", "--out", "OUT"], "no source at nowhere: no such file or directory"),
-        (["convert", "EMPTY", "--out", "OUT"], "is empty: it has no entries"),
-        (["convert", "FILE", "--out", "OUT"], "is a file, not the folder of an LMDB"),
-        (["convert", "SOURCE", "--out", "DATA"], "already holds another data set: give another --out"),
-        (["convert", "SOURCE", "--out", "OUT", "--part", "3/2"], "--part 3/2: the first number counts from 1"),
-        (["convert", "SOURCE", "--out", "OUT", "--exclude", "nowhere"], "cannot read nowhere: No such file"),
-        (["merge", "FOLDER"], "nothing to merge at"),
-        (["convert", "SOURCE", "--out", "FOLDER"], "is not empty (it holds shard-000000.tar)"),
-        (["convert", "SOURCE", "--out", "SOURCE"], "is not empty (it holds data.mdb)"),
-        (["convert", "SOURCE", "--out", "FILE"], "is a file: give a folder that is new or empty"),
-        (["verify", "nowhere"], "no data set at nowhere: no such directory"),
-        (["verify", "FOLDER"], "no manifest.json"),
-        (["verify"], "the following arguments are required: DIRECTORY"),
-        (["preview", "DATA", "--out", "FILE"], "exists: give another name, or remove it first"),
-        (["preview", "DATA", "--out", "OUT"], "no place for a picture: give a name ending in .png"),
-        (["preview", "DATA", "--out", "nowhere/sheet.png"], "no place for a picture"),
-        (["preview", "FOLDER", "--out", "OUT.png"], "no manifest.json"),
-        (
-            ["preview", "DATA", "--out", "OUT.png", "--num", "0"],
-            "num: input should be greater than or equal to 1",
-        ),
-        (["demo", "--out", "OUT", "--images", "0"], "images: input should be greater than or equal to 1"),
-    ],
-)
-def test_a_mistake_is_one_line_and_changes_nothing(workplace: Path, words: list[str], message: str) -> None:
-    places = {
-        "SOURCE": "source",
-        "OUT": "out",
-        "OUT.png": "out.png",
-        "EMPTY": "empty",
-        "FOLDER": "folder",
-        "DATA": "data",
-        "FILE": "file.png",
-    }
-    before = contents(workplace)
-    process = run_shards(*[workplace / places[word] if word in places else word for word in words])
-    assert message in error_of(process)
-    assert contents(workplace) == before
-    assert not (workplace / "out").exists()
+    options = ("SOURCE", "--out", "--image-size", "--samples-per-shard", "--workers", "--max-rejected")
+    text = output_of("convert", "--help")
+    assert all(option in text for option in options)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source, an empty LMDB, a folder with somebody's shard, a data set and a file."""
+    """Sources, a folder with somebody's shard, data sets, sound and damaged, and a file."""
     folder = tmp_path_factory.mktemp("workplace")
     write_lmdb(folder / "source", numbered(3))
-    data_set(folder)
+    write_lmdb(folder / "above" / "unzipped" / "bedroom_lmdb", numbered(1))
+    out, _ = data_set(folder)
+    sound = contents(out)
+    write_files(folder / "partial", {name: data for name, data in sound.items() if name != "shard-000001.tar"})
+    write_files(folder / "damaged", sound | {"manifest.json": b"{"})
     lmdb.open(str(folder / "empty")).close()
-    (folder / "folder").mkdir()
-    (folder / "folder" / "shard-000000.tar").write_bytes(b"somebody's")
-    (folder / "file.png").write_bytes(b"somebody's")
+    write_files(folder, {"folder/shard-000000.tar": b"somebody's", "file.png": b"somebody's"})
+    write_files(
+        folder, {"archives/bedroom_lmdb.zip": b"", "junk/data.mdb": b"junk" * 5000, "zeros/data.mdb": bytes(8192)}
+    )
+    with zipfile.ZipFile(folder / "bedroom.zip", "w") as archive:
+        archive.writestr("bedroom_lmdb/data.mdb", b"")
     return folder
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("convrt", "unknown command convrt; did you mean convert?"),
+        ("xyzzy", "unknown command xyzzy (--help lists them all)"),
+        ("convert SOURCE --out OUT --imagesize 64", "unknown option --imagesize; did you mean --image-size?"),
+        ("convert SOURCE --out OUT --image-size 0", "image_size: input should be greater than or equal to 8, got '0'"),
+        ("convert SOURCE --out OUT --image-size big", "image_size: input should be a valid integer"),
+        ("convert SOURCE --out OUT --image-size 2048", "image_size: input should be less than or equal to 1024"),
+        ("convert SOURCE --out OUT --samples-per-shard 0", "samples_per_shard: input should be greater"),
+        ("convert SOURCE --out OUT --workers -1", "workers: input should be greater"),
+        ("convert SOURCE --out OUT --max-rejected 2", "max_rejected: input should be less"),
+        ("convert SOURCE --out OUT --part 3/2", "--part 3/2: the first number counts from 1"),
+        ("convert SOURCE --out OUT --exclude nowhere", "cannot read nowhere: No such file or directory"),
+        ("convert SOURCE", "the following arguments are required: --out"),
+        ("convert --out OUT", "the following arguments are required: SOURCES"),
+        ("convert SOURCE nowhere --out OUT", "no source at nowhere: no such file or directory"),
+        ("convert /dev/null --out OUT", "/dev/null is neither a file nor a folder"),
+        ("convert EMPTY --out OUT", "/empty is empty: it has no entries"),
+        ("convert JUNK --out OUT", "/junk/data.mdb is not an LMDB"),
+        ("convert ZEROS --out OUT", "/zeros/data.mdb is not an LMDB"),
+        ("convert FILE.PNG --out OUT", "/file.png is a file, not the folder of an LMDB: give the folder that holds"),
+        (
+            "convert SOURCE/DATA.MDB --out OUT",
+            "not the folder of an LMDB: give the folder that holds data.mdb",
+        ),
+        ("convert BEDROOM.ZIP --out OUT", "is a file, not the folder of an LMDB: unzip it first"),
+        ("convert ARCHIVES --out OUT", "/archives is not the folder of an LMDB: no data.mdb in it; unzip "),
+        ("convert ABOVE/UNZIPPED --out OUT", "/unzipped/bedroom_lmdb does: give that folder"),
+        ("convert SOURCE --out DATA", "already holds another data set: give another --out"),
+        ("convert SOURCE --out FOLDER", "is not empty (it holds shard-000000.tar)"),
+        ("convert SOURCE --out SOURCE", "is not empty (it holds data.mdb)"),
+        ("convert SOURCE --out FILE.PNG", "is a file: give a folder that is new or empty"),
+        ("convert SOURCE --out FILE.PNG/BELOW", "/file.png/below: Not a directory"),
+        ("merge FOLDER", "nothing to merge at"),
+        ("export nowhere --out OUT", "no LMDB at nowhere: no such directory"),
+        ("export ABOVE --out OUT", "/unzipped/bedroom_lmdb does: give that folder"),
+        ("export SOURCE", "the following arguments are required: --out"),
+        ("export SOURCE --out OUT --limit 0", "limit: input should be greater than or equal to 1, got '0'"),
+        ("export SOURCE --out OUT --limit x", "limit: input should be a valid integer"),
+        ("export SOURCE --out OUT --flatt", "unknown option --flatt; did you mean --flat?"),
+        ("export SOURCE --out FILE.PNG", "is a file: give a folder"),
+        ("export SOURCE --out FILE.PNG/BELOW", "/below (Not a directory): mend that and give the same command again"),
+        ("verify nowhere", "no data set at nowhere: no such directory"),
+        ("verify FOLDER", "/folder: it has no manifest.json"),
+        ("verify DAMAGED", "/damaged/manifest.json is damaged: "),
+        ("verify", "the following arguments are required: DIRECTORY"),
+        ("preview DATA --out FILE.PNG", "exists: give another name, or remove it first"),
+        ("preview DATA --out OUT", "no place for a picture: give a name ending in .png"),
+        ("preview DATA --out nowhere/sheet.png", "no place for a picture"),
+        ("preview FOLDER --out OUT.PNG", "no manifest.json"),
+        ("preview PARTIAL --out OUT.PNG", "/partial/shard-000001.tar is missing"),
+        ("preview DATA --out OUT.PNG --num 0", "num: input should be greater than or equal to 1"),
+        ("demo --out OUT --images 0", "images: input should be greater than or equal to 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(workplace: Path, command: str, message: str) -> None:
+    """Capitals stand for what is, or could be, in the workplace."""
+    before = contents(workplace)
+    assert message in error_of(*[workplace / word.lower() if word.isupper() else word for word in command.split()])
+    assert contents(workplace) == before
+    assert not (workplace / "out").exists()
+
+
 def test_verify_says_that_an_intact_data_set_is_intact(workplace: Path) -> None:
-    process = run_shards("verify", workplace / "data")
     digest = read_manifest(workplace / "data").digest()
-    assert (process.returncode, process.stdout) == (
-        0,
-        f"10 images in 3 shards, all intact, at {workplace}/data, digest {digest}\n",
-    )
+    expected = f"10 images in 3 shards, all intact, at {workplace}/data, digest {digest}\n"
+    assert output_of("verify", workplace / "data") == expected
 
 
 def test_verify_prints_every_problem_and_fails_with_the_first(tmp_path: Path) -> None:
@@ -163,25 +187,6 @@ def test_preview_lays_evenly_spread_samples_out_in_rows(tmp_path: Path, num: int
         assert np.array_equal(sheet[row : row + 16, column : column + 16], pixels)
 
 
-def test_preview_of_a_data_set_without_a_shard_is_one_line(tmp_path: Path) -> None:
-    out, _ = data_set(tmp_path)
-    (out / "shard-000001.tar").unlink()
-    error = error_of(run_shards("preview", out, "--out", tmp_path / "sheet.png"))
-    assert error.startswith(f"shard {out}/shard-000001.tar is missing")
-    assert not (tmp_path / "sheet.png").exists()
-
-
-def test_demo_convert_verify_and_preview_follow_each_other(tmp_path: Path) -> None:
-    demo = run_shards("demo", "--out", tmp_path / "demo", "--images", 5, "--seed", 3, "--workers", 1)
-    assert demo.returncode == 0, demo.stderr
-    source = tmp_path / "demo" / "demo_train_lmdb"
-    assert demo.stdout == f"5 pictures at {source}; next: python -m shards convert {source} --out DIR\n"
-    assert run_shards("convert", source, "--out", tmp_path / "data").returncode == 0
-    assert run_shards("verify", tmp_path / "data").returncode == 0
-    assert run_shards("preview", tmp_path / "data", "--out", tmp_path / "sheet.png").returncode == 0
-    assert read_manifest(tmp_path / "data").samples == 5
-
-
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"env -u PYTHONUNBUFFERED {sys.executable} -m shards --help | true; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
@@ -211,7 +216,7 @@ def test_an_output_that_cannot_be_written_is_one_line(
 @pytest.mark.parametrize("command", ["convert", "export", "verify", "preview", "demo"])
 def test_a_path_that_no_disk_takes_is_one_line(workplace: Path, tmp_path: Path, command: str) -> None:
     place = tmp_path / ("line\nbreak" + "x" * 300)
-    words = {
+    words: dict[str, list[object]] = {
         "convert": [workplace / "source", "--out", place],
         "export": [workplace / "source", "--out", place],
         "verify": [place],
@@ -228,11 +233,11 @@ def test_a_folder_whose_name_is_not_utf8_serves_as_well(tmp_path: Path) -> None:
     source = write_lmdb(tmp_path / "source", numbered(3))
     out = tmp_path / os.fsdecode(b"\xff")
     out.mkdir()
-    assert run_shards("demo", "--out", out / "demo", "--images", 1, "--workers", 1).returncode == 0
-    assert run_shards("export", source, "--out", out / "files").returncode == 0
-    assert run_shards("convert", source, "--out", out / "data").returncode == 0
-    process = run_shards("verify", out / "data")
-    assert process.returncode == 0 and f"all intact, at {tmp_path}/\\udcff/data, digest" in process.stdout
+    output_of("demo", "--out", out / "demo", "--images", 1, "--workers", 1)
+    output_of("export", source, "--out", out / "files")
+    output_of("convert", source, "--out", out / "data")
+    shown = succeed(module("shards", "verify", out / "data"), cwd=ROOT).stdout
+    assert f"all intact, at {tmp_path}/\\udcff/data, digest" in shown
 
 
 def test_the_package_imports_no_torch() -> None:

@@ -1,4 +1,4 @@
-"""300 random damages to a data set: `verify` names the damaged file in every one, and passes when it is mended."""
+"""Random damages to a data set: `verify` names the damaged file in every one, and passes when it is mended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.manifest import MANIFEST_NAME, Layout, read_manifest, shard_name
 from shards.verify import verify
 from shards.writer import KEYS_NAME, REJECTED_NAME
-from tests.support.shards_fixtures import contents, data_set, encoded, numbered, picture, run_shards, write_lmdb
+from tests.support.shards_fixtures import contents, encoded, numbered, picture, write_lmdb
 
 Damage = Callable[[random.Random, Path], list[str]]
 """Damages the folder of a data set and returns the names of files that `verify` must report."""
@@ -28,7 +28,7 @@ SHARDS = 4
 RENAMED = [b"a b", b"\xff\xfe", "ä".encode(), b"image0003.jpg", b"k" * 200]
 REJECTED = [b"image0002x", b"junk\xfe"]
 CASES = 15
-"""Cases of each of the 20 kinds of damage."""
+"""Cases of each kind of damage."""
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,8 @@ def truncate(name: str) -> Damage:
 def append(name: str) -> Damage:
     def damage(rng: random.Random, folder: Path) -> list[str]:
         path = folder / (name or shard_name(rng.randrange(SHARDS)))
-        return change(path, lambda content: content + rng.choice([rng.randbytes, bytes])(rng.randrange(1, 2000)))
+        more = rng.randbytes(rng.randrange(1, 2000))
+        return change(path, lambda content: content + rng.choice([more, bytes(len(more))]))
 
     return damage
 
@@ -176,6 +177,8 @@ DAMAGES: dict[str, Damage] = {
     "a byte of the renamed keys": flip(KEYS_NAME),
     "truncated renamed keys": truncate(KEYS_NAME),
     "longer renamed keys": append(KEYS_NAME),
+    "removed renamed keys": remove(KEYS_NAME),
+    "removed rejects": remove(REJECTED_NAME),
     "a byte of the rejects": flip(REJECTED_NAME),
     "truncated rejects": truncate(REJECTED_NAME),
     "longer rejects": append(REJECTED_NAME),
@@ -185,7 +188,6 @@ DAMAGES: dict[str, Damage] = {
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_random_damage_is_named_and_mending_it_passes(damaged: Path, kind: str) -> None:
     rng, before = random.Random(kind), contents(damaged)
-    assert len(DAMAGES) * CASES == 300
     assert problems_of(damaged) == []
     for case in range(CASES):
         names = DAMAGES[kind](rng, damaged)
@@ -195,23 +197,19 @@ def test_random_damage_is_named_and_mending_it_passes(damaged: Path, kind: str) 
         assert problems_of(damaged) == [], case
 
 
-@pytest.mark.parametrize("kind", ["a byte of pixels", "a byte of the manifest", "a byte of the renamed keys"])
-def test_the_command_names_damage_in_its_error(damaged: Path, kind: str) -> None:
-    [name] = DAMAGES[kind](random.Random(kind), damaged)
-    process = run_shards("verify", damaged)
-    assert process.returncode == 2
-    assert name in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
-    assert process.stderr.splitlines()[-1].endswith("convert or copy it again")
-
-
-def test_a_flip_of_every_byte_of_the_manifest_is_found_unless_it_means_the_same(damaged: Path) -> None:
+def test_any_change_of_the_manifest_is_found_unless_it_means_the_same(damaged: Path) -> None:
     """Silent are only a space or line break that turns into another, and 0 that turns into -0."""
     path, rng = damaged / MANIFEST_NAME, random.Random(0)
     whole = path.read_bytes()
+    assert sum(byte in b"0123456789" for byte in whole) > 100
     for place in range(len(whole)):
-        after = flipped(rng, whole, range(place, place + 1))
-        path.write_bytes(after)
-        assert refuses_manifest(damaged) == (meaning(after) != meaning(whole)), after
+        other_digit = b"7" if whole[place] != ord("7") else b"8"
+        changes = [flipped(rng, whole, range(place, place + 1)), whole[:place]]
+        if whole[place] in b"0123456789":
+            changes.append(whole[:place] + other_digit + whole[place + 1 :])
+        for after in changes:
+            path.write_bytes(after)
+            assert refuses_manifest(damaged) == (meaning(after) != meaning(whole)), after
 
 
 def refuses_manifest(folder: Path) -> bool:
@@ -220,14 +218,3 @@ def refuses_manifest(folder: Path) -> bool:
     except UserError:
         return True
     return False
-
-
-def test_lists_that_do_not_belong_are_found(damaged: Path) -> None:
-    (damaged / REJECTED_NAME).unlink()
-    assert problems_of(damaged) == [f"{REJECTED_NAME}: is missing"]
-
-
-def test_a_list_that_the_manifest_does_not_know_is_found(tmp_path: Path) -> None:
-    out, _ = data_set(tmp_path)
-    (out / KEYS_NAME).write_bytes(b"")
-    assert problems_of(out) == [f"{KEYS_NAME}: not in the manifest"]

@@ -10,12 +10,14 @@ import lmdb
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from shards.common.errors import UserError
 from shards.common.workers import Tick
 from shards.demo import dataset as demo
 from shards.demo.bedroom import render_bedroom
 from shards.demo.dataset import write_demo
+from tests.support.shards_fixtures import encoded
 
 IMAGES = demo.CHUNK + 6  # a full chunk and a part of one
 
@@ -23,6 +25,12 @@ IMAGES = demo.CHUNK + 6  # a full chunk and a part of one
 def entries(path: Path) -> list[tuple[bytes, bytes]]:
     with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
         return list(transaction.cursor())
+
+
+def jpeg(data: bytes) -> JpegImageFile:
+    image = Image.open(io.BytesIO(data))
+    assert isinstance(image, JpegImageFile)
+    return image
 
 
 def small(seed: int, index: int) -> np.ndarray:
@@ -38,15 +46,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_lsun_format(written: Path) -> None:
     assert written.name == "demo_train_lmdb"
     assert sorted(path.name for path in written.iterdir()) == ["data.mdb", "lock.mdb"]
-    reference = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=75)
+    reference = jpeg(encoded(Image.new("RGB", (8, 8)), quality=75))
     found = entries(written)
     assert len(found) == IMAGES
     for key, value in found:
         assert key == hashlib.sha1(value).hexdigest().encode()
-        picture = Image.open(io.BytesIO(value))
-        assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (256, 256))
-        assert picture.quantization == Image.open(reference).quantization
+        assert (jpeg(value).mode, jpeg(value).size) == ("RGB", (256, 256))
+        assert jpeg(value).quantization == reference.quantization
 
 
 def test_workers_do_not_change_the_bytes(written: Path, tmp_path: Path) -> None:

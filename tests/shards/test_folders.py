@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -111,26 +110,25 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
-@pytest.mark.parametrize("unreadable", ["images/class", "images/class/a.jpg"])
-def test_what_may_not_be_read_is_an_error(unreadable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_files(tmp_path, {"images/class/a.jpg": IMAGE})
+@pytest.mark.parametrize(
+    ("unreadable", "named"),
+    [
+        ("closed", "closed/images"),
+        ("closed/images/class", "the folder closed/images/class"),
+        ("closed/images/class/a.jpg", "closed/images/class/a.jpg"),
+    ],
+)
+def test_what_may_not_be_read_is_an_error(
+    unreadable: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, {"closed/images/class/a.jpg": IMAGE})
     tmp_path.chmod(0o755)
     monkeypatch.chdir(tmp_path)  # the folders above may be closed to others
     Path(unreadable).chmod(0)
     with as_nobody():
-        message = refusal(Path("images"))
+        message = refusal(Path("closed/images"))
     Path(unreadable).chmod(0o755)
-    assert re.match(rf"cannot read (the folder )?{unreadable}: Permission denied", message)
-
-
-def test_a_source_in_a_closed_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_files(tmp_path, {"closed/images/a.jpg": IMAGE})
-    tmp_path.chmod(0o755)
-    monkeypatch.chdir(tmp_path)
-    Path("closed").chmod(0)
-    with as_nobody():
-        assert refusal(Path("closed/images")) == "cannot read closed/images: Permission denied"
-    Path("closed").chmod(0o755)
+    assert message.startswith(f"cannot read {named}: Permission denied")
 
 
 def test_an_error_of_the_disk_is_no_rejection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,8 +144,3 @@ def test_images_beside_tars_are_not_passed_over(tmp_path: Path) -> None:
     write_files(tmp_path, {"a.jpg": IMAGE, "old.tar": bytes(1024)})
     with pytest.raises(UserError, match=rf"^{tmp_path} holds both images \(a.jpg\) and tars \(old.tar\): part them$"):
         open_source(tmp_path)
-
-
-def test_a_device_is_no_source() -> None:
-    with pytest.raises(UserError, match=r"^/dev/null is neither a file nor a folder"):
-        open_source(Path("/dev/null"))

@@ -25,21 +25,25 @@ from tests.support.shards_fixtures import (
     rejected_in,
     samples_in,
     within,
-    write_files,
 )
 
 IMAGE = encoded(picture(0))
 
 
 def header(
-    name: bytes, size: int = 0, kind: bytes = b"0", size_field: bytes = b"", magic: bytes = b"ustar\00000"
+    name: bytes,
+    size: int = 0,
+    kind: bytes = b"0",
+    size_field: bytes = b"",
+    magic: bytes = b"ustar\00000",
+    more: int = 0,
 ) -> bytes:
-    """One header block, as nobody's library would write it."""
+    """One header block, as nobody's library would write it; `more`: the old sparse map goes on in the next block."""
     block = bytearray(512)
     block[: len(name)] = name
     block[100:108] = b"0000644\0"
     block[124:136] = size_field or b"%011o\0" % size
-    block[156:157], block[257:265] = kind, magic
+    block[156:157], block[257:265], block[482] = kind, magic, more
     block[148:156] = b"%06o\0 " % (sum(block) + 8 * 32)
     return bytes(block)
 
@@ -48,14 +52,14 @@ def padded(content: bytes) -> bytes:
     return content + bytes(-len(content) % 512)
 
 
-def pax(**records: bytes) -> bytes:
-    """An extension header of PAX records."""
+def pax(kind: bytes = b"x", **records: bytes) -> bytes:
+    """An extension header of PAX records, for one member or, of kind `g`, for all."""
     lines = b""
     for keyword, value in records.items():
         rest = b" %s=%s\n" % (keyword.replace("_", ".").encode(), value)
         length = next(n for n in range(len(rest), len(rest) + 9) if n == len(b"%d" % n) + len(rest))
         lines += b"%d" % length + rest
-    return header(b"pax", len(lines), b"x") + padded(lines)
+    return header(b"pax", len(lines), kind) + padded(lines)
 
 
 def member(name: bytes, content: bytes = IMAGE) -> bytes:
@@ -63,6 +67,9 @@ def member(name: bytes, content: bytes = IMAGE) -> bytes:
 
 
 END = bytes(1024)
+GNU = b"ustar  \0"
+MORE_OF_A_MAP = bytes(504) + b"\1" + bytes(7)
+"""A block of the map of a sparse file that another one follows."""
 
 
 def tar_of(tmp_path: Path, *parts: bytes) -> Path:
@@ -124,13 +131,9 @@ def test_members_lie_where_tarfile_finds_them(tmp_path: Path) -> None:
 
 
 def test_a_sparse_member_is_rejected_and_what_follows_is_read(tmp_path: Path) -> None:
-    old = header(b"old.jpg", 512, b"S", magic=b"ustar  \0") + bytes(512)
-    more = bytearray(header(b"older.jpg", 512, b"S", magic=b"ustar  \0"))
-    more[482] = 1
-    more[148:156] = b"%06o\0 " % (sum(more) - sum(more[148:156]) + 8 * 32)
-    map_block = bytearray(512)
-    map_block[504] = 1
-    parts = [old, bytes(more), bytes(map_block), bytes(512), bytes(512), pax(GNU_sparse_major=b"1"), member(b"new.jpg")]
+    old = header(b"old.jpg", 512, b"S", magic=GNU) + bytes(512)
+    older = header(b"older.jpg", 512, b"S", magic=GNU, more=1) + MORE_OF_A_MAP + bytes(1024)
+    parts = [old, older, pax(GNU_sparse_major=b"1"), member(b"new.jpg")]
     found = entries_of(TarSource(tar_of(tmp_path, *parts, member(b"plain.jpg"), END)))
     rejected = "not a plain file in its tar"
     assert found == [(b"old", rejected), (b"older", rejected), (b"new", rejected), (b"plain", IMAGE)]
@@ -219,10 +222,7 @@ def test_a_damaged_tar_is_refused_at_once(name: str, tmp_path: Path) -> None:
 
 
 def test_a_sparse_map_that_goes_on_to_the_end_is_refused(tmp_path: Path) -> None:
-    block = bytearray(header(b"s.jpg", 0, b"S", magic=b"ustar  \0"))
-    block[482] = 1
-    block[148:156] = b"%06o\0 " % (sum(block) - sum(block[148:156]) + 8 * 32)
-    path = tar_of(tmp_path, bytes(block), (bytes(504) + b"\1" + bytes(7)) * 3000)
+    path = tar_of(tmp_path, header(b"s.jpg", 0, b"S", magic=GNU, more=1), MORE_OF_A_MAP * 3000)
     assert "ends in the member at byte 0" in refusal(path, seconds=5)
 
 
@@ -232,10 +232,7 @@ def test_a_chain_of_long_names_keeps_the_last(tmp_path: Path) -> None:
 
 
 def test_records_for_all_members_do_not_outdo_those_for_one(tmp_path: Path) -> None:
-    for_all = bytearray(pax(path=b"all.jpg"))
-    for_all[156:157] = b"g"
-    for_all[148:156] = b"%06o\0 " % (sum(for_all[:148]) + sum(for_all[156:512]) + 8 * 32)
-    parts = [bytes(for_all), pax(path=b"one.jpg"), member(b"x.jpg"), member(b"y.jpg"), END]
+    parts = [pax(b"g", path=b"all.jpg"), pax(path=b"one.jpg"), member(b"x.jpg"), member(b"y.jpg"), END]
     assert [key for key, _ in entries_of(TarSource(tar_of(tmp_path, *parts)))] == [b"one", b"all"]
 
 
@@ -245,15 +242,6 @@ def test_a_compressed_tar_says_what_to_do(name: str, tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(three_members() + END))
     assert "gunzip it first" in refusal(path)
     assert "gunzip it first" in refusal(tmp_path)
-
-
-def test_one_damaged_tar_of_many_fails_the_conversion(tmp_path: Path) -> None:
-    folder = write_files(tmp_path / "tars", {f"{i}.tar": three_members() + END for i in range(3)})
-    convert_here(folder, tmp_path / "data", "--samples-per-shard", 3)
-    (folder / "1.tar").write_bytes((three_members() + END)[:-1600])
-    with pytest.raises(UserError, match=rf"^{folder}/1.tar ends .*: an incomplete copy$"):
-        convert_here(folder, tmp_path / "damaged", "--samples-per-shard", 3)
-    assert not (tmp_path / "damaged" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])

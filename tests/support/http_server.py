@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,7 +32,7 @@ class Answer:
     """Whether Range is honoured."""
     if_range: bool = True
     """Whether If-Range is honoured where Range is."""
-    headers: dict[str, str | None] = field(default_factory=dict)
+    headers: Mapping[str, str | None] = field(default_factory=dict)
     """Headers in place of the honest ones; None leaves one out."""
 
 
@@ -101,7 +101,7 @@ def _respond(handler: BaseHTTPRequestHandler, server: Server) -> None:
     answer = server.next_answer()
     status, body, headers = _honest(answer, handler.headers.get("Range"), handler.headers.get("If-Range"))
     handler.send_response(status)
-    for name, value in (headers | answer.headers).items():
+    for name, value in {**headers, **answer.headers}.items():
         if value is not None:
             handler.send_header(name, value)
     sent = body[: min(x for x in (answer.cut, answer.hang, len(body)) if x is not None)]

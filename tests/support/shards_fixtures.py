@@ -1,4 +1,4 @@
-"""What the tests of `shards` share: small sources, real photographs if there are any, the real commands."""
+"""What the tests of `shards` share: small sources, real photographs if there are any, the commands in this process."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import functools
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import FrameType
@@ -23,6 +24,7 @@ import pytest
 from PIL import Image
 
 from shards.__main__ import main
+from shards.common.command_line import run
 from shards.common.errors import UserError
 from shards.conversion.convert import Settings, convert
 from shards.conversion.images import ImageError
@@ -32,7 +34,6 @@ from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.demo.dataset import write_demo
 from shards.manifest import Manifest, read_manifest
 from shards.reader import read_sample
-from tests.support.commands import module, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,8 +90,31 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def run_shards(*words: object) -> CompletedProcess[str]:
-    """Run `python -m shards` as a user would."""
-    return run(module("shards", *words), cwd=ROOT)
+    """Run `python -m shards` in this process, for at most 60 seconds."""
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    command = [str(word) for word in words]
+    with redirect_stdout(output), redirect_stderr(errors), within(60):
+        try:
+            run(main, command)
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return CompletedProcess(command, status, output.getvalue(), errors.getvalue())
+
+
+def output_of(*words: object) -> str:
+    """What a command prints that must succeed."""
+    done = run_shards(*words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def error_of(*words: object) -> str:
+    """The one line that a mistake gets; asserts that there is nothing else and that the exit status is 2."""
+    done = run_shards(*words)
+    assert (done.returncode, done.stdout) == (2, ""), done
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -98,21 +122,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def error_of(process: CompletedProcess[str]) -> str:
-    """The one line that a mistake gets; asserts that there is nothing else and that the exit status is 2."""
-    assert process.returncode == 2, process
-    assert process.stdout == "", process
-    lines = process.stderr.splitlines()
-    assert len(lines) == 1, process.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0].removeprefix("error: ")
-
-
-def convert_here(sources: Path | Iterable[Path], out: Path, *options: object) -> Manifest:
-    """Run `convert` as the command does, in this process and by one worker, for at most 60 seconds."""
+def convert_here(sources: Path | Iterable[Path], out: Path, *options: object, workers: int = 1) -> Manifest:
+    """Convert as the command does, in this process and for at most 60 seconds; raises UserError."""
     given = [sources] if isinstance(sources, Path) else sources
     with within(60):
-        main(["convert", *map(str, given), "--out", str(out), "--workers", "1", *map(str, options)])
+        main(["convert", *map(str, given), "--out", str(out), "--workers", str(workers), *map(str, options)])
     return read_manifest(out)
 
 
@@ -175,6 +189,17 @@ def within(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let the disk fail if a file would grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def entries_of(source: Source, seconds: float = 20) -> list[tuple[bytes, bytes | str]]:
