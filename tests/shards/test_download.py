@@ -10,7 +10,7 @@ import stat
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,16 @@ from shards.lsun.catalog import CATEGORIES, lmdb_names
 from shards.lsun.download import download
 from tests.support.commands import module, start
 from tests.support.http_server import Answer, Server, serve
-from tests.support.shards_fixtures import contents, error_of, largest_file, numbered, output_of, run_shards, write_lmdb
+from tests.support.shards_fixtures import (
+    contents,
+    error_of,
+    largest_file,
+    numbered,
+    output_of,
+    run_shards,
+    write_files,
+    write_lmdb,
+)
 
 NAME = "tower_val_lmdb"
 FILES = {"data.mdb": random.Random(0).randbytes(200_000), "lock.mdb": b"lock"}
@@ -99,60 +108,46 @@ def test_a_connection_cut_again_and_again_goes_on_where_it_was(tmp_path: Path, w
     assert waits == [1.0] * 11  # more cuts than attempts are allowed: each brought something
 
 
-NO_ETAG = {"ETag": None}
+TWO, NO_ETAG = {"ETag": '"two"'}, {"ETag": None}
 WEAK_ETAG = {"ETag": 'W/"one"'}  # allows other bytes
 DATE = {"ETag": None, "Last-Modified": "Mon, 01 Jan 2018 00:00:00 GMT"}
 NO_LENGTH = {"Content-Length": None}
 HALF, OF_ANOTHER = Answer(ZIP, cut=150_000), Answer(bytes(len(ZIP)), cut=150_000)
-ON, AGAIN, ANEW = ["bytes=150000-"], ["bytes=150000-", None], [None]
+ON: list[str | None] = ["bytes=150000-"]
+ANEW: list[str | None] = [None]
+AGAIN = ON + ANEW
 
 
 def in_range(content_range: str | None) -> Answer:
     return Answer(ZIP, headers={"Content-Range": content_range})
 
 
-@pytest.mark.parametrize(
-    ("answers", "ranges", "served"),
-    [
-        pytest.param([HALF, Answer(ZIP, ranges=False)], ON, 150_000 + len(ZIP), id="ranges are ignored"),
-        pytest.param(
-            [Answer(ZIP, cut=9_000), Answer(ZIP, cut=50_000, headers=NO_LENGTH), Answer(ZIP)],
-            ["bytes=9000-", "bytes=59000-"],
-            len(ZIP),
-            id="a range ends early without an error",
-        ),
-        pytest.param([OF_ANOTHER, Answer(ZIP, headers={"ETag": '"two"'})], ON, None, id="the file changed"),
-        pytest.param(
-            [OF_ANOTHER, Answer(ZIP, headers={"ETag": '"two"'}, if_range=False)],
-            AGAIN,
-            None,
-            id="the file changed and If-Range is ignored",
-        ),
-        pytest.param([Answer(bytes(len(ZIP) + 1), cut=150_000), Answer(ZIP)], AGAIN, None, id="the length changed"),
-        pytest.param([replace(OF_ANOTHER, headers=NO_ETAG), Answer(ZIP, headers=NO_ETAG)], ANEW, None, id="no ETag"),
-        pytest.param(
-            [replace(OF_ANOTHER, headers=WEAK_ETAG), Answer(ZIP, headers=WEAK_ETAG)], ANEW, None, id="a weak ETag"
-        ),
-        pytest.param([replace(HALF, headers=DATE), Answer(ZIP, headers=DATE)], ON, len(ZIP), id="a date, no ETag"),
-        *[
-            pytest.param(
-                [HALF, in_range(content_range), Answer(ZIP)], AGAIN, None, id=f"another range: {content_range}"
-            )
-            for content_range in (
-                f"bytes 149999-{len(ZIP) - 1}/{len(ZIP)}",
-                f"bytes 150000-{len(ZIP) - 1}/{len(ZIP) + 1}",
-                "nonsense",
-                None,
-            )
-        ],
-        pytest.param([Answer(ZIP, headers=NO_LENGTH)], [], len(ZIP), id="no length"),
-        pytest.param([Answer(ZIP, headers={"Content-Encoding": "gzip"})], [], len(ZIP), id="a claimed encoding"),
-    ],
-)
-def test_what_came_is_continued_only_if_the_rest_is_of_the_same_file(
-    tmp_path: Path, answers: list[Answer], ranges: list[str | None], served: int | None
-) -> None:
-    """`ranges` are those asked for after the first request."""
+CONTINUED: dict[str, tuple[list[Answer], list[str | None], int | None]] = {
+    "ranges are ignored": ([HALF, Answer(ZIP, ranges=False)], ON, 150_000 + len(ZIP)),
+    "a range ends early without an error": (
+        [Answer(ZIP, cut=9_000), Answer(ZIP, cut=50_000, headers=NO_LENGTH), Answer(ZIP)],
+        ["bytes=9000-", "bytes=59000-"],
+        len(ZIP),
+    ),
+    "the file changed": ([OF_ANOTHER, Answer(ZIP, headers=TWO)], ON, None),
+    "the file changed, If-Range ignored": ([OF_ANOTHER, Answer(ZIP, headers=TWO, if_range=False)], AGAIN, None),
+    "the length changed": ([Answer(bytes(len(ZIP) + 1), cut=150_000), Answer(ZIP)], AGAIN, None),
+    "no ETag": ([replace(OF_ANOTHER, headers=NO_ETAG), Answer(ZIP, headers=NO_ETAG)], ANEW, None),
+    "a weak ETag": ([replace(OF_ANOTHER, headers=WEAK_ETAG), Answer(ZIP, headers=WEAK_ETAG)], ANEW, None),
+    "a date, no ETag": ([replace(HALF, headers=DATE), Answer(ZIP, headers=DATE)], ON, len(ZIP)),
+    "an earlier range": ([HALF, in_range(f"bytes 149999-{len(ZIP) - 1}/{len(ZIP)}"), Answer(ZIP)], AGAIN, None),
+    "another length": ([HALF, in_range(f"bytes 150000-{len(ZIP) - 1}/{len(ZIP) + 1}"), Answer(ZIP)], AGAIN, None),
+    "a range that is none": ([HALF, in_range("nonsense"), Answer(ZIP)], AGAIN, None),
+    "no range": ([HALF, in_range(None), Answer(ZIP)], AGAIN, None),
+    "no length": ([Answer(ZIP, headers=NO_LENGTH)], [], len(ZIP)),
+    "a claimed encoding": ([Answer(ZIP, headers={"Content-Encoding": "gzip"})], [], len(ZIP)),
+}
+"""Answers, the ranges asked for after the first request, and the bytes of all bodies together if that is promised."""
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_what_came_is_continued_only_if_the_rest_is_of_the_same_file(tmp_path: Path, name: str) -> None:
+    answers, ranges, served = CONTINUED[name]
     server = fetched(tmp_path, *answers)
     assert server.ranges == [None, *ranges]
     assert served in (None, server.served)
@@ -187,26 +182,27 @@ def test_a_silent_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert server.ranges == [None, "bytes=65536-"]
 
 
-def test_errors_of_the_server_are_waited_out(tmp_path: Path, waits: list[float]) -> None:
-    fetched(tmp_path, Answer(status=500), Answer(status=503), Answer(ZIP))
-    assert waits == [1.0, 2.0]
-
-
 @pytest.mark.parametrize(
-    ("retry_after", "waited"),
-    [("7", 7.0), ("99999999", 300.0), ("Thu, 01 Jan 1970 00:00:00 GMT", 1.0), ("soon", 1.0), ("9" * 400, 300.0)],
+    ("answers", "waited"),
+    [
+        ([Answer(status=500), Answer(status=503)], [1.0, 2.0]),
+        *[
+            ([Answer(status=429, headers={"Retry-After": retry_after})], [waited])
+            for retry_after, waited in (
+                ("7", 7.0),
+                ("99999999", 300.0),
+                ("Thu, 01 Jan 1970 00:00:00 GMT", 1.0),
+                ("soon", 1.0),
+                ("9" * 400, 300.0),
+            )
+        ],
+    ],
 )
-def test_a_busy_server_says_how_long_to_wait(
-    tmp_path: Path, waits: list[float], retry_after: str, waited: float
+def test_errors_of_the_server_are_waited_out_as_long_as_it_says(
+    tmp_path: Path, waits: list[float], answers: list[Answer], waited: list[float]
 ) -> None:
-    fetched(tmp_path, Answer(status=429, headers={"Retry-After": retry_after}), Answer(ZIP))
-    assert waits == [waited]
-
-
-def test_a_missing_file_is_told_at_once(tmp_path: Path, waits: list[float]) -> None:
-    server, line = refused(tmp_path, Answer(status=404))
-    assert line == "cannot get ADDRESS: the server answers 404 (Not Found); check the address"
-    assert len(server.requests) == 1 and waits == []
+    fetched(tmp_path, *answers, Answer(ZIP))
+    assert waits == waited
 
 
 def test_nobody_there_is_told_with_the_cause(tmp_path: Path) -> None:
@@ -216,17 +212,9 @@ def test_nobody_there_is_told_with_the_cause(tmp_path: Path) -> None:
         download(NAME, tmp_path, server.address)
 
 
-def test_another_call_goes_on_with_what_was_kept(tmp_path: Path) -> None:
-    refused(tmp_path, Answer(ZIP, cut=100_000), Answer(status=404))
-    assert fetched(tmp_path, Answer(ZIP)).ranges == ["bytes=100000-"]
-
-
 def test_a_length_announced_too_short_is_damage(tmp_path: Path) -> None:
     _, line = refused(tmp_path, Answer(ZIP, headers={"Content-Length": "150000"}))
-    assert line == (
-        "ADDRESS cannot be used: it is damaged, or no zip file (File is not a zip file); "
-        "it was removed, and the same command downloads it again"
-    )
+    assert line == f"ADDRESS cannot be used: {NO_ZIP}; it was removed, and the same command downloads it again"
     assert not part(tmp_path).exists()
     assert fetched(tmp_path, Answer(ZIP)).ranges == [None]
 
@@ -261,12 +249,15 @@ def test_redirects_are_followed(tmp_path: Path, status: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "location", ["file:///etc/passwd", "ftp://127.0.0.1/x.zip", "http://[", "\xff\xfe://x", "?again"]
+    "location", [None, "file:///etc/passwd", "ftp://127.0.0.1/x.zip", "http://[", "\xff\xfe://x", "?again"]
 )
-def test_redirects_elsewhere_are_refused(tmp_path: Path, location: str, waits: list[float]) -> None:
-    _, line = refused(tmp_path, Answer(status=302, headers={"Location": location}))
-    assert line.startswith("cannot get ADDRESS: ") and line.endswith("; check the address")
-    assert waits == []
+def test_a_missing_file_or_a_redirect_elsewhere_is_told_at_once(
+    tmp_path: Path, location: str | None, waits: list[float]
+) -> None:
+    server, line = refused(tmp_path, Answer(status=302 if location else 404, headers={"Location": location}))
+    reason = "" if location else "the server answers 404 (Not Found)"
+    assert line.startswith(f"cannot get ADDRESS: {reason}") and line.endswith("; check the address")
+    assert waits == [] and (location == "?again" or len(server.requests) == 1)
 
 
 # The disk
@@ -301,10 +292,26 @@ def test_a_disk_that_fails_is_told_and_what_came_is_kept(tmp_path: Path) -> None
     assert fetched(tmp_path, Answer(ZIP)).ranges == ["bytes=100000-"]
 
 
-def test_a_file_in_place_of_the_folder_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=rf"^cannot write to {tmp_path}/file: File exists$"):
-        download(NAME, tmp_path / "file", "http://127.0.0.1:1/")
+@pytest.mark.parametrize(
+    ("held", "out", "message"),
+    [
+        ("file", "file", "cannot write to {}/file: File exists"),
+        (f"{NAME}/mine", "", f"{{}}/{NAME} is in the way: it holds no data.mdb; remove it"),
+        (
+            f"{NAME}.zip",
+            "",
+            f"{{}}/{NAME}.zip cannot be used: it is damaged, or no zip file (File is not a zip file); "
+            "remove it, and the same command downloads it",
+        ),
+    ],
+)
+def test_what_somebody_else_has_put_there_is_told_and_stays(tmp_path: Path, held: str, out: str, message: str) -> None:
+    write_files(tmp_path, {held: ZIP[:100_000]})
+    with pytest.raises(UserError) as caught:
+        download(NAME, tmp_path / out, "http://127.0.0.1:1/")
+    assert str(caught.value) == message.format(tmp_path)
+    assert contents(tmp_path).pop(held) == ZIP[:100_000]
+    assert not (tmp_path / NAME / "data.mdb").exists()
 
 
 # The archive
@@ -437,14 +444,6 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [NAME] and contents(tmp_path) == FOLDER
 
 
-def test_a_folder_of_something_else_is_in_the_way(tmp_path: Path) -> None:
-    (tmp_path / NAME).mkdir()
-    (tmp_path / NAME / "mine").touch()
-    with pytest.raises(UserError, match=rf"^{tmp_path / NAME} is in the way: it holds no data.mdb; remove it$"):
-        download(NAME, tmp_path, "http://127.0.0.1:1/")
-    assert (tmp_path / NAME / "mine").exists()
-
-
 def test_the_archive_is_kept_where_that_is_asked_for_and_used_again(tmp_path: Path) -> None:
     with serve(Answer(ZIP)) as server:
         download(NAME, tmp_path, server.address, keep_zip=True)
@@ -453,18 +452,6 @@ def test_the_archive_is_kept_where_that_is_asked_for_and_used_again(tmp_path: Pa
         download(NAME, tmp_path, server.address)
     assert contents(tmp_path) == FOLDER | {f"{NAME}.zip": ZIP}
     assert len(server.requests) == 1
-
-
-def test_a_damaged_archive_of_somebody_else_is_not_removed(tmp_path: Path) -> None:
-    kept = tmp_path / f"{NAME}.zip"
-    kept.write_bytes(ZIP[:100_000])
-    with pytest.raises(UserError) as caught:
-        download(NAME, tmp_path, "http://127.0.0.1:1/")
-    assert str(caught.value) == (
-        f"{kept} cannot be used: it is damaged, or no zip file (File is not a zip file); "
-        "remove it, and the same command downloads it"
-    )
-    assert kept.read_bytes() == ZIP[:100_000] and not (tmp_path / NAME).exists()
 
 
 # The command
@@ -478,28 +465,6 @@ def test_names_of_the_archives() -> None:
     assert lmdb_names(["all"], "val") == [f"{category}_val_lmdb" for category in CATEGORIES]
 
 
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["tower", "bedrom"], "unknown category 'bedrom'; did you mean bedroom? (--list prints them all)"),
-        (["../tower"], "unknown category '../tower'; did you mean tower? (--list prints them all)"),
-        ([], "no category given: name some, or test or all (--list prints them)"),
-        (["tower", "--address", "ftp://x"], "address: URL scheme should be 'http' or 'https', got 'ftp://x'"),
-        (["tower", "--split", "test"], "split: input should be 'train' or 'val', got 'test'"),
-    ],
-)
-def test_a_mistake_is_told_before_anything_is_downloaded(tmp_path: Path, words: list[str], line: str) -> None:
-    with serve(Answer(ZIP)) as server, pytest.raises(UserError) as caught:
-        main(["download", "--address", server.address, "--out", str(tmp_path / "out"), *words])
-    assert str(caught.value) == line
-    assert server.begun == 0 and not (tmp_path / "out").exists()
-
-
-def test_the_categories_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["download", "--list"])
-    assert capsys.readouterr().out.splitlines() == list(CATEGORIES)
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A real LMDB of 6 images, with zeros behind it, so that it takes a while to unzip and little to send."""
@@ -507,30 +472,21 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {name: content + bytes(96 << 20 if name == "data.mdb" else 0) for name, content in contents(source).items()}
 
 
-@pytest.fixture
-def killed_when() -> Iterator[Callable[..., None]]:
+def kill_when(condition: Callable[[], bool], *words: object, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Start a command and kill it, without a chance to tidy up, as soon as a condition holds."""
-    processes: list[Any] = []
-
-    def kill_when(condition: Callable[[], bool], *words: object, meanwhile: Callable[[], Any] = lambda: None) -> None:
-        processes.append(start(module("shards", *words)))
+    process = start(module("shards", *words))
+    try:
         deadline = time.monotonic() + 60
         while not condition():
-            assert processes[-1].poll() is None and time.monotonic() < deadline
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
         meanwhile()
-        processes[-1].kill()
-        processes[-1].wait()
-
-    yield kill_when
-    for process in processes:
+    finally:
         process.kill()
         process.wait()
 
 
-def test_a_killed_command_goes_on_and_only_one_runs_at_a_time(
-    tmp_path: Path, large: dict[str, bytes], killed_when: Callable[..., None]
-) -> None:
+def test_a_killed_command_goes_on_and_only_one_runs_at_a_time(tmp_path: Path, large: dict[str, bytes]) -> None:
     archive = lsun_zip(large, zipfile.ZIP_DEFLATED)
     folder, unzipping = tmp_path / NAME, tmp_path / f"{NAME}.tmp" / "data.mdb"
     with serve(Answer(archive, hang=80_000), Answer(archive)) as server:
@@ -540,12 +496,12 @@ def test_a_killed_command_goes_on_and_only_one_runs_at_a_time(
         def run_second() -> None:
             second.append(error_of(*words))
 
-        killed_when(lambda: part(tmp_path).exists() and part(tmp_path).stat().st_size == 1 << 16, *words,
+        kill_when(lambda: part(tmp_path).exists() and part(tmp_path).stat().st_size == 1 << 16, *words,
                     meanwhile=run_second)  # fmt: skip
         assert second == [f"another process is downloading {folder}: wait for it, or give another --out"]
         assert not folder.exists()
 
-        killed_when(lambda: unzipping.exists() and unzipping.stat().st_size > 0, *words)
+        kill_when(lambda: unzipping.exists() and unzipping.stat().st_size > 0, *words)
         assert unzipping.stat().st_size < len(large["data.mdb"]) and not folder.exists()
         assert server.ranges == [None, "bytes=65536-"]
         assert server.served == 80_000 + len(archive) - (1 << 16)

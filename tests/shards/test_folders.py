@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.common.errors import UserError
 from shards.conversion.sources.folder_source import FolderSource
-from shards.conversion.sources.kinds import open_source
 from tests.support.shards_fixtures import (
     convert_here,
     encoded,
@@ -138,9 +136,3 @@ def test_an_error_of_the_disk_is_no_rejection(tmp_path: Path, monkeypatch: pytes
     folder = write_files(tmp_path / "images", {"a.jpg": IMAGE})
     monkeypatch.setattr(os, "pread", fail)
     assert refusal(folder) == f"cannot read {folder}/a.jpg: Input/output error; --exclude leaves it out"
-
-
-def test_images_beside_tars_are_not_passed_over(tmp_path: Path) -> None:
-    write_files(tmp_path, {"a.jpg": IMAGE, "old.tar": bytes(1024)})
-    with pytest.raises(UserError, match=rf"^{tmp_path} holds both images \(a.jpg\) and tars \(old.tar\): part them$"):
-        open_source(tmp_path)

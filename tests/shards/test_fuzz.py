@@ -52,18 +52,16 @@ class Mutation:
 
     def __call__(self, data: bytes) -> bytes:
         start = int(self.place * len(data))
-        end = min(len(data), start + self.length)
-        middle = {
-            "overwrite": self.filling[: end - start],
-            "insert": self.filling + data[start:end],
+        piece, rest = data[start : start + self.length], data[start + self.length :]
+        instead = {
+            "overwrite": self.filling[: len(piece)] + piece[len(self.filling) :],
+            "insert": self.filling + piece,
             "delete": b"",
-            "zero": bytes(end - start),
-            "repeat": data[start:end] * 2,
+            "zero": bytes(len(piece)),
+            "repeat": piece * 2,
             "cut": b"",
         }[self.kind]
-        if self.kind == "overwrite":
-            end = start + len(middle)
-        return data[:start] + middle + (b"" if self.kind == "cut" else data[end:])
+        return data[:start] + instead + (b"" if self.kind == "cut" else rest)
 
 
 extremes = st.sampled_from(

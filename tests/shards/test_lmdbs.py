@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import lmdb
@@ -19,17 +18,28 @@ from shards.common.errors import UserError
 from shards.conversion.sources import lmdb_source
 from shards.conversion.sources.kinds import open_source
 from shards.conversion.sources.lmdb_source import LmdbSource
-from tests.support.shards_fixtures import contents, convert_here, entries_of, numbered, photographs, refusal, write_lmdb
+from tests.support.shards_fixtures import (
+    contents,
+    convert_here,
+    entries_of,
+    numbered,
+    photographs,
+    refusal,
+    write_files,
+    write_lmdb,
+)
 
 VALUES = {b"%05d" % i: bytes([i % 256]) * (i * 37 % 6000) for i in range(300)}
 
 
-def damaged_lmdb(tmp_path: Path, damage: Callable[[bytearray], None]) -> Path:
-    path = write_lmdb(tmp_path / "source", VALUES)
-    data = bytearray((path / "data.mdb").read_bytes())
-    damage(data)
-    (path / "data.mdb").write_bytes(data)
-    return path
+@pytest.fixture
+def data(tmp_path: Path) -> bytearray:
+    """The file of an LMDB of VALUES, to be damaged."""
+    return bytearray((write_lmdb(tmp_path / "sound", VALUES) / "data.mdb").read_bytes())
+
+
+def refusal_of(tmp_path: Path, data: bytearray) -> str:
+    return refusal(write_files(tmp_path / "source", {"data.mdb": bytes(data)}))
 
 
 def pages_of(data: bytearray, flags: int) -> list[int]:
@@ -39,45 +49,33 @@ def pages_of(data: bytearray, flags: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", [1, 2, 4])
-def test_zeros_for_a_page_are_noticed(kind: int, tmp_path: Path) -> None:
+def test_zeros_for_a_page_are_noticed(kind: int, data: bytearray, tmp_path: Path) -> None:
     """The library asserts, which ends the process, or gives the zeros for an image."""
-
-    def damage(data: bytearray) -> None:
-        number = pages_of(data, kind)[-1]
-        data[4096 * number : 4096 * (number + 1)] = bytes(4096)
-
-    assert re.search(
-        r"data.mdb is damaged in page \d+; copy or unzip it again$", refusal(damaged_lmdb(tmp_path, damage))
-    )
+    number = pages_of(data, kind)[-1]
+    data[4096 * number : 4096 * (number + 1)] = bytes(4096)
+    assert re.search(r"data.mdb is damaged in page \d+; copy or unzip it again$", refusal_of(tmp_path, data))
 
 
 @pytest.mark.parametrize("kind", [1, 2])
-def test_a_page_in_the_place_of_another_is_noticed(kind: int, tmp_path: Path) -> None:
-    def damage(data: bytearray) -> None:
-        number, other = pages_of(data, kind)[0], pages_of(data, 2)[-1]
-        data[4096 * number : 4096 * (number + 1)] = data[4096 * other : 4096 * (other + 1)]
-
-    assert "is damaged in page" in refusal(damaged_lmdb(tmp_path, damage))
+def test_a_page_in_the_place_of_another_is_noticed(kind: int, data: bytearray, tmp_path: Path) -> None:
+    number, other = pages_of(data, kind)[0], pages_of(data, 2)[-1]
+    data[4096 * number : 4096 * (number + 1)] = data[4096 * other : 4096 * (other + 1)]
+    assert "is damaged in page" in refusal_of(tmp_path, data)
 
 
-def test_a_tree_that_leads_to_a_page_twice_is_noticed(tmp_path: Path) -> None:
-    def damage(data: bytearray) -> None:
-        page = 4096 * pages_of(data, 1)[0]
-        first, second = struct.unpack_from("<HH", data, page + 16)
-        data[page + second : page + second + 6] = data[page + first : page + first + 6]
-
-    assert "keys of page" in refusal(damaged_lmdb(tmp_path, damage))
+def test_a_tree_that_leads_to_a_page_twice_is_noticed(data: bytearray, tmp_path: Path) -> None:
+    page = 4096 * pages_of(data, 1)[0]
+    first, second = struct.unpack_from("<HH", data, page + 16)
+    data[page + second : page + second + 6] = data[page + first : page + first + 6]
+    assert "keys of page" in refusal_of(tmp_path, data)
 
 
 @pytest.mark.parametrize("place", [8 + 2, 16, 20, 40, 40 + 48 + 6, 40 + 48 + 32, 40 + 48 + 40])
-def test_damage_in_the_first_pages_is_noticed(place: int, tmp_path: Path) -> None:
+def test_damage_in_the_first_pages_is_noticed(place: int, data: bytearray, tmp_path: Path) -> None:
     """Page flags, magic, version, page size, depth, number of entries and root."""
-
-    def damage(data: bytearray) -> None:
-        for meta in (16, 16 + 4096):
-            data[meta - 16 + place] ^= 0x08
-
-    assert "source/data.mdb" in refusal(damaged_lmdb(tmp_path, damage))
+    for meta in (0, 4096):
+        data[meta + place] ^= 0x08
+    assert "source/data.mdb" in refusal_of(tmp_path, data)
 
 
 def test_an_lmdb_cut_at_any_page_is_refused(tmp_path: Path) -> None:
@@ -99,12 +97,10 @@ def test_the_library_reads_the_same_of_the_photographs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", [0x02, 0x04, 0x08])
-def test_keys_in_another_order_or_of_several_values_are_refused(flag: int, tmp_path: Path) -> None:
-    def damage(data: bytearray) -> None:
-        for page in (0, 4096):
-            data[page + 16 + 24 + 48 + 4] = flag
-
-    assert "is an LMDB of several values a key, or of keys in another order" in refusal(damaged_lmdb(tmp_path, damage))
+def test_keys_in_another_order_or_of_several_values_are_refused(flag: int, data: bytearray, tmp_path: Path) -> None:
+    for meta in (0, 4096):
+        data[meta + 16 + 24 + 48 + 4] = flag
+    assert "is an LMDB of several values a key, or of keys in another order" in refusal_of(tmp_path, data)
 
 
 def test_databases_within_the_database_are_refused(tmp_path: Path) -> None:
@@ -115,17 +111,10 @@ def test_databases_within_the_database_are_refused(tmp_path: Path) -> None:
 
 def test_an_lmdb_whose_lock_another_process_holds_is_read(tmp_path: Path) -> None:
     path = write_lmdb(tmp_path / "source", numbered(5))
-    holder = "import lmdb, sys; e = lmdb.open(sys.argv[1]); t = e.begin(write=True); print(flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", holder, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
+    with lmdb.open(str(path)) as environment, environment.begin(write=True):
         before = contents(path)
-        assert convert_here(path, tmp_path / "data").samples == 5
+        assert convert_here(path, tmp_path / "data", "--samples-per-shard", 3, workers=2).samples == 5
         assert contents(path) == before
-        process.communicate(b"\n")
-    assert process.returncode == 0
 
 
 def test_a_write_after_the_walk_began_is_noticed(tmp_path: Path) -> None:

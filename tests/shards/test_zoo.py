@@ -17,6 +17,7 @@ from PIL import Image
 
 from shards.conversion.images import ImageError, decode_image, prepare
 from tests.support.shards_fixtures import (
+    as_lmdb,
     contents,
     convert_here,
     encoded,
@@ -25,7 +26,6 @@ from tests.support.shards_fixtures import (
     samples_in,
     within,
     write_files,
-    write_lmdb,
     write_tar,
 )
 
@@ -229,23 +229,11 @@ def test_a_hostile_image_is_refused_with_its_reason_and_at_once(name: str, recwa
     assert len(recwarn) == 0
 
 
-def as_folder(path: Path, images: dict[str, bytes]) -> Path:
-    return write_files(path, images)
-
-
-def as_tar(path: Path, images: dict[str, bytes]) -> Path:
-    return write_tar(path.with_suffix(".tar"), images)
-
-
-def as_lmdb(path: Path, images: dict[str, bytes]) -> Path:
-    return write_lmdb(path, {name.partition(".")[0].encode(): data for name, data in images.items()})
-
-
-@pytest.mark.parametrize("write", [as_folder, as_tar, as_lmdb])
+@pytest.mark.parametrize("write", [write_files, write_tar, as_lmdb])
 def test_the_zoo_is_converted_from_every_source(
     write: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
 ) -> None:
-    source = write(tmp_path / "zoo", inhabitants(tmp_path))
+    source = write(tmp_path / "zoo.tar", inhabitants(tmp_path))
     before, out = contents(tmp_path), tmp_path / "out" / "data"
     convert_here(source, out, "--max-rejected", 1)
     samples, rejected = samples_in(out), rejected_in(out)

@@ -9,10 +9,11 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -36,6 +37,17 @@ from shards.manifest import Manifest, read_manifest
 from shards.reader import read_sample
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+PLAIN_KEYS = [b"a", b"0123456789abcdef" * 2, b"A-Z_9", b"x" * 90, b"-", b"-rf", b"__meta__"]
+"""Keys that name their sample."""
+
+ODD_KEYS = [
+    *[b"a.b", b"a.b.c", b".hidden", b"name.jpg", b".", b"..", b"a/b", b"/etc/x", b"../x", b"/" * 500],
+    *[b"../../../../../../../../tmp/escaped", b"~", b"$HOME", b" ", b"a b", b"a\n", b"\n", b"\0", b"a\0b"],
+    *[b"\xff\xfe", "schön".encode(), b"k" * 91, b"k" * 200, b"k" * 511],
+]
+"""Keys whose SHA-1 names it."""
 
 
 def picture(seed: int, width: int = 90, height: int = 120) -> Image.Image:
@@ -117,6 +129,22 @@ def error_of(*words: object) -> str:
     return line.removeprefix("error: ")
 
 
+def killed_at(operation: int, folder: Path, words: Sequence[str]) -> None:
+    """Run a command in this process, which is killed before the file operation of this number in `folder`."""
+    operations = 0
+
+    def hook(event: str, arguments: Sequence[object]) -> None:
+        nonlocal operations
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            names = [os.fsdecode(name) for name in arguments if isinstance(name, (str, bytes, os.PathLike))]
+            operations += any(str(folder) in name for name in names)
+            if operations == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    main(words)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`, to see that nothing changed."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -132,28 +160,28 @@ def convert_here(sources: Path | Iterable[Path], out: Path, *options: object, wo
 
 def rejected_in(out: Path) -> dict[str, str]:
     """The reason for every key in `rejected.jsonl`; keys that are no text stand in hex."""
-    if not (out / "rejected.jsonl").exists():
-        return {}
-    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
-    return {line.get("key", line.get("key_hex")): line["reason"] for line in lines}
+    return {key: line["reason"] for key, line in _lines_of(out / "rejected.jsonl")}
+
+
+def renamed_in(out: Path) -> dict[str, str]:
+    """The original key of every sample in `keys.jsonl`; keys that are no text stand in hex."""
+    return {line["member"]: key for key, line in _lines_of(out / "keys.jsonl")}
+
+
+def _lines_of(path: Path) -> list[tuple[str, dict[str, str]]]:
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    return [(line["key"] if "key" in line else line["key_hex"], line) for line in lines]
 
 
 def samples_in(out: Path) -> dict[str, np.ndarray]:
     """The pixels of every sample under its original key; keys that are no text stand in hex."""
-    manifest = read_manifest(out)
-    lines = (out / "keys.jsonl").read_text().splitlines() if (out / "keys.jsonl").exists() else []
-    renamed = {line["member"]: line.get("key", line.get("key_hex")) for line in map(json.loads, lines)}
+    manifest, renamed = read_manifest(out), renamed_in(out)
     samples = [
         read_sample(out / shard.name, manifest.layout, index)
         for shard in manifest.shards
         for index in range(shard.samples)
     ]
     return {renamed.get(member, member): pixels for member, pixels in samples}
-
-
-def shards_of(folder: Path) -> dict[str, bytes]:
-    """The bytes of every shard."""
-    return {name: content for name, content in contents(folder).items() if name.endswith(".tar")}
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
@@ -163,6 +191,11 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
+
+
+def as_lmdb(path: Path, images: Mapping[str, bytes]) -> Path:
+    """Write an LMDB of the files `images`, whose keys are their names up to the dot."""
+    return write_lmdb(path, {name.partition(".")[0].encode(): data for name, data in images.items()})
 
 
 def write_tar(path: Path, files: Mapping[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
