@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from typing import Any
 from unittest import mock
 
 import torch
@@ -28,7 +28,7 @@ def direct_batch_norm() -> Iterator[None]:
 @contextmanager
 def primitives_stood_in() -> Iterator[None]:
     """Let these functions stand in for torch's, which exist for CUDA only."""
-    functions: tuple[FunctionType, ...] = (
+    functions: tuple[Any, ...] = (  # their signatures differ
         batch_norm_stats,
         batch_norm_gather_stats_with_counts,
         batch_norm_elemt,
