@@ -245,11 +245,8 @@ def test_several_sources_make_one_data_set_in_their_order(tmp_path: Path) -> Non
     samples = samples_in(out)
     assert list(samples) == [f"{i}_{key.decode()}" for i in range(3) for key in entries]
     assert all(np.array_equal(pixels, samples["0" + key[1:]]) for key, pixels in samples.items())
-    assert [(origin.kind, origin.name, origin.entries) for origin in manifest.sources] == [
-        ("tar", "z.tar", 7),
-        ("lmdb", "lmdb", 7),
-        ("folder", "a", 7),
-    ]
+    origins = [(origin.kind, origin.name, origin.entries) for origin in manifest.sources]
+    assert origins == [("tar", "z.tar", 7), ("lmdb", "lmdb", 7), ("folder", "a", 7)]
     assert [shard.samples for shard in manifest.shards] == [5, 5, 5, 5, 1]
     assert verify(out, workers=1)[1] == []
 
