@@ -142,19 +142,20 @@ def test_a_half_written_temporary_file_is_replaced_and_other_files_stay(tmp_path
 
 def test_a_kill_at_any_file_operation_leaves_whole_files_and_the_same_command_goes_on(tmp_path: Path) -> None:
     source, out = write_lmdb(tmp_path / "source", SMALL), tmp_path / "out"
-    words = ["export", str(source), "--out", str(out)]
+    words, unnamed = ["export", str(source), "--out", str(out)], set[str]()
     for at in count(1):
         status = status_of(killed_at, at, out, words)
         if status == 0:
             break
         assert status == -signal.SIGKILL
         left = {name: value for name, value in contents(out).items() if not name.endswith(".tmp")}
+        unnamed |= contents(out).keys() - left.keys()
         assert all(value == SMALL[Path(name).stem.encode()] for name, value in left.items())
         present = f"; {len(left)} were there already" if left else ""
         assert output_of(*words).endswith(f"1 .bin (unknown content){present}\n")
         assert sorted(contents(out).values()) == sorted(SMALL.values())
         shutil.rmtree(out)
-    assert at > 15  # the operations were met one after the other
+    assert at > 15 and len(unnamed) == len(SMALL)  # every operation was met, and each file before it was renamed
 
 
 def test_keys_are_read_as_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
