@@ -19,7 +19,7 @@ from shards.common.errors import UserError
 from shards.conversion.images import to_ppm
 from shards.manifest import Layout, member_key
 from shards.reader import locate, read_sample
-from shards.writer import tar_header, write_json_lines, write_shard
+from shards.writer import write_json_lines, write_shard
 from tests.support.shards_fixtures import data_set, picture
 
 LAYOUT = Layout(16)
