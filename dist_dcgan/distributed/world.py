@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from dist_dcgan.distributed.watch import Watch
 from shards.common.command_line import run
 from shards.common.errors import OneRankError, UserError
 
+_SECONDS_TO_SAY_IT = 5.0
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 SLOW_SECONDS = 1800.0
@@ -182,7 +184,9 @@ def under_torchrun(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[
         except OneRankError:
             raise
         except UserError:
-            if os.environ.get("LOCAL_RANK") == "0" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(_SECONDS_TO_SAY_IT)  # once one rank has ended, torchrun ends all: the first says why before
+            elif int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun forwards it; the message comes first
                 os.kill(os.getppid(), signal.SIGTERM)
             raise

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch.distributed as dist
 
 from dist_dcgan.config import Config, make_plan
@@ -26,7 +27,6 @@ from tests.support.commands import run, train_command
 from tests.support.mistakes import flip_bit
 from tests.support.ranks import run_ranks
 
-DAMAGES = 100
 CHANGED, RESIZED = r" is damaged: sha256 ", r" has \d+ bytes, the manifest says "
 KINDS = dict.fromkeys(("header", "payload", "padding", "end"), CHANGED) | {
     "cut": RESIZED,
@@ -74,14 +74,14 @@ def damage(data: Path, choice: random.Random) -> tuple[int, str]:
     return shard, kind
 
 
-def meet(source: Path, folder: Path) -> list[Meeting]:
-    """Read a hundred damaged copies of `source`, all ranks the same one at a time."""
+def meet(source: Path, folder: Path, trials: int) -> list[Meeting]:
+    """Read damaged copies of `source`, all ranks the same one at a time."""
     sound = Folder(source)
     size = sound.manifest.image_size
     pixels = np.empty((sound.manifest.samples, size, size, 3), dtype=np.uint8)
     ShardReader(sound).gather(np.arange(len(pixels)), pixels)
     with process_group(60, "cpu") as world:
-        return [meet_one(world, source, folder / str(trial), trial, pixels) for trial in range(DAMAGES)]
+        return [meet_one(world, source, folder / str(trial), trial, pixels) for trial in range(trials)]
 
 
 def meet_one(world: World, source: Path, copy: Path, trial: int, pixels: np.ndarray) -> Meeting:
@@ -109,9 +109,12 @@ def meet_one(world: World, source: Path, copy: Path, trial: int, pixels: np.ndar
     return Meeting(entry.name, kind, error, used, wrong)
 
 
-def test_damage_at_a_hundred_places_is_named_on_all_ranks_before_it_is_used(demo_shards: Path, tmp_path: Path) -> None:
-    for meetings in run_ranks(2, meet, demo_shards, tmp_path):
-        assert len(meetings) == DAMAGES
+@pytest.mark.parametrize("trials", [30, pytest.param(100, marks=pytest.mark.slow)])
+def test_damage_at_random_places_is_named_on_all_ranks_before_it_is_used(
+    demo_shards: Path, tmp_path: Path, trials: int
+) -> None:
+    for meetings in run_ranks(2, meet, demo_shards, tmp_path, trials):
+        assert len(meetings) == trials
         for meeting in meetings:
             assert re.search(re.escape(meeting.shard) + f"({KINDS[meeting.kind]})", meeting.error), meeting
             assert (meeting.used, meeting.wrong) == (0, 0), meeting

@@ -36,6 +36,7 @@ def fail(_: float) -> None:
 
 
 def make_a_mistake(_: float) -> None:
+    time.sleep(1 if os.environ["LOCAL_RANK"] == "0" else 0)  # the one that has to say it comes last
     raise UserError("a mistake of the user")
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.gpu.__main__ import ITEMS
 from tests.support.commands import environment, one_line_error, run
 
 COMMAND = ["bash", str(Path(__file__).parent / "run.sh")]
 
 
+@pytest.mark.slow
 def test_every_item_is_rehearsed(tmp_path: Path) -> None:
     done = run([*COMMAND, "--rehearse", "--out", str(tmp_path / "out")], env=environment())
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,7 +19,7 @@ from tests.support.commands import metrics, start, succeed, train_command
 from tests.support.forks import Forked
 from tests.support.waiting import wait_until
 
-STEPS = 60
+STEPS = 40
 FLAGS = ["--width", 8, "--global-batch", 16, "--noise.sigma", 0.3]
 FLAGS += ["--log.every-steps", 1, "--wandb", "disabled"]
 TIMINGS = ("time/", "throughput/")

@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 
 from shards.__main__ import main
 from shards.common.errors import UserError
-from shards.common.http import FetchOptions
+from shards.common.http import FetchOptions, fetch
 from shards.lsun.archive import ArchiveError, unpack
 from shards.lsun.catalog import CATEGORIES, lmdb_names
 from shards.lsun.download import download
@@ -177,7 +178,7 @@ def test_a_server_without_progress_is_given_up_and_what_came_is_kept(
 
 
 def test_a_silent_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.common.http.DEFAULT", FetchOptions(silence_seconds=0.2))
+    monkeypatch.setattr("shards.lsun.download.fetch", partial(fetch, options=FetchOptions(silence_seconds=0.2)))
     server = fetched(tmp_path, Answer(ZIP, hang=1 << 16), Answer(ZIP))
     assert server.ranges == [None, "bytes=65536-"]
 
