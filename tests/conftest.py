@@ -12,8 +12,14 @@ from shards.conversion.convert import Settings, convert
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.demo.dataset import write_demo
 
-LONGEST = ("tests/slurm/", "tests/faults/", "tests/distributed/")
-"""Folders that begin first, so that no worker is left with one of them while the others are done."""
+LONGEST = (
+    "tests/faults/",
+    "tests/slurm/",
+    "tests/training/test_collapse.py",
+    "tests/run/",
+    "tests/data/test_remote.py",
+)
+"""What begins first, so that no worker is left with one of them while the others are done."""
 
 LEFT_OUT = {"slow": "slow: --all runs it", "system": "needs system packages: --all runs it"}
 """Reason by which a marker leaves a test out of the default run."""
@@ -24,8 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run also what takes many minutes and is covered in short")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    items.sort(
+        key=lambda item: next((n for n, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
+    )
     for item in items:
         file = item.nodeid.partition("::")[0]
         # One worker runs a file, whose tests share what they prepare; the tests of a cluster share one.
