@@ -30,15 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run also what takes many minutes and is covered in short")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(
         key=lambda item: next((n for n, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
     )
     for item in items:
-        file = item.nodeid.partition("::")[0]
-        # One worker runs a file, whose tests share what they prepare; the tests of a cluster share one.
-        item.add_marker(pytest.mark.xdist_group("slurm" if file.startswith("tests/slurm/") else file))
         if not config.getoption("--all"):
             for reason in (LEFT_OUT[mark] for mark in LEFT_OUT if item.get_closest_marker(mark)):
                 item.add_marker(pytest.mark.skip(reason=reason))

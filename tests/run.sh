@@ -31,5 +31,5 @@ mypy
 echo "== tests"
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # threads of several workers would wait for each other's cores
-python -m pytest --numprocesses "${WORKERS:-$((cores < 4 ? cores : 4))}" --dist loadgroup --no-loadscope-reorder \
+python -m pytest --numprocesses "${WORKERS:-$((cores < 4 ? cores : 4))}" --dist loadfile --no-loadscope-reorder \
   --durations 25 "$@"
