@@ -34,9 +34,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(
         key=lambda item: next((n for n, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
     )
+    if config.getoption("--all"):
+        return
     for item in items:
-        if not config.getoption("--all"):
-            for reason in (LEFT_OUT[mark] for mark in LEFT_OUT if item.get_closest_marker(mark)):
+        for mark, reason in LEFT_OUT.items():
+            if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -354,3 +355,11 @@ def test_verify_fails_if_one_is_damaged_and_prune_keeps_the_newest_sound_one(tmp
         assert "is in use by an unknown process: wait" in refusal(checkpoint.main, "prune", tmp_path)
     checkpoint.main(["prune", str(tmp_path)])
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+
+
+def test_on_a_file_system_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save(tmp_path / "checkpoints", step)
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    assert "cannot be used: [Errno 37] the file system has no locks" in refusal(checkpoint.main, "prune", tmp_path)
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 2
