@@ -29,7 +29,7 @@ ruff format --check .
 mypy
 
 echo "== tests"
-cores=$(nproc)
+cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")  # nproc would believe OMP_NUM_THREADS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # threads of several workers would wait for each other's cores
 python -m pytest --numprocesses "${WORKERS:-$((cores < 4 ? cores : 4))}" --dist loadfile --no-loadscope-reorder \
   --durations 25 "$@"
