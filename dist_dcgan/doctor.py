@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dist_dcgan.config import from_command_line
-from dist_dcgan.distributed.world import under_torchrun
+from dist_dcgan.distributed.world import run_rank
 from dist_dcgan.preflight.results import Finding
 from dist_dcgan.preflight.run_checks import examine
-from shards.common.command_line import run
 from shards.common.errors import UserError
 
 
@@ -32,4 +31,4 @@ def show(thing: str, finding: Finding) -> None:
 
 
 if __name__ == "__main__":
-    run(under_torchrun(main))
+    run_rank(main)

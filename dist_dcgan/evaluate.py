@@ -22,7 +22,7 @@ from dist_dcgan.config import LocationOptions
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.collectives import from_rank_zero
-from dist_dcgan.distributed.world import SLOW_SECONDS, process_group, under_torchrun
+from dist_dcgan.distributed.world import SLOW_SECONDS, process_group, run_rank
 from dist_dcgan.loggers.pictures import check_png, save_grid
 from dist_dcgan.metrics.extractors import Extractor, load_extractor
 from dist_dcgan.metrics.features import beside_nearest, extract, real_features, to_pixels
@@ -30,7 +30,7 @@ from dist_dcgan.metrics.quality import Quality, coverage, quality
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
-from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.command_line import Options, build, parse_flags
 from shards.common.errors import UserError
 from shards.manifest import Manifest
 
@@ -143,4 +143,4 @@ def show(scores: Quality, context: dict[str, str], as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    run(under_torchrun(main))
+    run_rank(main)

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from dist_dcgan.config import Config, Plan, from_command_line, make_plan, to_yaml
 from dist_dcgan.data.storage.location import DatasetLocation
 from dist_dcgan.data.storage.opening import open_location
-from dist_dcgan.distributed.world import under_torchrun, world_size_of_launch
+from dist_dcgan.distributed.world import run_rank, world_size_of_launch
 from dist_dcgan.models.networks import count_parameters, require_image_size
 from dist_dcgan.preflight.storage import networks_on_meta
 from dist_dcgan.training.loop import train
 from dist_dcgan.training.steps import is_out_of_memory, memory_remedy
-from shards.common.command_line import run
 from shards.common.errors import OneRankError
 from shards.manifest import Manifest
 
@@ -65,4 +64,4 @@ def train_or_explain(config: Config, plan: Plan, location: DatasetLocation, resu
 
 
 if __name__ == "__main__":
-    run(under_torchrun(main))
+    run_rank(main)

@@ -31,7 +31,7 @@ from dist_dcgan.distributed.watch import Watch
 from shards.common.command_line import run
 from shards.common.errors import OneRankError, UserError
 
-_SECONDS_TO_SAY_IT = 5.0
+_SECONDS_TO_SAY_IT = 60.0
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 SLOW_SECONDS = 1800.0
@@ -154,7 +154,7 @@ def _end_at_once(reason: str) -> None:
         raise OneRankError(reason)
 
     try:
-        run(under_torchrun(fail), [])
+        run_rank(fail, [])
     except SystemExit as ended:
         os._exit(int(ended.code or 0))
 
@@ -171,27 +171,41 @@ def _meeting_point(timeout_seconds: float) -> tuple[Any, int, int]:
         raise OneRankError(f"cannot meet the other ranks at {place} ({first_sentence(error)})") from error
 
 
-def under_torchrun(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
-    """Return `main` wrapped so that torchrun learns of its errors.
+def run_rank(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Run a command as `run` does, as one of torchrun's ranks, and let torchrun learn of its errors.
 
     Torchrun restarts failed ranks (--max-restarts) and names the first failure. A UserError, which is raised on all
-    ranks, stops it without a restart.
+    ranks, ends it without a restart, after the first rank of the node has printed it.
     """
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    mistakes: list[UserError] = []
 
-    def started(argv: Sequence[str]) -> None:
+    def recorded(argv: Sequence[str]) -> None:
         try:
             record(main)(argv)
         except OneRankError:
             raise
-        except UserError:
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                time.sleep(_SECONDS_TO_SAY_IT)  # once one rank has ended, torchrun ends all: the first says why before
-            elif int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun forwards it; the message comes first
-                os.kill(os.getppid(), signal.SIGTERM)
-            raise
+        except UserError as error:
+            mistakes.append(error)
+            if is_first:
+                raise
+            _wait_for_sigterm(_SECONDS_TO_SAY_IT)
+            raise OneRankError(f"rank {os.environ.get('RANK')}, alone: {error}") from error
 
-    return started
+    try:
+        run(recorded, argv)
+    except SystemExit:
+        if mistakes and is_first and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            for _ in range(5):  # torchrun's own error handling may swallow the exception that a signal raises in it
+                os.kill(os.getppid(), signal.SIGTERM)
+                _wait_for_sigterm(2)
+        raise
+
+
+def _wait_for_sigterm(seconds: float) -> None:
+    """Wait for the SIGTERM by which torchrun ends its ranks, which ends this process at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
 
 
 def _die_with_torchrun() -> None:

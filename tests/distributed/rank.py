@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from dist_dcgan.distributed import world
 from dist_dcgan.distributed.watch import grace_seconds
-from dist_dcgan.distributed.world import process_group, under_torchrun
-from shards.common.command_line import run
+from dist_dcgan.distributed.world import process_group, run_rank
 from shards.common.errors import UserError
 
 
@@ -24,10 +24,10 @@ def main(argv: Sequence[str]) -> None:
     """Act after a collective."""
     acts, timeout = argv[0].split(","), float(argv[1])
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    with process_group(timeout, "cpu") as world:
+    with process_group(timeout, "cpu") as joined:
         dist.all_reduce(torch.ones(1))
         if start == "0":
-            ACTS[acts[world.rank]](timeout)
+            ACTS[acts[joined.rank]](timeout)
     os.write(1, f"ended well {start}\n".encode())  # at once: the others write, too
 
 
@@ -58,4 +58,5 @@ ACTS: dict[str, Callable[[float], object]] = {
 }
 
 if __name__ == "__main__":
-    run(under_torchrun(main))
+    world._SECONDS_TO_SAY_IT = 3
+    run_rank(main)

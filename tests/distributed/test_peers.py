@@ -193,13 +193,16 @@ def test_ranks_that_do_not_come_are_named() -> None:
         rendezvous(dist.HashStore(), 0, 3, 0.1)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("acts", ["reduce,die", "mistake,mistake"])
+@pytest.mark.parametrize("acts", ["reduce,die", "mistake,mistake", "leave,mistake"])
 def test_ranks_that_died_are_started_again_and_a_mistake_is_not(acts: str) -> None:
     torchrun = ["--standalone", "--nproc_per_node=2", "--max-restarts=2", "-m", "tests.distributed.rank", acts, 20]
     done = run(module("torch.distributed.run", *torchrun))
     if acts == "reduce,die":
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("ended well 1") == 2  # at the first attempt: it met no addresses of the ranks before
+    elif acts == "leave,mistake":  # of one rank, which no mistake should be: it is not lost
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("error: rank 1, alone: a mistake of the user") == 1
     else:
         assert done.returncode != 0
         assert done.stderr.count("error: a mistake of the user") == 1

@@ -64,7 +64,8 @@ def does_not_divide(bench: Bench, folder: Path) -> str:
     """One line, and nothing is begun or tried again."""
     outcome = run(folder, bench.data, ranks=3, most_starts=1)
     assert outcome.starts[0].code != 0
-    assert outcome.output.count("error: global_batch 8 is not divisible by 3 ranks: use --global-batch 6 or 9") == 1
+    expected = "error: global_batch 8 is not divisible by 3 ranks: use --global-batch 6 or 9"
+    assert outcome.output.count(expected) == 1, outcome.output
     assert not outcome.run_dir.exists()
     return "one line"
 

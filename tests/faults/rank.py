@@ -181,10 +181,9 @@ def main() -> None:
     injector = Injector()
     injector.reach("import", 0)
     from dist_dcgan import train
-    from dist_dcgan.distributed.world import under_torchrun
+    from dist_dcgan.distributed.world import run_rank
     from dist_dcgan.run import checkpoint
     from dist_dcgan.training import loop, quality, steps
-    from shards.common.command_line import run
 
     def begin_step(batch: Any, dtype: object) -> None:
         injector.used(batch.step + 1, batch.samples.tolist())
@@ -208,7 +207,7 @@ def main() -> None:
     first_do(lambda *_, **__: injector.reach("G step"), steps, "generator_step")
     first_do(lambda *_, **__: injector.reach("evaluation"), quality, "extract")
     first_do(publish, checkpoint, "publish")
-    run(under_torchrun(train.main))
+    run_rank(train.main)
 
 
 def first_do(action: Callable[..., None], module: ModuleType, name: str) -> None:
