@@ -14,11 +14,13 @@ from dist_dcgan.distributed.world import run_rank
 from dist_dcgan.preflight.results import Finding
 from dist_dcgan.preflight.run_checks import examine
 from shards.common.errors import UserError
+from shards.common.streams import output_is_optional
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the checks and print the results; raises UserError if a check failed."""
     config, invocation = from_command_line(argv, "python -m dist_dcgan.doctor", __doc__)
+    output_is_optional()  # the status tells the result, too
     found = examine(config, invocation, show)
     failed = [thing for thing, finding in found.items() if finding.level == "FAILED"]
     if failed:

@@ -19,6 +19,7 @@ from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
 from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.streams import output_is_optional
 
 
 class Sample(Options):
@@ -39,6 +40,7 @@ class Sample(Options):
 def main(argv: Sequence[str]) -> None:
     """Write the grid and print its path."""
     options = build(Sample, parse_flags(Sample, argv, "python -m dist_dcgan.sample", about=__doc__))
+    output_is_optional()
     check_png(options.out)
     run_directory = RunDirectory(options.run_dir)
     generator, description = load_generator(run_directory.best if options.best else run_directory.generator)

@@ -19,6 +19,7 @@ from dist_dcgan.preflight.storage import networks_on_meta
 from dist_dcgan.training.loop import train
 from dist_dcgan.training.steps import is_out_of_memory, memory_remedy
 from shards.common.errors import OneRankError
+from shards.common.streams import output_is_optional
 from shards.manifest import Manifest
 
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
         world_size = invocation.world_size or world_size_of_launch(None)
         describe(config, make_plan(config, world_size, manifest.samples), manifest)
         return
+    output_is_optional()
     plan = make_plan(config, world_size_of_launch(invocation.world_size), manifest.samples)
     train_or_explain(config, plan, location, invocation.resume)
 

@@ -26,7 +26,7 @@ fi
 # failed; kills torchrun if its ranks have ended and it hangs because the network or another machine is lost.
 watch() {
   local without=0 cut=0 started=
-  trap '' TERM INT HUP QUIT USR1
+  trap '' TERM INT HUP QUIT USR1 PIPE
   while is_child; do
     if has_ranks; then started=yes without=0; else without=$((without + 1)); fi
     if [ -n "$started" ] && [ "$without" -gt "${ORPHANED_SECONDS:-150}" ]; then
@@ -70,6 +70,9 @@ kill_torchrun() {
 }
 watch &
 
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+[ -n "$(trap -p HUP)" ] || signals+=,SIGHUP # ignored under nohup, and stays so
+
 exec torchrun "${meeting[@]}" --nproc_per_node="${RANKS:-gpu}" --max-restarts="${RESTARTS:-3}" \
-  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+  --signals-to-handle "$signals" \
   -m "dist_dcgan.${COMMAND:-train}" "$@"

@@ -13,6 +13,7 @@ from pydantic_settings import CliPositionalArg
 from shards.common.command_line import Options, build, nearest, parse_flags, run
 from shards.common.errors import UserError
 from shards.common.progress import Progress
+from shards.common.streams import output_is_optional
 from shards.conversion.convert import Settings, convert, convert_part
 from shards.conversion.merge import merge
 from shards.conversion.reports import Part
@@ -224,8 +225,6 @@ def main(argv: Sequence[str]) -> None:
     """Run the command named by the first argument; without one, or with --help, list the commands."""
     try:
         _run_command(argv)
-    except BrokenPipeError:
-        raise
     except OSError as error:  # for example a path that is too long or not readable
         where = error.filename or "the output"
         raise UserError(f"cannot use {where} ({error.strerror or error}): give another place") from None
@@ -239,7 +238,10 @@ def _run_command(argv: Sequence[str]) -> None:
     if word not in COMMANDS:
         raise UserError(f"unknown command {word}{nearest(word, COMMANDS)} (--help lists them all)")
     command = COMMANDS[word]
-    command.function(build(command.options, parse_flags(command.options, argv[1:], f"{PROG} {word}")))
+    options = build(command.options, parse_flags(command.options, argv[1:], f"{PROG} {word}"))
+    if command.function is not verify_command:  # the others leave files
+        output_is_optional()
+    command.function(options)
 
 
 def _converted(manifest: Manifest, out: Path) -> str:

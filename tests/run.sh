@@ -4,7 +4,8 @@
 # --all also runs the tests marked slow and those that need system packages (a SLURM cluster, network namespaces), which it
 # installs if run as root on Debian or Ubuntu. --long also runs stories of many minutes. DIST_DCGAN_PHOTOS may name a folder
 # of real photographs in LSUN's format (clothing_val_lmdb.zip); without it rendered bedrooms are used. PYTHON: the Python of
-# the environment. CONSTRAINTS: a file of versions for pip. WORKERS: tests at a time, by default one per core, 4 at most.
+# the environment. CONSTRAINTS: a file of versions for pip. WORKERS: tests at a time, by default one more than cores, 4 at
+# most.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,5 +32,5 @@ mypy
 echo "== tests"
 cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")  # nproc would believe OMP_NUM_THREADS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # threads of several workers would wait for each other's cores
-python -m pytest --numprocesses "${WORKERS:-$((cores < 4 ? cores : 4))}" --dist loadfile --no-loadscope-reorder \
+python -m pytest --numprocesses "${WORKERS:-$((cores < 4 ? cores + 1 : 4))}" --dist loadfile --no-loadscope-reorder \
   --durations 25 "$@"

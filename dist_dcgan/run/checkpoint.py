@@ -27,6 +27,7 @@ from dist_dcgan.run.tensor_file import serialised
 from shards.common.command_line import Options, build, nearest, parse_flags, run
 from shards.common.errors import UserError
 from shards.common.files import atomic_file, file_sha256, publish, sync_directory
+from shards.common.streams import output_is_optional
 
 FORMAT_VERSION = 3
 _TENSORS = "tensors.safetensors"
@@ -203,6 +204,7 @@ def _verify(options: _Folder, found: list[Path]) -> None:
 
 def _prune(options: _Prune, found: list[Path]) -> None:
     """Remove all except the newest sound ones."""
+    output_is_optional()
     with locked(options.run_dir):
         kept = _inspect(options, found)[-options.keep :]
         if not kept:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import io
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from shards.common.errors import OneRankError, UserError, joined
+from shards.common.streams import guard_streams
 
 
 class Options(BaseModel):
@@ -82,39 +82,21 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """Run a command: a UserError becomes one line on stderr and exit status 2, an interrupt exit status 130.
 
     Under torchrun a UserError occurs on every rank, so only the first rank of each node prints it; a
-    OneRankError is printed by the rank that raises it.
+    OneRankError is printed by the rank that raises it. No error of standard error stops a command; one of standard
+    output does, until the command calls `output_is_optional`.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
+    guard_streams()
     try:
         try:
             main(sys.argv[1:] if argv is None else argv)
         finally:
-            _flush_output()  # here, so that a closed pipe raises before the interpreter exits
+            sys.stdout.flush()  # here, so that its failure is one of the command
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OneRankError):
             print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of stdout has exited, as with `| head`
-        _drop_output()
-        sys.exit(0)
-
-
-def _flush_output() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _drop_output()
-        raise UserError(f"cannot write to standard output ({error.strerror}): redirect it to another place") from None
-
-
-def _drop_output() -> None:
-    """Redirect stdout to /dev/null, so that the interpreter's flush at exit does not fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _printable(message: str) -> str:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import select
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -101,6 +102,35 @@ def _kill_tree() -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def _lose_output(descriptor: int) -> None:
+    """Have this rank's standard output and error go to another file from now on."""
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def _reader_exits() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    _lose_output(writer)
+
+
+def _reader_stops() -> None:
+    _, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, bytes(select.PIPE_BUF))
+    except BlockingIOError:
+        os.set_blocking(writer, True)
+    _lose_output(writer)
+
+
+def _terminal_closes() -> None:
+    terminal, stream = os.openpty()
+    os.close(terminal)
+    _lose_output(stream)
+
+
 def _hang_torchrun() -> None:
     """Have torchrun hang, and all of its ranks die."""
     os.kill(os.getppid(), signal.SIGSTOP)
@@ -173,6 +203,10 @@ ACTS: dict[str, Callable[[], None]] = {
     "disk full": _disk_full,
     "checkpoint cut short, kill -9": _damage_newest,
     "NaN gradient": _nan_gradient,
+    "the reader of the output exits": _reader_exits,
+    "the reader of the output stops": _reader_stops,
+    "the terminal of the output closes": _terminal_closes,
+    "the disk of the output is full": lambda: _lose_output(os.open("/dev/full", os.O_WRONLY)),
 }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tests.support.forks import become, context, here
 
@@ -21,7 +21,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     """
     started = context()
     results: Any = started.Queue()
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
+    # As torchrun's agent has one: a port that is only looked for may be taken before rank 0 listens there.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world_size)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     processes = []
     for rank in range(world_size):
         ours = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
@@ -47,9 +50,3 @@ def _rank(results: Any, rank: int, place: Any, function: Callable[..., Any], arg
     except BaseException as error:
         results.put((rank, (None, repr(error))))
         raise
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
