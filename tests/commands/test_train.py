@@ -109,7 +109,7 @@ def test_a_signal_stops_at_a_step_and_a_second_writer_is_refused(demo_shards: Pa
     refused = one_line_error(train_command(1, *flags))
     assert "is in use by" in refused
     assert str(process.pid) in refused
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)  # as a session that ends; SIGTERM: tests/faults
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     last = metrics(run_dir)[-1]["step"]

@@ -60,11 +60,18 @@ class Forked:
     """`python -m MODULE ARGUMENTS`, with what tests use of `subprocess.Popen`; its output goes to files."""
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], cwd: Path | None = None, *, joined: bool
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        cwd: Path | None = None,
+        *,
+        joined: bool = True,
+        streams: tuple[int, int] | None = None,
     ) -> None:
-        """`joined`: standard error goes to where the output goes."""
+        """`joined`: standard error goes to where the output goes. `streams`: descriptors that both go to instead."""
         self._files = [tempfile.TemporaryFile() for _ in range(1 if joined else 2)]  # noqa: SIM115
-        place = (dict(env), str(cwd or Path.cwd()), _Streams([self._files[0].fileno(), self._files[-1].fileno()]))
+        streams = streams or (self._files[0].fileno(), self._files[-1].fileno())
+        place = (dict(env), str(cwd or Path.cwd()), _Streams(streams))
         started = context().Process(target=_run_module, args=(place, list(command[1:])), daemon=True)
         started.start()
         assert started.pid is not None
