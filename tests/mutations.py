@@ -208,7 +208,7 @@ def first_failure(breakage: Breakage, tests: list[str]) -> str | None:
     """Return the first test that fails on a copy with this breakage, None if none does."""
     with tempfile.TemporaryDirectory() as folder:
         tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
-        copy = ["tar", "--create", "--null", "--files-from=-", "--directory", str(ROOT)]
+        copy = ["tar", "--create", "--directory", str(ROOT), "--null", "--files-from=-"]
         content = subprocess.run(copy, input=tracked, capture_output=True, check=True).stdout
         subprocess.run(["tar", "--extract", "--directory", folder], input=content, check=True)
         path = Path(folder, breakage.file)
