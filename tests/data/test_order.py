@@ -97,6 +97,14 @@ def test_seed_and_epoch_change_the_order() -> None:
     assert len({tuple(order) for order in orders}) == 4
 
 
+def test_every_epoch_has_other_shards_in_a_window() -> None:
+    order = SampleOrder(manifest([2] * 40), 0, 4)
+    windows = [
+        [frozenset((order.samples(epoch, 8 * i, 8 * i + 8) // 2).tolist()) for i in range(10)] for epoch in (0, 1, 2)
+    ]
+    assert len({window for epoch in windows for window in epoch}) == 30
+
+
 def test_neighbours_in_the_source_do_not_stay_neighbours() -> None:
     order = SampleOrder(manifest([100] * 40), 0, 16).samples(0, 0, 4000)
     assert np.mean(np.abs(np.diff(order)) == 1) < 0.01
@@ -149,6 +157,8 @@ def test_the_order_of_version_1_is_pinned() -> None:
     """A change of these numbers breaks every run that is to be resumed: then ORDER_VERSION has to change."""
     order = SampleOrder(manifest([3, 4, 5]), seed=7, window_shards=2)
     assert order.samples(0, 0, 12).tolist() == [6, 0, 1, 3, 5, 4, 2, 7, 9, 8, 11, 10]
+    assert order.samples(1, 0, 12).tolist() == [1, 4, 3, 2, 5, 6, 0, 7, 8, 9, 11, 10]
+    assert order.samples(1000, 0, 12).tolist() == [5, 6, 0, 1, 2, 4, 3, 10, 7, 8, 9, 11]
 
 
 def test_another_order_version_is_refused() -> None:
