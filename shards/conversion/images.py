@@ -39,6 +39,21 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7]")
 _START_OF_SCAN, _END_OF_IMAGE, _FILL = 0xDA, 0xD9, 0xFF
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
+_OTHER_FORMATS = {
+    "an AVIF image": re.compile(rb"....ftypavi[fs]", re.DOTALL),
+    "a HEIC image": re.compile(rb"....ftyp(hei[cxm]|hev[cx]|mif1|msf1)", re.DOTALL),
+    "a JPEG 2000 image": re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"),
+    "a JPEG XL image": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
+    "a GIF image": re.compile(rb"GIF8[79]a"),
+    "a TIFF image": re.compile(rb"II[*+]\0|MM\0[*+]"),
+    "a BMP image": re.compile(rb"BM.{4}\0{4}", re.DOTALL),
+    "an AppleDouble file, which holds no image": re.compile(rb"\0\x05\x16\x07"),
+    "a web page": re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE),
+    "a Git LFS pointer: run git lfs pull": re.compile(rb"version https://git-lfs"),
+    "a Python pickle": re.compile(rb"\x80[\x02-\x05]"),
+}
+"""Beginnings of other files that are found under the names of images."""
+
 
 class ImageError(Exception):
     """An entry that cannot be used as an image. The message is the reason: one line, the same on every run."""
@@ -55,7 +70,7 @@ def decode_image(data: bytes, enough: int | None = None) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # errors are raised; warnings would flood the terminal
         try:
-            _check(data)
+            data = _checked(data)
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"too large: {image.width}x{image.height} is more than {MAX_PIXELS} pixels")
@@ -69,13 +84,13 @@ def decode_image(data: bytes, enough: int | None = None) -> Image.Image:
         except (ImageError, MemoryError):
             raise
         except UnidentifiedImageError:
-            raise ImageError("not a readable JPEG, WebP, PNG or PPM image") from None
+            raise ImageError(f"not a readable JPEG, WebP, PNG or PPM image{_what_instead(data)}") from None
         except Image.DecompressionBombError:
             raise ImageError(f"too large: more than {MAX_PIXELS} pixels") from None
         except Exception as error:  # Pillow's parsers raise many types, all of which mean damage
             if "out of memory" in str(error):  # except this one
                 raise MemoryError from error
-            raise ImageError(f"damaged: {_one_line(error)}") from error
+            raise ImageError(f"damaged: {_one_line(error)}{_remedy(error)}") from error
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
@@ -130,14 +145,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _check(data: bytes) -> None:
-    """Raise ImageError for damage that Pillow accepts or takes hours to reject."""
+def _what_instead(data: bytes) -> str:
+    if not data:
+        return ": it is empty"
+    found = next((name for name, pattern in _OTHER_FORMATS.items() if pattern.match(data)), None)
+    return f": it is {found}" if found else ""
+
+
+def _remedy(error: Exception) -> str:
+    """Return the remedy for text in a PNG beyond Pillow's limits, which bound the memory for it; empty otherwise."""
+    if "MAX_TEXT" not in str(error):
+        return ""
+    return " (over 1 MiB of compressed text, or 64 MiB in all, beside the pixels: exiftool -all= FILE removes it)"
+
+
+def _checked(data: bytes) -> bytes:
+    """Return an image without parts that are not used; raises ImageError for damage.
+
+    The damage is what Pillow accepts or takes hours to reject.
+    """
     if data.startswith(_JPEG):
         _check_jpeg(data)
     elif data.startswith(_PNG):
-        _check_png(data)
+        return _checked_png(data)
     elif data.startswith((b"P1", b"P2", b"P3")):  # text formats, which Pillow parses very slowly
         raise ImageError("a PPM in plain text; only binary ones are read")
+    return data
 
 
 def _check_jpeg(data: bytes) -> None:
@@ -154,14 +187,23 @@ def _check_jpeg(data: bytes) -> None:
     raise ImageError("damaged: it ends before the image does")
 
 
-def _check_png(data: bytes) -> None:
-    """Raise ImageError if pixel data does not match its checksum."""
-    place, kind = len(_PNG), b""
+def _checked_png(data: bytes) -> bytes:
+    """Return a PNG without its colour profile; raises ImageError if pixel data does not match its checksum.
+
+    A profile is not applied, and Pillow rejects an image with one of more than 1 MiB. It stays if its checksum does
+    not hold, so that Pillow finds the damage.
+    """
+    place, kind, profile = len(_PNG), b"", slice(0, 0)
     while kind != b"IEND" and (end := place + 12 + int.from_bytes(data[place : place + 4], "big")) <= len(data):
         kind = data[place + 4 : place + 8]
-        if kind == b"IDAT" and zlib.crc32(data[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
-            raise ImageError("damaged: a checksum does not hold")
+        if kind in (b"IDAT", b"iCCP"):
+            is_sound = zlib.crc32(data[place + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
+            if kind == b"IDAT" and not is_sound:
+                raise ImageError("damaged: a checksum does not hold")
+            if kind == b"iCCP" and is_sound:
+                profile = slice(place, end)
         place = end
+    return data[: profile.start] + data[profile.stop :] if profile.stop else data
 
 
 def _mend_transparent_colour(image: Image.Image, bits: int) -> None:

@@ -48,7 +48,7 @@ def test_odd_files_of_a_folder_are_read_or_rejected_by_name(tmp_path: Path, caps
         "a", "b", "class/c", "d.jpg/e", "line\nfeed", "fffe", "link", "linked/c"
     }  # fmt: skip
     assert rejected_in(tmp_path / "data") == {
-        "empty": "not a readable JPEG, WebP, PNG or PPM image",
+        "empty": "not a readable JPEG, WebP, PNG or PPM image: it is empty",
         "broken": "a link to nothing",
         "itself": "a link to nothing",
         "zero": "not a plain file",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import pickle
+import random
 from unittest import mock
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from shards.conversion.images import ImageError, decode_image, prepare
 from shards.conversion.sources.lmdb_source import LmdbSource
@@ -72,6 +74,47 @@ def test_zeros_for_the_rest_of_a_file_are_noticed(name: str) -> None:
     data = CUT[name]
     outcomes = {outcome(data[:kept] + bytes(len(data) - kept)) for kept in range(0, len(data) - 1)}
     assert outcomes <= {outcome(data), None} and None in outcomes
+
+
+def test_the_colour_profile_of_a_png_is_left_aside_whatever_its_length() -> None:
+    profile = random.Random(0).randbytes(1_200_000)
+    data = encoded(RGB, "PNG", icc_profile=profile)
+    assert outcome(data) == outcome(encoded(RGB, "PNG"))
+    place = data.index(b"iCCP") + 1000
+    assert outcome(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]) is None  # its checksum is checked
+
+
+@pytest.mark.parametrize("is_compressed", [True, False])
+def test_long_text_beside_the_pixels_of_a_png_is_read_over_or_a_reason_with_the_remedy(is_compressed: bool) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "node " * 400_000, zip=is_compressed)
+    data = encoded(RGB, "PNG", pnginfo=text)
+    if not is_compressed:
+        assert outcome(data) == outcome(encoded(RGB, "PNG"))
+        return
+    with pytest.raises(ImageError, match=r"\(over 1 MiB of compressed text, .*: exiftool -all= FILE removes it\)$"):
+        decode_image(data)
+
+
+OTHERS = {
+    "an AVIF image": b"\0\0\0\x20ftypavif",
+    "a HEIC image": b"\0\0\0\x18ftypheic",
+    "a JPEG 2000 image": b"\0\0\0\x0cjP  \r\n\x87\n",
+    "a GIF image": encoded(RGB, "GIF"),
+    "a TIFF image": encoded(RGB, "TIFF"),
+    "a BMP image": encoded(RGB, "BMP"),
+    "an AppleDouble file, which holds no image": b"\0\x05\x16\x07\0\2",
+    "a web page": b"\n<!DOCTYPE html><html>not found</html>",
+    "a Git LFS pointer: run git lfs pull": b"version https://git-lfs.github.com/spec/v1\n",
+    "a Python pickle": pickle.dumps((b"image", 3)),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_image_of_the_formats_is_called_by_its_name(name: str) -> None:
+    with pytest.raises(ImageError, match=rf"^not a readable JPEG, WebP, PNG or PPM image: it is {name}$"):
+        decode_image(OTHERS[name])
 
 
 def test_a_jpeg_that_a_video_follows_is_read() -> None:
