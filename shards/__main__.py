@@ -17,8 +17,8 @@ from shards.common.streams import output_is_optional
 from shards.conversion.convert import Settings, convert, convert_part
 from shards.conversion.merge import merge
 from shards.conversion.reports import Part
-from shards.conversion.sources.entries import Selection, read_keys
-from shards.conversion.sources.kinds import open_source
+from shards.conversion.sources.entries import Selection, as_text, read_keys
+from shards.conversion.sources.kinds import open_sources
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.demo.dataset import write_demo
 from shards.lsun.catalog import ADDRESS, CATEGORIES, lmdb_names
@@ -154,12 +154,15 @@ def convert_command(options: ConvertOptions) -> None:
     number, of = map(int, options.part.split("/"))
     if number > of:
         raise UserError(f"--part {options.part}: the first number counts from 1 to the second")
-    sources = [open_source(path) for path in options.sources]
+    sources = open_sources(options.sources)
+    exclude = read_keys(options.exclude) if options.exclude else frozenset()
+    if options.exclude and not exclude:
+        print(f"warning: {options.exclude} has no keys: nothing is excluded", file=sys.stderr, flush=True)
     settings = Settings(
         image_size=options.image_size,
         samples_per_shard=options.samples_per_shard,
         fast=options.fast,
-        selection=Selection(read_keys(options.exclude) if options.exclude else frozenset(), options.max_images),
+        selection=Selection(exclude, options.max_images),
         max_rejected=options.max_rejected if options.damaged == "skip" else 0.0,
     )
     was_complete = (options.out / MANIFEST_NAME).is_file()
@@ -169,9 +172,11 @@ def convert_command(options: ConvertOptions) -> None:
     else:
         convert_part(sources, options.out, Part(number, of), settings, options.workers)
         print(f"part {options.part} at {options.out}; after the last: {PROG} merge {options.out}")
-    ignored = sum(source.ignored for source in sources)
-    if ignored:
-        print(f"{ignored:,} files without the extension of an image were left out")
+    if left_out := sum(source.left_out.count for source in sources):
+        print(f"{left_out:,} files without the extension of an image were left out")
+    for source in sources:
+        if source.left_out.archive:
+            print(f"{as_text(source.left_out.archive)} was not looked into: {source.archive_rule}")
 
 
 def merge_command(options: MergeOptions) -> None:

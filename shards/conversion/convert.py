@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from shards.conversion.merge import Rejects, existing, merge_claimed
 from shards.conversion.output_dir import claim
 from shards.conversion.reports import Part, PartRecord, hash_of, write_report
 from shards.conversion.shard_task import Run, ShardTask
-from shards.conversion.sources.entries import Selection, Source, Walk
+from shards.conversion.sources.entries import Selection, Source, Walk, as_text
+from shards.conversion.sources.folder_source import EXTENSIONS
 from shards.manifest import Layout, Manifest, Origin, Preparation
 
 
@@ -99,6 +101,7 @@ def _write_part(
 ) -> None:
     """Write the shards of a part, their reports and the part's record."""
     walk = Walk(sources, settings.selection)
+    walk.check_keys()
     runs = (Run(shard, run) for shard, run in enumerate(walk.runs(settings.samples_per_shard)) if part.has(shard))
     states = tuple(source.state() for source in sources)
     task = ShardTask(tuple(sources), states, out, Layout(settings.image_size), settings.preparation)
@@ -115,6 +118,8 @@ def _write_part(
             rejects.check(report)
             progress.note(f"{rejects.count:,} rejected")
             identities.append(report.identity)
+    if (line := walk.check_exclusion()) is not None:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
     record = PartRecord(
         **settings.recorded(),
         sources=tuple(_origins(sources, walk)),
@@ -130,6 +135,18 @@ def _origins(sources: Sequence[Source], walk: Walk) -> Iterator[Origin]:
     """Yield the manifest's record of each source; raises UserError if no entry was taken from any."""
     if not any(walk.taken):
         names = ", ".join(source.describe()["name"] for source in sources)
-        raise UserError(f"no images in {names}: nothing to convert")
+        raise UserError(f"no images in {names}: nothing to convert{_what_instead(sources, walk)}")
     for source, taken in zip(sources, walk.taken, strict=True):
         yield Origin(**source.describe(), entries=taken)
+
+
+def _what_instead(sources: Sequence[Source], walk: Walk) -> str:
+    """Return what the sources have instead of images, with the remedy; empty if they have nothing."""
+    if walk.excluded:
+        return f" (--exclude leaves out all {walk.excluded:,} entries)"
+    for source in sources:
+        if source.left_out.archive:
+            return f" ({as_text(source.left_out.archive)} is not looked into: {source.archive_rule})"
+    left_out = [as_text(name) for source in sources for name in source.left_out.names]
+    extensions = " ".join(sorted(map(as_text, EXTENSIONS)))
+    return f" (it holds {', '.join(left_out)}; images are named {extensions})" if left_out else ""

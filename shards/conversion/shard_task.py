@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from shards.common.workers import Tick
 from shards.conversion.images import ImageError, decode_image, prepare, to_ppm
 from shards.conversion.reports import ShardReport, finished, hash_of, report_name, write_report
-from shards.conversion.sources.entries import Entry, Source
+from shards.conversion.sources.entries import Entry, Source, as_text
 from shards.manifest import Layout, Preparation, member_key, shard_name
 from shards.writer import describe_key, write_shard
 
@@ -56,18 +56,19 @@ class ShardTask:
     def _samples(
         self, entries: list[Entry], renamed: list[dict[str, str]], rejected: list[dict[str, str]], tick: Tick
     ) -> Iterator[tuple[str, bytes]]:
-        taken = set[str]()
+        taken = dict[str, bytes]()
         for entry in entries:
             key = self.key_of(entry)
-            member = member_key(key)
+            member, source = member_key(key), self.sources[entry.source]
+            name = source.name(entry.key, entry.place)
             try:
                 if member in taken:
-                    raise ImageError(f"its name {member} is taken by an entry before it")
-                ppm = self._ppm(self.sources[entry.source].read(entry.key, entry.place))
+                    raise ImageError(_second_of_a_name(name, taken[member], source.key_rule))
+                ppm = self._ppm(source.read(entry.key, entry.place))
             except ImageError as error:
                 rejected.append(describe_key(key) | {"reason": str(error)})
             else:
-                taken.add(member)
+                taken[member] = name
                 if member.encode() != key:
                     renamed.append({"member": member} | describe_key(key))
                 yield member, ppm
@@ -81,3 +82,9 @@ class ShardTask:
         size = self.layout.image_size
         enough = 2 * size if self.preparation.decoding == "reduced" else None
         return to_ppm(prepare(decode_image(data, enough), size))
+
+
+def _second_of_a_name(name: bytes, first: bytes, rule: str) -> str:
+    if name == first:
+        return f"{as_text(name)} comes a second time; the first is used"
+    return f"the key of {as_text(name)} is taken by {as_text(first)} before it; {rule}"

@@ -124,12 +124,15 @@ def test_the_second_entry_of_a_name_in_its_shard_is_rejected(tmp_path: Path) -> 
     entries = numbered(2) | {b"a.b": encoded(picture(7)), twin.encode(): encoded(picture(8))}
     out = tmp_path / "data"
     assert convert_here(write_lmdb(tmp_path / "source", entries), out, "--max-rejected", 0.5).samples == 3
-    assert list(rejected_in(out).values()) == [f"its name {twin} is taken by an entry before it"]
+    assert list(rejected_in(out).values()) == [
+        f"the key of a.b is taken by {twin} before it; one of them is named by the SHA-1 of its key: rename it"
+    ]
     assert verify(out, workers=1)[1] == []
     files = {"a.jpg": encoded(picture(0)), "a.png": encoded(picture(1), "PNG"), "b.jpg": encoded(picture(2))}
     convert_here(write_files(tmp_path / "images", files), tmp_path / "files", "--max-rejected", 0.4)
     assert list(samples_in(tmp_path / "files")) == ["a", "b"]
-    assert rejected_in(tmp_path / "files") == {"a": "its name a is taken by an entry before it"}
+    rule = "a key is the path without the extension: rename one of them"
+    assert rejected_in(tmp_path / "files") == {"a": f"the key of a.png is taken by a.jpg before it; {rule}"}
 
 
 SPOILED = images_of(numbered(20)) | {"image0001.jpg": b"no image", "image0011.jpg": encoded(picture(0))[:300]}
@@ -276,11 +279,53 @@ def test_excluded_keys_are_left_out_before_the_limit_and_their_shards_filled_up(
     assert [shard.samples for shard in limited.shards] == [4, 1] and limited.excluded == 2
 
 
+LISTED = {"absent": "image0001\nnowhere\n", "image": "image0001.jpg\n", "table": '"image0001",1\n', "nothing": "\n"}
+LOOKS = "keys are written as those of the source, such as image0000"
+
+
+@pytest.mark.parametrize("write", [as_lmdb, write_files])
+def test_keys_to_exclude_that_no_entry_has_are_counted_and_named(
+    write: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    source = write(tmp_path / "source", images_of(numbered(5)))
+    write_files(tmp_path, {name: text.encode() for name, text in LISTED.items()})
+    some = run_shards("convert", source, "--out", tmp_path / "some", "--exclude", tmp_path / "absent")
+    assert f"warning: --exclude: no entry has 1 of the 2 keys (nowhere); {LOOKS}\n" in some.stderr
+    assert ", 1 excluded, " in some.stdout
+    for name in ("image", "table"):
+        shown = re.escape(LISTED[name].strip())
+        with pytest.raises(UserError, match=rf"^--exclude: no entry has 1 of the 1 keys \({shown}\); {LOOKS}$"):
+            convert_here(source, tmp_path / "data", "--exclude", tmp_path / name)
+        assert "manifest.json" not in contents(tmp_path / "data")
+    none = run_shards("convert", source, "--out", tmp_path / "none", "--exclude", tmp_path / "nothing")
+    assert f"warning: {tmp_path}/nothing has no keys: nothing is excluded\n" in none.stderr and none.returncode == 0
+
+
+def test_keys_to_exclude_may_be_beyond_the_limit(tmp_path: Path) -> None:
+    source = write_lmdb(tmp_path / "source", numbered(5))
+    (tmp_path / "keys").write_text("image0004\n")
+    words = ("--exclude", tmp_path / "keys", "--max-images", 2)
+    done = run_shards("convert", source, "--out", tmp_path / "data", *words)
+    assert done.returncode == 0 and done.stdout.startswith("2 images")
+    assert "warning: --exclude: 1 of 1 keys are not in the part that --max-images leaves\n" in done.stderr
+
+
+def test_a_list_that_no_lmdb_has_fails_before_an_image_is_read(tmp_path: Path) -> None:
+    sources = [write_lmdb(tmp_path / name, numbered(5)) for name in "ab"]
+    (tmp_path / "keys").write_text("1_image0004.jpg\n")
+    with pytest.raises(UserError, match=r"^--exclude: no entry has 1 of the 1 keys"):
+        convert_here(sources, tmp_path / "data", "--exclude", tmp_path / "keys")
+    assert not any(name.startswith("shard") for name in contents(tmp_path / "data"))
+    (tmp_path / "keys").write_text("1_image0004\n")
+    assert convert_here(sources, tmp_path / "data", "--exclude", tmp_path / "keys").excluded == 1
+
+
 @pytest.mark.parametrize("files", [{}, {"notes.txt": b"", "a.gif": b""}])
 def test_a_folder_without_images_is_one_line(files: dict[str, bytes], tmp_path: Path) -> None:
+    instead = r" \(it holds a.gif, notes.txt; images are named .jpeg .jpg .png .ppm .webp\)" if files else ""
     folder = write_files(tmp_path / "folder", files)
     for options in ((), ("--max-images", 5)):
-        with pytest.raises(UserError, match=r"^no images in folder: nothing to convert$"):
+        with pytest.raises(UserError, match=rf"^no images in folder: nothing to convert{instead}$"):
             convert_here(folder, tmp_path / "data", *options)
         assert not (tmp_path / "data" / "manifest.json").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_odd_files_of_a_folder_are_read_or_rejected_by_name(tmp_path: Path, caps
     )
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.jpg")).write_bytes(IMAGE)
     (folder / "link.jpg").symlink_to("a.jpg")
-    (folder / "linked").symlink_to("class")
+    (folder / "linked").symlink_to(write_files(tmp_path / "elsewhere", {"c.webp": IMAGE}))
     (folder / "broken.jpg").symlink_to("nowhere")
     (folder / "itself.jpg").symlink_to("itself.jpg")
     (folder / "zero.jpg").symlink_to("/dev/zero")
@@ -65,12 +66,48 @@ def test_a_link_to_a_folder_above_it_is_refused(tmp_path: Path) -> None:
 
 
 def test_links_that_make_endless_paths_of_few_folders_are_refused(tmp_path: Path) -> None:
-    for level in range(40):
-        write_files(tmp_path / "images" / str(level), {"a.jpg": IMAGE})
+    for level in range(30):
+        write_files(tmp_path / "pool" / str(level), {"a.jpg": IMAGE})
         for name in ("left", "right"):
-            (tmp_path / "images" / str(level) / name).symlink_to(f"../{level + 1}")
-    (tmp_path / "images" / "40").mkdir()
-    assert "is the second link to one folder: remove it" in refusal(tmp_path / "images", seconds=5)
+            (tmp_path / "pool" / str(level) / name).symlink_to(f"../{level + 1}")
+    (tmp_path / "pool" / "30").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0").symlink_to("../pool/0")
+    assert re.search(r"right leads to the images of .*/left a second time: ", refusal(tmp_path / "images", seconds=5))
+
+
+SECOND_NAMES = {
+    "a folder and a link to it": ({"latest": "2020"}, "latest leads to the images of images/2020"),
+    "a link before its folder": ({"1999": "2020/a"}, "1999 leads to the images of images/2020/a"),
+    "two links": ({"b": "../pool", "c": "../pool"}, "c leads to the images of images/b"),
+    "a link into another one": ({"b": "../pool", "c": "../pool/a"}, "c leads to the images of images/b/a"),
+    "a link to more than another one": ({"b": "../pool/a", "c": "../pool"}, "c leads to the images of images/b"),
+    "a link into a hidden folder": ({"current": ".store/1"}, ""),
+    "links into the hidden folder": ({"a": ".store/1", "b": ".store"}, "b leads to the images of images/a"),
+    "links to folders side by side": ({"b": "../pool/a", "c": "../pool/b"}, ""),
+}
+"""Links in a folder, and what is refused of them, or nothing."""
+
+
+@pytest.mark.parametrize("name", SECOND_NAMES)
+def test_no_image_is_read_by_two_names_of_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    links, message = SECOND_NAMES[name]
+    write_files(tmp_path, dict.fromkeys(("images/2020/a/x.jpg", "images/.store/1/y.jpg"), IMAGE))
+    write_files(tmp_path, dict.fromkeys(("pool/a/x.jpg", "pool/b/y.jpg"), IMAGE))
+    for link, target in links.items():
+        (tmp_path / "images" / link).symlink_to(target)
+    if message:
+        assert refusal(Path("images")) == f"images/{message} a second time: remove the link"
+    else:
+        assert len(entries_of(FolderSource(Path("images")))) == 1 + len(links)
+
+
+def test_links_to_files_and_hard_links_are_entries_of_their_own(tmp_path: Path) -> None:
+    folder = write_files(tmp_path, {"a.jpg": IMAGE})
+    (folder / "b.jpg").symlink_to("a.jpg")
+    (folder / "c.jpg").hardlink_to(folder / "a.jpg")
+    assert entries_of(FolderSource(folder)) == [(b"a", IMAGE), (b"b", IMAGE), (b"c", IMAGE)]
 
 
 def test_a_link_to_nothing_that_may_have_been_a_folder_is_refused(tmp_path: Path) -> None:

@@ -109,6 +109,20 @@ def test_databases_within_the_database_are_refused(tmp_path: Path) -> None:
     assert "is an LMDB that holds databases within its own" in refusal(tmp_path)
 
 
+def test_an_lmdb_of_every_picture_in_several_sizes_is_refused(tmp_path: Path) -> None:
+    """As the StyleGAN2 in PyTorch prepares it; the manner of the keys alone, or a count alone, is no sign of it."""
+
+    def prepared(name: str, sizes: tuple[int, ...], length: bytes) -> Path:
+        images = {b"%d-%05d" % (size, i): b"image" for size in sizes for i in range(5)}
+        return write_lmdb(tmp_path / name, images | {b"length": length})
+
+    message = refusal(prepared("two", (128, 256), b"5"))
+    assert "/two holds its 5 pictures in several sizes (128-00000 and so on): prepare it again with one size" in message
+    assert len(entries_of(open_source(prepared("one", (256,), b"5")))) == 6
+    assert len(entries_of(open_source(prepared("odd", (128, 256), b"five")))) == 11
+    assert len(entries_of(open_source(write_lmdb(tmp_path / "other", VALUES | {b"length": b"5"})))) == 301
+
+
 def test_an_lmdb_whose_lock_another_process_holds_is_read(tmp_path: Path) -> None:
     path = write_lmdb(tmp_path / "source", numbered(5))
     with lmdb.open(str(path)) as environment, environment.begin(write=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import pickle
 import tarfile
 import tracemalloc
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import webdataset
 
+from shards.common.errors import UserError
 from shards.conversion.sources.entries import Selection, Source, Walk, read_keys
 from shards.conversion.sources.folder_source import FolderSource, key_of
-from shards.conversion.sources.kinds import open_source
+from shards.conversion.sources.kinds import open_source, open_sources
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.conversion.sources.tar_source import TarSource
 from shards.writer import tar_header
@@ -67,7 +69,7 @@ def test_what_is_no_image_by_its_name_is_counted(tmp_path: Path) -> None:
     source = FolderSource(write_files(tmp_path, files))
     for _ in range(2):  # a second walk counts anew
         assert entries_of(source) == [(b"a", b"1")]
-        assert source.ignored == 4
+        assert source.left_out.count == 4
 
 
 TAR_NAMES = ["a.jpg", "b.left.png", "dir.x/c.JPEG", "./d.webp", "e/f/g.ppm", "h.i.j.jpg", "../k.jpg", "/l.jpg"]
@@ -87,7 +89,7 @@ def test_a_folder_of_tars_is_read_in_the_order_of_their_names(tmp_path: Path) ->
     source = open_source(tmp_path)
     assert isinstance(source, TarSource)
     assert [key for key, _ in entries_of(source)] == [b"1-0", b"1-1", b"10-0", b"10-1", b"2-0", b"2-1"]
-    assert source.ignored == 3
+    assert source.left_out.count == 3
     assert entries_of(pickle.loads(pickle.dumps(source))) == entries_of(source)
 
 
@@ -107,6 +109,38 @@ def test_a_list_of_keys_may_have_windows_lines_blanks_and_any_bytes(tmp_path: Pa
     (tmp_path / "keys").write_bytes(b"one\r\n\n  two\nthree \n\xff\xfe")
     assert {b"one", b"two", b"three", b"three ", b"\xff\xfe"} <= read_keys(tmp_path / "keys")
     assert b"" not in read_keys(tmp_path / "keys")
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_list_of_keys_is_read_in_each_encoding_that_says_so(mark: bytes, end: str, tmp_path: Path) -> None:
+    encoding = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}.get(mark, "utf-8")
+    (tmp_path / "keys").write_bytes(mark + end.join(["a/b", " schön\t", "", "last"]).encode(encoding))
+    found = {b"a/b", "schön".encode(), " schön\t".encode(), b"last"}
+    assert read_keys(tmp_path / "keys") == found
+
+
+def test_sources_that_have_images_in_common_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, {"photos/2020/a.jpg": b"", "photos/.old/a.jpg": b"", "other/a.jpg": b""})
+    write_tar(tmp_path / "tars.tar", {"a.jpg": b""})
+    write_lmdb(tmp_path / "lmdb", {b"a": b""})
+    write_tar(write_files(tmp_path / "tars", {}) / "a.tar", {"a.jpg": b""})
+    for name, target in {"latest": "photos/2020", "tars/b.tar": "a.tar", "link.tar": "tars.tar", "l": "lmdb"}.items():
+        Path(name).symlink_to(target)
+    twice = [
+        "photos photos",
+        "photos/2020 latest",
+        "latest photos",
+        "photos latest",
+        "tars",
+        "link.tar tars.tar",
+        "l lmdb",
+    ]
+    for line in twice:
+        with pytest.raises(UserError, match=r" holds the images of .* a second time: leave one of them out$"):
+            open_sources([Path(word) for word in line.split()])
+    assert len(open_sources([Path("photos"), Path("photos/.old"), Path("other"), Path("tars.tar"), Path("lmdb")])) == 5
 
 
 def many_members(path: Path, count: int) -> Path:

@@ -6,6 +6,8 @@ import gzip
 import io
 import os
 import pickle
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +17,7 @@ import pytest
 
 from shards.common.errors import UserError
 from shards.conversion.sources import tar_source
+from shards.conversion.sources.kinds import open_source
 from shards.conversion.sources.tar_source import TarSource
 from tests.support.shards_fixtures import (
     convert_here,
@@ -25,6 +28,8 @@ from tests.support.shards_fixtures import (
     rejected_in,
     samples_in,
     within,
+    write_files,
+    write_tar,
 )
 
 IMAGE = encoded(picture(0))
@@ -114,8 +119,10 @@ def test_a_tar_of_everything_gives_its_plain_files_and_names_the_others(
     convert_here(path, out, "--max-rejected", 1)
     assert samples_in(out).keys() == {"folder/plain", "../../evil", "/absolute", long, "a", "schön", "last"}
     rejected = rejected_in(out)
-    assert rejected.pop("folder/plain").endswith(" is taken by an entry before it")
-    assert rejected == dict.fromkeys(("symlink", "hardlink", "fifo", "device", "disk"), "not a plain file in its tar")
+    assert rejected.pop("folder/plain") == "folder/plain.jpg comes a second time; the first is used"
+    assert rejected.pop("hardlink") == "a hard link in its tar, without content: pack with tar --hard-dereference"
+    assert rejected.pop("symlink") == "a symbolic link in its tar, without content: pack with tar --dereference"
+    assert rejected == dict.fromkeys(("fifo", "device", "disk"), "not a plain file in its tar")
     assert capsys.readouterr().out.splitlines().count("7 files without the extension of an image were left out") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "zoo.tar"]
     assert not (tmp_path.parent / "evil.jpg").exists()
@@ -126,7 +133,7 @@ def test_a_sparse_member_is_rejected_and_what_follows_is_read(tmp_path: Path) ->
     older = header(b"older.jpg", 512, b"S", magic=GNU, more=1) + MORE_OF_A_MAP + bytes(1024)
     parts = [old, older, pax(GNU_sparse_major=b"1"), member(b"new.jpg")]
     found = entries_of(TarSource(tar_of(tmp_path, *parts, member(b"plain.jpg"), END)))
-    rejected = "not a plain file in its tar"
+    rejected = "a sparse file in its tar: pack without tar --sparse"
     assert found == [(b"old", rejected), (b"older", rejected), (b"new", rejected), (b"plain", IMAGE)]
 
 
@@ -164,6 +171,79 @@ def test_zeros_for_the_rest_are_noticed(tmp_path: Path) -> None:
     path = tar_of(tmp_path, three_members(), bytes(20_000))
     assert f"has nothing but zeros from byte {start} on, more than tar writes: an incomplete copy" in refusal(path)
     assert len(entries_of(TarSource(tar_of(tmp_path, three_members(), bytes(10_240))))) == 3
+
+
+def in_records(members: bytes, blocks: int) -> bytes:
+    """A tar as `tar -b blocks` writes it."""
+    whole = members + END
+    return whole + bytes(-len(whole) % (512 * blocks))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 20, 32, 64, 128, 256, 512, 1024, 2048])
+@pytest.mark.parametrize("times", [1, 400])
+def test_a_tar_padded_to_a_whole_number_of_its_records_is_read(times: int, blocks: int, tmp_path: Path) -> None:
+    path = tar_of(tmp_path, in_records(three_members() * times, blocks))
+    assert len(list(TarSource(path).walk())) == 3 * times
+
+
+def test_zeros_for_the_rest_of_a_padded_tar_are_noticed(tmp_path: Path) -> None:
+    """The length is a whole number of records, but zeros fill more than one record, or the end of the last member."""
+    members = three_members() * 400
+    for blocks, kept in ((512, THIRD), (512, len(members) - THIRD + 600), (20, THIRD * 1100), (2048, THIRD // 2)):
+        whole = in_records(members, blocks)
+        path = tar_of(tmp_path, whole[:kept], bytes(len(whole) - kept))
+        assert "more than tar writes: an incomplete copy (if tar -t lists all its files, pack it again" in refusal(path)
+    path = tar_of(tmp_path, three_members(), bytes(-len(three_members()) % (1 << 18)), bytes(1024))
+    assert "an incomplete copy" in refusal(path)  # not a whole number of records
+
+
+def test_content_behind_the_padding_of_a_large_record_is_noticed(tmp_path: Path) -> None:
+    path = tar_of(tmp_path, in_records(three_members(), 512)[:-1], b"x")
+    assert "but content behind them (tars are joined by tar -A, not by cat)" in refusal(path)
+
+
+@pytest.mark.parametrize("blocks", [1, 20, 512])
+@pytest.mark.parametrize("program", ["tar", "bsdtar"])
+def test_the_tars_of_other_programs_are_read(program: str, blocks: int, tmp_path: Path) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    images = {f"{i}.jpg": encoded(picture(i)) for i in range(3)}
+    folder = write_files(tmp_path / "images", images)
+    for format in ("ustar", "pax", "gnutar" if program == "bsdtar" else "gnu"):
+        path = tmp_path / f"{format}.tar"
+        subprocess.run([program, "--format", format, "-b", str(blocks), "-cf", path, "-C", folder, *images], check=True)
+        assert entries_of(TarSource(path)) == [(name[:1].encode(), data) for name, data in images.items()]
+
+
+def test_a_tar_is_known_by_its_content_too(tmp_path: Path) -> None:
+    path = tmp_path / "images"
+    path.write_bytes(three_members() + END)
+    assert len(entries_of(open_source(path))) == 3
+
+
+def test_tars_within_a_tar_or_below_a_folder_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inner = {f"class-{i}.tar": three_members() + END for i in range(2)}
+    path = write_tar(tmp_path / "all.tar", inner)
+    remedy = "class-0.tar is not looked into: unpack it once, and convert the folder that holds its files"
+    with pytest.raises(UserError, match=rf"^no images in all.tar: nothing to convert \({remedy}\)$"):
+        convert_here(path, tmp_path / "data")
+    with pytest.raises(UserError, match=r"\(train/class-0.tar is not looked into: convert the folder that holds it\)$"):
+        convert_here(write_files(tmp_path / "above", {f"train/{name}": b"" for name in inner}), tmp_path / "data")
+    convert_here(write_tar(tmp_path / "mixed.tar", {"a.jpg": IMAGE} | inner), tmp_path / "mixed")
+    assert "class-0.tar was not looked into: unpack it once" in capsys.readouterr().out
+
+
+def test_two_images_of_a_sample_are_named_with_the_rule_for_keys(tmp_path: Path) -> None:
+    names = ("a.left.jpg", "a.right.jpg", "b c 0.5.jpg", "b c 0.7.jpg")
+    path = write_tar(tmp_path / "pairs.tar", dict.fromkeys(names, IMAGE))
+    convert_here(path, tmp_path / "data", "--max-rejected", 1)
+    rule = "a key is the name up to its first dot: rename one, or unpack the tar and convert the folder"
+    assert rejected_in(tmp_path / "data") == {
+        "a": f"the key of a.right.jpg is taken by a.left.jpg before it; {rule}",
+        "b c 0": f"the key of b c 0.7.jpg is taken by b c 0.5.jpg before it; {rule}",
+    }
+    folder = write_files(tmp_path / "unpacked", dict.fromkeys(names, IMAGE))
+    assert convert_here(folder, tmp_path / "all").samples == 4
 
 
 THIRD = len(three_members()) // 3
@@ -219,6 +299,11 @@ def test_a_chain_of_long_names_keeps_the_last(tmp_path: Path) -> None:
 def test_records_for_all_members_do_not_outdo_those_for_one(tmp_path: Path) -> None:
     parts = [pax(b"g", path=b"all.jpg"), pax(path=b"one.jpg"), member(b"x.jpg"), member(b"y.jpg"), END]
     assert [key for key, _ in entries_of(TarSource(tar_of(tmp_path, *parts)))] == [b"one", b"all"]
+
+
+def test_an_archive_of_another_kind_under_the_name_of_a_tar_says_what_to_do(tmp_path: Path) -> None:
+    for magic, remedy in ((b"PK\3\4", "unzip"), (b"\x28\xb5\x2f\xfd", "unzstd"), (b"\x04\x22\x4d\x18", "unlz4")):
+        assert f": {remedy} it first" in refusal(tar_of(tmp_path, magic, bytes(2000)))
 
 
 @pytest.mark.parametrize("name", ["images.tar", "images.tar.gz", "images.tgz"])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from shards.common.errors import UserError
 from shards.common.files import NotPlainError, open_plain
 from shards.conversion.images import ImageError
-from shards.conversion.sources.entries import MAX_ENTRY_BYTES
+from shards.conversion.sources.entries import MAX_ENTRY_BYTES, LeftOut
 
 EXTENSIONS = frozenset({b".jpg", b".jpeg", b".png", b".webp", b".ppm"})
 """Extensions of image files. The format is detected by content: LSUN exports its JPEGs as `.webp`."""
@@ -27,10 +27,13 @@ class FolderSource:
     folders, whose names begin with a dot, are left out.
     """
 
+    key_rule = "a key is the path without the extension: rename one of them"
+    archive_rule = "convert the folder that holds it"
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.ignored = 0
-        """Number of hidden files and folders and of files without an image extension in the last walk."""
+        self.left_out = LeftOut()
+        """Hidden files and folders and files without an image extension in the last walk."""
 
     def describe(self) -> dict[str, Any]:
         """Return the source's `kind` and `name` for the manifest."""
@@ -46,12 +49,12 @@ class FolderSource:
     def walk(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield (key, path below the folder) of every image file.
 
-        Raises UserError for an unreadable folder, a link to a folder above it, a second link to one folder, and a
-        broken link without an image extension.
+        Raises UserError for an unreadable folder, a link to a folder above it or to one that is read under another
+        name, and a broken link without an image extension.
         """
-        self.ignored = 0
-        linked = set[tuple[int, int]]()
-        above = [self._open(b"")]
+        self.left_out = LeftOut()
+        above, names = [self._open(b"")], FolderNames()
+        names.add(os.fsencode(self.path))
         while above:
             name = next(above[-1].names, None)
             if name is None:
@@ -64,11 +67,16 @@ class FolderSource:
             folder = self._open(place)
             if any(folder.identity == other.identity for other in above):
                 raise UserError(f"{self._shown(place)} is a link to a folder above it: remove it")
-            if above[-1].folders[name]:
-                if folder.identity in linked:
-                    raise UserError(f"{self._shown(place)} is the second link to one folder: remove it")
-                linked.add(folder.identity)
+            if above[-1].folders[name] and (other := names.add(self._at(place))):
+                raise UserError(f"{self._shown(place)} leads to the images of {other} a second time: remove the link")
             above.append(folder)
+
+    def holds(self, key: bytes) -> None:
+        """Return None: only a walk finds a key."""
+
+    def name(self, key: bytes, place: bytes) -> bytes:
+        """Return the path below the folder."""
+        return place
 
     def read(self, key: bytes, place: bytes) -> bytes:
         """Return the content of the file at `place`; raises ImageError if it is not a regular file or too large."""
@@ -99,7 +107,7 @@ class FolderSource:
             with os.scandir(self._at(place)) as entries:
                 for entry in entries:
                     if entry.name.startswith(b"."):
-                        self.ignored += 1
+                        self.left_out.add(os.path.join(place, entry.name))
                     elif _is_folder(entry):
                         folders[entry.name] = entry.is_symlink()
                     elif is_image_name(entry.name):
@@ -107,7 +115,7 @@ class FolderSource:
                     elif entry.is_symlink() and not os.path.exists(entry.path):
                         raise UserError(f"{os.fsdecode(entry.path)} is a link to nothing: mend or remove it")
                     else:
-                        self.ignored += 1
+                        self.left_out.add(os.path.join(place, entry.name))
         except OSError as error:
             path = os.fsdecode(error.filename or self._at(place))
             raise UserError(f"cannot read the folder {path}: {error.strerror}") from None
@@ -123,6 +131,35 @@ class _Folder(NamedTuple):
     """Names of its folders, and whether each is a link."""
     names: Iterator[bytes]
     """Names not yet visited."""
+
+
+class FolderNames:
+    """Folders that are read with all folders below them, except hidden ones, to find those that have two names."""
+
+    def __init__(self) -> None:
+        self._folders, self._above = dict[bytes, bytes](), dict[bytes, bytes]()
+        self._identities = dict[tuple[int, int], bytes]()
+
+    def add(self, path: bytes) -> str:
+        """Add a folder; return another name of it, or of a folder in it, that was added before; empty if there is none.
+
+        Raises OSError if it cannot be read.
+        """
+        status, real = os.stat(path), os.path.realpath(path)
+        above, identity = list(_readers(real)), (status.st_dev, status.st_ino)
+        names = (self._folders[folder] + real[len(folder) :] for folder in above if folder in self._folders)
+        other = next(names, self._above.get(real) or self._identities.get(identity))
+        self._folders[real] = self._identities[identity] = path
+        self._above |= dict.fromkeys(above, path)
+        return os.fsdecode(other or b"")
+
+
+def _readers(path: bytes) -> Iterator[bytes]:
+    """Yield a folder and all folders above it that are read together with it: none above a hidden one."""
+    yield path
+    while not os.path.basename(path).startswith(b".") and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        yield path
 
 
 def key_of(place: bytes) -> bytes:

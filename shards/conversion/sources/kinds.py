@@ -1,15 +1,39 @@
-"""Choose the source class for a path."""
+"""Choose the source class for each path."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from shards.common.errors import UserError
 from shards.conversion.sources.entries import Source
-from shards.conversion.sources.folder_source import FolderSource, is_image_name
+from shards.conversion.sources.folder_source import FolderNames, FolderSource, is_image_name
 from shards.conversion.sources.lmdb_source import DATA_NAME, LmdbSource
 from shards.conversion.sources.tar_source import TarSource, is_tar_name
+from shards.manifest import TAR_BLOCK
+
+
+def open_sources(paths: Sequence[Path]) -> list[Source]:
+    """Return the sources at `paths`; raises UserError for an unusable one, or if they have images in common."""
+    sources, folders, files = [open_source(path) for path in paths], FolderNames(), dict[str, Path]()
+    for source in sources:
+        for path in _paths_of(source):
+            if isinstance(source, FolderSource):
+                other = folders.add(os.fsencode(path))
+            else:
+                other = str(files.get(real := os.path.realpath(path), ""))
+                files[real] = path
+            if other:
+                raise UserError(f"{path} holds the images of {other} a second time: leave one of them out")
+    return sources
+
+
+def _paths_of(source: Source) -> list[Path]:
+    if isinstance(source, TarSource):
+        return source.paths
+    assert isinstance(source, (FolderSource, LmdbSource)), source
+    return [source.path]
 
 
 def open_source(path: Path) -> Source:
@@ -27,12 +51,24 @@ def _open(path: Path) -> Source:
     if not path.exists():
         raise UserError(f"no source at {path}: no such file or directory")
     if path.is_file():
-        return TarSource(path) if is_tar_name(path) else LmdbSource(path)
+        return TarSource(path) if is_tar_name(path) or _is_tar(path) else _open_lmdb(path)
     if not path.is_dir():
         raise UserError(f"{path} is neither a file nor a folder: give an LMDB, a tar, or a folder of images or tars")
     if any(any(path.glob(pattern)) for pattern in (DATA_NAME, f"*/{DATA_NAME}", "*_lmdb.zip")):
-        return LmdbSource(path)
+        return _open_lmdb(path)
     return TarSource(path) if _holds_tars(path) else FolderSource(path)
+
+
+def _is_tar(path: Path) -> bool:
+    """Return whether a file is a tar by its content, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(TAR_BLOCK)[257:262] == b"ustar"
+
+
+def _open_lmdb(path: Path) -> LmdbSource:
+    source = LmdbSource(path)
+    source.check_sizes()
+    return source
 
 
 def _holds_tars(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 from shards.common.errors import UserError
 from shards.common.files import state_of
 from shards.conversion.images import ImageError
-from shards.conversion.sources.entries import MAX_ENTRY_BYTES
+from shards.conversion.sources.entries import MAX_ENTRY_BYTES, LeftOut
 from shards.conversion.sources.lmdb_pages import LmdbFile, Snapshot, ValueLocation
 
 DATA_NAME = "data.mdb"
+
+_LENGTH, _SIZED_KEY = b"length", re.compile(rb"\d+-\d{5,}")
+"""Keys of rosinality's StyleGAN2: `128-00000`, `256-00000`, and `length`, the number of pictures."""
 
 
 class LmdbSource:
@@ -24,11 +28,13 @@ class LmdbSource:
     damaged, changed by a writer or of an unsupported form.
     """
 
-    ignored = 0
-    """Always 0: an LMDB contains nothing but entries."""
+    key_rule = "one of them is named by the SHA-1 of its key: rename it"
+    archive_rule = "unpack it"
 
     def __init__(self, path: Path, snapshot: Snapshot | None = None) -> None:
         self.path = path
+        self.left_out = LeftOut()
+        """Always empty: an LMDB contains nothing but entries."""
         self._snapshot = snapshot
         self._file: LmdbFile | None = None
 
@@ -65,6 +71,23 @@ class LmdbSource:
         """
         self.entries()
         yield from self._open().walk()
+
+    def check_sizes(self) -> None:
+        """Raise UserError if every picture is there in several sizes: all of them would be converted."""
+        found = self._open().find(_LENGTH)
+        length = self._open().read(found) if found is not None and found.size < 20 else b""
+        if not length.isdigit() or self.entries() <= int(length) + 1:
+            return
+        first, _ = next(self._open().walk())
+        if _SIZED_KEY.fullmatch(first):
+            raise UserError(
+                f"{self.path} holds its {int(length):,} pictures in several sizes ({first.decode()} and so on): "
+                "prepare it again with one size, or export it, remove the files of the other sizes and convert the rest"
+            )
+
+    def name(self, key: bytes, place: ValueLocation) -> bytes:
+        """Return the key."""
+        return key
 
     def holds(self, key: bytes) -> bool:
         """Return whether there is an entry with that key."""

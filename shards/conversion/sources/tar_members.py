@@ -12,21 +12,46 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from shards.manifest import TAR_BLOCK
+from shards.manifest import TAR_BLOCK, TAR_END
 
 _MAX_EXTENSION = 1 << 20
 """Largest extension header (a long name or PAX records), in bytes."""
 
-_MAX_END = 1024 + 10240
+_MAX_END = TAR_END + 10240
 """Most zero bytes at the end: two blocks, then padding to a record. More are a sign of an incomplete copy."""
 
-_PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+_RECORD_SIZES = tuple(TAR_BLOCK << power for power in range(5, 12))
+"""Sizes of larger records that are believed: 32 to 2,048 blocks (`tar -b`), powers of two.
+
+Any length is a whole number of records of some size, so that other sizes would say nothing about a copy.
+"""
+_TAIL = 16
+"""No image ends in as many zeros, but the rest of a copy that was cut in a member does."""
+
+_CHUNK = 1 << 16
+
+_PACKED = {
+    b"\x1f\x8b": "gunzip",
+    b"\x1f\x9d": "uncompress",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\0": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"\x04\x22\x4d\x18": "unlz4",
+    b"LZIP": "lzip -d",
+    b"PK\3\4": "unzip",
+    b"7z\xbc\xaf": "7z x",
+    b"Rar!": "unrar x",
+}
 
 _NAME, _SIZE, _CHECKSUM, _KIND = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157)
 _MAGIC, _PREFIX = slice(257, 263), slice(345, 500)
 _SPARSE_MAP_GOES_ON, _SPARSE_BLOCK_GOES_ON = 482, 504
 
 _FILES, _FOLDER, _OLD_FILE, _WITHOUT_CONTENT = b"07\0", b"5", b"\0", b"123456"
+_LINKS = {
+    b"1": "a hard link in its tar, without content: pack with tar --hard-dereference",
+    b"2": "a symbolic link in its tar, without content: pack with tar --dereference",
+}
 _LONG_NAME, _LONG_LINK, _SPARSE, _RECORDS, _RECORDS_FOR_ALL = b"L", b"K", b"S", b"xX", b"g"
 _EXTENSIONS = _LONG_NAME + _LONG_LINK + _RECORDS + _RECORDS_FOR_ALL
 
@@ -46,9 +71,14 @@ class Member(NamedTuple):
     """Offset of its content in the tar."""
     size: int
     """Size of its content in the tar, in bytes."""
-    is_file: bool
-    """Whether it is a regular file and not sparse."""
     is_folder: bool
+    problem: str
+    """What it is instead of a regular file, with the remedy; empty for a regular file."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a regular file and not sparse."""
+        return not (self.problem or self.is_folder)
 
 
 class _Header(NamedTuple):
@@ -68,7 +98,7 @@ class _Header(NamedTuple):
 def members(descriptor: int) -> Iterator[Member]:
     """Yield the members of an open tar in order; raises DamagedError if a header or the end is invalid."""
     place, end = 0, os.fstat(descriptor).st_size
-    of_all, of_next = dict[bytes, bytes](), dict[bytes, bytes]()
+    of_all, of_next, last = dict[bytes, bytes](), dict[bytes, bytes](), Member(b"", 0, 0, False, "")
     while (header := _header(descriptor, place)) is not None:
         if header.kind in _EXTENSIONS:
             content = _extension(descriptor, header)
@@ -85,10 +115,10 @@ def members(descriptor: int) -> Iterator[Member]:
         if member.offset + member.size > end:
             raise _cut(header)
         yield member
-        place, of_next = member.offset + _whole_blocks(member.size), {}
+        place, of_next, last = member.offset + _whole_blocks(member.size), {}, member
     if of_next:
         raise DamagedError(f"is damaged: zeros at byte {place} for the header of a member")
-    _check_end(descriptor, place)
+    _check_end(descriptor, place, end, last)
 
 
 def _member(header: _Header, offset: int, extended: Mapping[bytes, bytes]) -> Member:
@@ -102,9 +132,15 @@ def _member(header: _Header, offset: int, extended: Mapping[bytes, bytes]) -> Me
         name,
         offset,
         0 if is_folder or header.kind in _WITHOUT_CONTENT else int(size),
-        header.kind in _FILES and not is_folder and b"GNU.sparse" not in extended,
         is_folder,
+        _problem(header.kind, b"GNU.sparse" in extended),
     )
+
+
+def _problem(kind: bytes, is_sparse: bool) -> str:
+    if is_sparse or kind == _SPARSE:
+        return "a sparse file in its tar: pack without tar --sparse"
+    return "" if kind in _FILES else _LINKS.get(kind, "not a plain file in its tar")
 
 
 def _header(descriptor: int, place: int) -> _Header | None:
@@ -187,13 +223,31 @@ def _end_of_sparse_map(descriptor: int, header: _Header) -> int:
     return place
 
 
-def _check_end(descriptor: int, place: int) -> None:
-    """Raise DamagedError unless only zeros follow, at most as many as tar writes."""
-    end = os.pread(descriptor, _MAX_END + 1, place)
-    if end.strip(b"\0"):
-        raise DamagedError(f"is damaged: zeros at byte {place} for a header, but content behind them")
-    if len(end) > _MAX_END:
-        raise DamagedError(f"has nothing but zeros from byte {place} on, more than tar writes: an incomplete copy")
+def _check_end(descriptor: int, place: int, end: int, last: Member) -> None:
+    """Raise DamagedError unless only zeros follow the `last` member, at most as many as tar writes."""
+    if not _is_zero(descriptor, place, min(end, place + _RECORD_SIZES[-1] + TAR_END)):
+        raise DamagedError(
+            f"is damaged: zeros at byte {place} for a header, but content behind them"
+            " (tars are joined by tar -A, not by cat)"
+        )
+    if end - place <= _MAX_END:
+        return
+    is_padding = any(end % record == 0 and end - place < record + TAR_END for record in _RECORD_SIZES)
+    tail = last.offset + max(0, last.size - _TAIL)
+    if not is_padding or (last.size and _is_zero(descriptor, tail, last.offset + last.size)):
+        raise DamagedError(
+            f"has nothing but zeros from byte {place} on, more than tar writes: an incomplete copy"
+            " (if tar -t lists all its files, pack it again without tar -b)"
+        )
+
+
+def _is_zero(descriptor: int, place: int, end: int) -> bool:
+    """Return whether all bytes from `place` to `end` are zero."""
+    while place < end and (chunk := os.pread(descriptor, min(_CHUNK, end - place), place)):
+        if chunk.strip(b"\0"):
+            return False
+        place += len(chunk)
+    return True
 
 
 def _check_packed(block: bytes) -> None:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from shards.common.errors import UserError
 from shards.common.files import open_plain, state_of
 from shards.conversion.images import ImageError
-from shards.conversion.sources.entries import MAX_ENTRY_BYTES
+from shards.conversion.sources.entries import MAX_ENTRY_BYTES, LeftOut
 from shards.conversion.sources.folder_source import is_image_name
 from shards.conversion.sources.tar_members import DamagedError, Member, members
 
-_TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
+_TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst|lz4|lz|Z)|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
 """Includes compressed tars, so that they raise an error instead of being ignored."""
 
 
@@ -28,6 +28,7 @@ class MemberLocation(NamedTuple):
     size: int
     problem: str = ""
     """Reason to reject it, or empty."""
+    name: bytes = b""
 
 
 class TarSource:
@@ -36,11 +37,14 @@ class TarSource:
     Names are never used as paths. The key is the name up to the first dot of its last part, as in webdataset.
     """
 
+    key_rule = "a key is the name up to its first dot: rename one, or unpack the tar and convert the folder"
+    archive_rule = "unpack it once, and convert the folder that holds its files"
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.paths = sorted(found for found in path.iterdir() if is_tar_name(found)) if path.is_dir() else [path]
-        self.ignored = 0
-        """Number of members without an image extension in the last walk."""
+        self.left_out = LeftOut()
+        """Members without an image extension in the last walk."""
 
     def describe(self) -> dict[str, Any]:
         """Return the source's `kind` and `name` for the manifest."""
@@ -55,14 +59,24 @@ class TarSource:
 
     def walk(self) -> Iterator[tuple[bytes, MemberLocation]]:
         """Yield (key, place) of every image member; raises UserError for a damaged tar."""
-        self.ignored = 0
+        self.left_out = LeftOut()
         for index, path in enumerate(self.paths):
             with _damage_is_user_error(path), open_plain(path) as file:
                 for member in members(file.fileno()):
+                    if member.is_folder:
+                        continue
                     if is_image_name(member.name):
-                        yield key_of(member.name), MemberLocation(index, member.offset, member.size, _problem(member))
-                    elif not member.is_folder:
-                        self.ignored += 1
+                        place = MemberLocation(index, member.offset, member.size, _problem(member), member.name)
+                        yield key_of(member.name), place
+                    else:
+                        self.left_out.add(member.name)
+
+    def holds(self, key: bytes) -> None:
+        """Return None: only a walk finds a key."""
+
+    def name(self, key: bytes, place: MemberLocation) -> bytes:
+        """Return the member's name."""
+        return place.name
 
     def read(self, key: bytes, place: MemberLocation) -> bytes:
         """Return the bytes of a member; raises ImageError if it is not a regular file or too large."""
@@ -88,9 +102,8 @@ def key_of(name: bytes) -> bytes:
 
 
 def _problem(member: Member) -> str:
-    if not member.is_file:
-        return "not a plain file in its tar"
-    return f"too large: {member.size:,} bytes" if member.size > MAX_ENTRY_BYTES else ""
+    too_large = f"too large: {member.size:,} bytes" if member.size > MAX_ENTRY_BYTES else ""
+    return member.problem or too_large
 
 
 @contextmanager
