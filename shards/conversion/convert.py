@@ -120,7 +120,11 @@ def _write_part(
             identities.append(report.identity)
     if (line := walk.check_exclusion()) is not None:
         print(f"warning: {line}", file=sys.stderr, flush=True)
-    record = PartRecord(
+    write_report(out, part.name, _record(sources, settings, walk, identities))
+
+
+def _record(sources: Sequence[Source], settings: Settings, walk: Walk, identities: Sequence[str]) -> PartRecord:
+    return PartRecord(
         **settings.recorded(),
         sources=tuple(_origins(sources, walk)),
         max_rejected=settings.max_rejected,
@@ -128,7 +132,6 @@ def _write_part(
         shards=-(-sum(walk.taken) // settings.samples_per_shard),
         chain=hash_of(identities),
     )
-    write_report(out, part.name, record)
 
 
 def _origins(sources: Sequence[Source], walk: Walk) -> Iterator[Origin]:

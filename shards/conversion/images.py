@@ -50,6 +50,8 @@ _OTHER_FORMATS = {
     "an AppleDouble file, which holds no image": re.compile(rb"\0\x05\x16\x07"),
     "a web page": re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE),
     "a Git LFS pointer: run git lfs pull": re.compile(rb"version https://git-lfs"),
+    "a Datum of Caffe": re.compile(rb"\x08[\x01\x03]\x10..?\x18..?[\x22\x28]", re.DOTALL),
+    "a NumPy array": re.compile(rb"\x93NUMPY"),
     "a Python pickle": re.compile(rb"\x80[\x02-\x05]"),
 }
 """Beginnings of other files that are found under the names of images."""

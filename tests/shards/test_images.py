@@ -106,6 +106,8 @@ OTHERS = {
     "an AppleDouble file, which holds no image": b"\0\x05\x16\x07\0\2",
     "a web page": b"\n<!DOCTYPE html><html>not found</html>",
     "a Git LFS pointer: run git lfs pull": b"version https://git-lfs.github.com/spec/v1\n",
+    "a Datum of Caffe": b"\x08\3\x10\x40\x18\x80\2\x22" + bytes(99),
+    "a NumPy array": b"\x93NUMPY\1\0",
     "a Python pickle": pickle.dumps((b"image", 3)),
     "empty": b"",
 }

@@ -143,6 +143,14 @@ def test_sources_that_have_images_in_common_are_refused(tmp_path: Path, monkeypa
     assert len(open_sources([Path("photos"), Path("photos/.old"), Path("other"), Path("tars.tar"), Path("lmdb")])) == 5
 
 
+def test_a_link_in_a_source_to_another_source_is_refused(tmp_path: Path) -> None:
+    sources = [write_files(tmp_path / name, {"below/a.jpg": b""}) for name in "ab"]
+    (sources[0] / "link").symlink_to("../b/below")
+    with pytest.raises(UserError, match=r"a/link leads to the images of .*/b/below a second time: remove the link$"):
+        list(Walk(open_sources(sources), Selection()).runs(10))
+    assert len(entries_of(open_source(sources[0]))) == 2
+
+
 def many_members(path: Path, count: int) -> Path:
     path.write_bytes(b"".join(tar_header(f"{i:06d}", 0) for i in range(count)) + bytes(1024))
     return path

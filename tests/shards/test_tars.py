@@ -192,14 +192,14 @@ def test_zeros_for_the_rest_of_a_padded_tar_are_noticed(tmp_path: Path) -> None:
     for blocks, kept in ((512, THIRD), (512, len(members) - THIRD + 600), (20, THIRD * 1100), (2048, THIRD // 2)):
         whole = in_records(members, blocks)
         path = tar_of(tmp_path, whole[:kept], bytes(len(whole) - kept))
-        assert "more than tar writes: an incomplete copy (if tar -t lists all its files, pack it again" in refusal(path)
+        assert "more than tar writes: an incomplete copy (if tar -t lists all its files, unpack it" in refusal(path)
     path = tar_of(tmp_path, three_members(), bytes(-len(three_members()) % (1 << 18)), bytes(1024))
     assert "an incomplete copy" in refusal(path)  # not a whole number of records
 
 
 def test_content_behind_the_padding_of_a_large_record_is_noticed(tmp_path: Path) -> None:
     path = tar_of(tmp_path, in_records(three_members(), 512)[:-1], b"x")
-    assert "but content behind them (tars are joined by tar -A, not by cat)" in refusal(path)
+    assert "but content behind them (were tars joined by cat? Then convert a folder of them)" in refusal(path)
 
 
 @pytest.mark.parametrize("blocks", [1, 20, 512])

@@ -32,6 +32,8 @@ class FolderSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.others: tuple[Path, ...] = ()
+        """Folders that are sources, too: no link may lead to them."""
         self.left_out = LeftOut()
         """Hidden files and folders and files without an image extension in the last walk."""
 
@@ -54,7 +56,8 @@ class FolderSource:
         """
         self.left_out = LeftOut()
         above, names = [self._open(b"")], FolderNames()
-        names.add(os.fsencode(self.path))
+        for path in (self.path, *self.others):
+            names.add(os.fsencode(path))
         while above:
             name = next(above[-1].names, None)
             if name is None:

@@ -26,6 +26,9 @@ def open_sources(paths: Sequence[Path]) -> list[Source]:
                 files[real] = path
             if other:
                 raise UserError(f"{path} holds the images of {other} a second time: leave one of them out")
+    roots = [source for source in sources if isinstance(source, FolderSource)]
+    for root in roots:
+        root.others = tuple(other.path for other in roots if other is not root)
     return sources
 
 

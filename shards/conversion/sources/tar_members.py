@@ -228,7 +228,7 @@ def _check_end(descriptor: int, place: int, end: int, last: Member) -> None:
     if not _is_zero(descriptor, place, min(end, place + _RECORD_SIZES[-1] + TAR_END)):
         raise DamagedError(
             f"is damaged: zeros at byte {place} for a header, but content behind them"
-            " (tars are joined by tar -A, not by cat)"
+            " (were tars joined by cat? Then convert a folder of them)"
         )
     if end - place <= _MAX_END:
         return
@@ -237,7 +237,7 @@ def _check_end(descriptor: int, place: int, end: int, last: Member) -> None:
     if not is_padding or (last.size and _is_zero(descriptor, tail, last.offset + last.size)):
         raise DamagedError(
             f"has nothing but zeros from byte {place} on, more than tar writes: an incomplete copy"
-            " (if tar -t lists all its files, pack it again without tar -b)"
+            " (if tar -t lists all its files, unpack it and pack it again without tar -b)"
         )
 
 
