@@ -131,11 +131,11 @@ class WandbOptions(Options):
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = _changeable("auto")
-    """auto: online if a key is configured, else disabled (`--wandb` for short)."""
-    project: str = _changeable("dist_dcgan")
-    """Project of the run."""
+    """auto: what WANDB_MODE says; without it online if a key is configured, else disabled (`--wandb` for short)."""
+    project: str | None = _changeable(None)
+    """Project of the run; none: WANDB_PROJECT, else dist_dcgan."""
     name: str | None = _changeable(None)
-    """Name of the run; none: the run directory's name."""
+    """Name of the run; none: WANDB_NAME, else the run directory's name."""
 
 
 class CheckpointOptions(Options):

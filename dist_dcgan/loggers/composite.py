@@ -11,17 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_dcgan.config import Config, Plan
+from dist_dcgan.config import Plan
 from dist_dcgan.distributed.world import World
 from dist_dcgan.loggers.base import Logger, Row, reported, warn
 from dist_dcgan.loggers.console import ConsoleLogger
 from dist_dcgan.loggers.jsonl import JsonlLogger
 from dist_dcgan.loggers.pictures import SampleFiles
 from dist_dcgan.loggers.wandb_logger import WandbLogger
+from dist_dcgan.loggers.wandb_settings import WandbRun
 from dist_dcgan.run.directory import RunDirectory
 
 
-def make_logger(config: Config, plan: Plan, world: World, run: RunDirectory, step: int, wandb_run_id: str) -> Logger:
+def make_logger(plan: Plan, world: World, run: RunDirectory, step: int, wandb_run: WandbRun) -> Logger:
     """Return the logger of this rank; it continues after `step`."""
     if not world.is_main:
         return Logger()
@@ -29,9 +30,9 @@ def make_logger(config: Config, plan: Plan, world: World, run: RunDirectory, ste
     with reported("metrics.jsonl"):
         loggers.append(JsonlLogger(run.metrics, step))
     loggers += [SampleFiles(run.samples), ConsoleLogger(plan, step)]
-    if config.wandb.mode != "disabled":
+    if wandb_run.mode != "disabled":
         with reported("W&B"):
-            loggers.append(WandbLogger(config, run, wandb_run_id))
+            loggers.append(WandbLogger(run, wandb_run))
     return CompositeLogger(loggers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import select
 import shlex
@@ -11,9 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dist_dcgan.config import Config
 from dist_dcgan.loggers.base import Logger, warn
 from dist_dcgan.loggers.wandb_process import IMPORTING, UNSENT, Task, holds_rows, picture_times
+from dist_dcgan.loggers.wandb_settings import WandbRun
 from dist_dcgan.run.directory import RunDirectory
 
 
@@ -27,15 +28,19 @@ class WandbLogger(Logger):
     _IMPORT_SECONDS = 60.0
     _SLACK_SECONDS = 0.5  # for the process to reach its own limit and report
 
-    def __init__(self, config: Config, run: RunDirectory, run_id: str) -> None:
+    def __init__(self, run: RunDirectory, wandb_run: WandbRun) -> None:
         """Start the process, which uploads what is logged from now on."""
-        self._run, self._run_id = run, run_id
+        assert wandb_run.run_id is not None
+        self._run, self._run_id = run, wandb_run.run_id
         # A network that hangs must not delay the end of a run; offline, writing to disk takes longer but finishes.
-        self._seconds = 30.0 if config.wandb.mode == "offline" else 5.0
+        self._seconds = 30.0 if wandb_run.mode == "offline" else 5.0
         task = Task(
             run_dir=str(run.path.resolve()),
-            run_id=run_id,
-            mode=config.wandb.mode,
+            run_id=wandb_run.run_id,
+            project=wandb_run.project,
+            name=wandb_run.name,
+            resume=wandb_run.resume,
+            mode=wandb_run.mode,
             seconds=self._seconds - self._SLACK_SECONDS,
             offset=run.metrics.stat().st_size if run.metrics.exists() else 0,
             pictures_since=max(picture_times(run.samples).values(), default=0),
@@ -79,8 +84,8 @@ class WandbLogger(Logger):
 
 def sync_command(run_dir: Path, run_id: str) -> str | None:
     """Return the command that uploads what W&B's server lacks of a run, None if it lacks nothing."""
-    segments = run_dir.resolve().glob(f"wandb/*run-*-{run_id}*")
-    left = sorted(segment for segment in segments if _is_left(segment))
+    files = run_dir.resolve().glob(f"wandb/*run-*/run-{glob.escape(run_id)}.wandb")
+    left = sorted({file.parent for file in files if _is_left(file.parent)})
     if not left:
         return None
     return shlex.join(["wandb", "sync", "--include-online", *map(str, left)])

@@ -42,6 +42,9 @@ class Task:
 
     run_dir: str
     run_id: str
+    project: str
+    name: str
+    resume: str
     mode: str
     seconds: float
     """Time to finish, once the run has ended and wandb is imported."""
@@ -49,6 +52,11 @@ class Task:
     """Bytes of metrics.jsonl that an earlier start of the run has recorded."""
     pictures_since: int
     """Modification time, in ns, of the newest picture that an earlier start has recorded."""
+
+    @property
+    def client_mode(self) -> str:
+        """Mode of the client: without a key, `auto` does not get as far."""
+        return "offline" if self.mode == "offline" else "online"
 
     def command(self) -> list[str]:
         """Return the command that starts the process."""
@@ -226,15 +234,16 @@ class Recorder:
             "disable_code": True,
             "save_code": False,
             "console": "off",
+            "use_dot_wandb": False,
         }
         if "x_stats_pid" in getattr(self._wandb.Settings, "model_fields", {}):
             options["x_stats_pid"] = os.getppid()  # show training's memory and GPU, not this process's
         return {
-            "project": config["wandb"]["project"],
-            "name": config["wandb"]["name"] or Path(task.run_dir).name,
+            "project": task.project,
+            "name": task.name,
             "id": task.run_id,
-            "resume": "allow",
-            "mode": "offline" if task.mode == "offline" else "online",
+            "resume": task.resume,
+            "mode": task.client_mode,
             "dir": task.run_dir,
             "config": without_secrets(config),
             "settings": self._wandb.Settings(**options),
@@ -247,12 +256,30 @@ def _require_written(segment: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(segment))
 
 
+def prepare_environment(task: Task) -> None:
+    """Make W&B's variables agree with the task: in sweeps, launches and SageMaker they win over wandb.init's arguments.
+
+    A variable that is set but empty is an error to wandb. WANDB_SERVICE is the address of another process's wandb-core.
+    """
+    tags = os.environ.get("WANDB_TAGS", "").split(",")
+    os.environ["WANDB_TAGS"] = ",".join(filter(None, tags))
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]
+    for name in ("WANDB_SERVICE", "WANDB_RESUME"):
+        os.environ.pop(name, None)
+    os.environ["WANDB_MODE"] = task.client_mode
+    os.environ["WANDB_PROJECT"], os.environ["WANDB_RUN_ID"] = task.project, task.run_id
+    os.environ["WANDB_SILENT"] = "true"  # else it asks the server for the user's name, to print it
+    if os.path.expanduser("~") == "~":  # no HOME and no passwd entry: wandb fails without a home
+        os.environ["HOME"] = str(Path(task.run_dir, "wandb"))
+
+
 def main() -> None:
     """Record a run until it ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # training handles them and then ends this process
     task, training = Task(**json.loads(sys.argv.pop())), Training()  # pop: wandb records the arguments
-    os.environ["WANDB_SILENT"] = "true"  # else it asks the server for the user's name, to print it
+    prepare_environment(task)
     try:
         import wandb
 

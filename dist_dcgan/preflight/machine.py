@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import configparser
-import contextlib
 import hashlib
-import netrc
 import os
 import platform
 import shutil
@@ -13,12 +10,12 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dist_dcgan.loggers.wandb_settings import resolve_wandb, source_of_key
 from dist_dcgan.preflight.results import Finding, Subject, counted
 from dist_dcgan.training.train_state import resolve_precision
 from shards.common.workers import available_cores
@@ -109,18 +106,18 @@ def shared_memory(subject: Subject) -> Finding | None:
 
 
 def wandb(subject: Subject) -> Finding:
-    """Report W&B's resulting mode; contacts no server and never shows a key."""
-    mode = subject.config.wandb.mode
-    if mode in ("disabled", "offline"):
-        return Finding("ok", mode)
-    source = _source_of_key()
-    if mode == "auto" and os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return Finding("ok", "disabled, as WANDB_MODE is set: --wandb offline keeps a run to sync later")
+    """Report how W&B would record a run; contacts no server and never shows a key."""
+    run = resolve_wandb(subject.config, None)
+    if run.mode == "disabled":
+        return Finding("ok", "disabled")
+    if run.mode == "offline":
+        return Finding("ok", f"offline, in the run directory, for the project {run.project}")
+    source = source_of_key()
     if source is not None:
-        return Finding("ok", f"online, with the key of {source}")
-    if mode == "auto":
+        return Finding("ok", f"online, with the key of {source}, in the project {run.project}")
+    if run.mode == "auto":
         return Finding("ok", "disabled, no key is configured: `wandb login` does, --wandb offline needs none")
-    return Finding("warning", "online, but no key is configured, so it will be turned off: `wandb login`")
+    return Finding("warning", "online, but no key is configured, so it will be recorded offline: `wandb login`")
 
 
 def ranks_of_node() -> int:
@@ -161,25 +158,3 @@ def _below(asked: list[Requirement]) -> Iterator[tuple[str, str]]:
             yield wanted, f"{requirement.name} is missing"
         elif not requirement.specifier.contains(found, prereleases=True):
             yield wanted, f"{requirement.name} is {found}, {requirement.specifier} is needed"
-
-
-def _source_of_key() -> str | None:
-    """Return where W&B finds a key, None if nowhere; in W&B's order: environment, settings, .netrc."""
-    for variable in ("WANDB_IDENTITY_TOKEN_FILE", "WANDB_API_KEY"):
-        if os.environ.get(variable):
-            return variable
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
-    settings = configparser.ConfigParser(interpolation=None)
-    with contextlib.suppress(OSError, UnicodeDecodeError, configparser.Error):  # W&B skips such a file, too
-        settings.read([folder / "settings", Path("wandb", "settings")])
-    if settings.get("default", "api_key", fallback=""):
-        return "its settings"
-    server = os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback="https://api.wandb.ai")
-    named = os.environ.get("NETRC")
-    for path in [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
-        try:
-            if path.is_file() and netrc.netrc(path).authenticators(str(urlsplit(server).hostname)):
-                return str(path)
-        except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
-            continue
-    return None

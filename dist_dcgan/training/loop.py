@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
 from contextlib import ExitStack, closing
 from typing import Any
@@ -16,6 +15,7 @@ from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.loggers.composite import make_logger
 from dist_dcgan.loggers.pictures import draw_curves
+from dist_dcgan.loggers.wandb_settings import resolve_wandb
 from dist_dcgan.run.checkpoint import Retention, load_newest
 from dist_dcgan.run.directory import RunDirectory, claimed, record, require_same_run
 from dist_dcgan.run.export import export_generator
@@ -47,6 +47,7 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
         digest = manifest.digest()
         require_same(digest, f"the data set at {config.data.path}")
         run = RunDirectory(config.run_dir)
+        from_rank_zero(lambda: resolve_wandb(config, None))  # refuses before anything is written
         from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
 
         # Build networks and optimizers, warm up, load the newest checkpoint.
@@ -54,12 +55,13 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
         state = TrainState(config, plan, world, manifest.image_size)
         take_step = prepare_step(state, manifest.image_size)
         resume(state, run, digest)
-        state.wandb_run_id = state.wandb_run_id or from_rank_zero(lambda: secrets.token_hex(4))
+        wandb_run = from_rank_zero(lambda: resolve_wandb(config, state.wandb_run_id))
+        state.wandb_run_id = wandb_run.run_id
 
         # Open what training writes and reads; wait until all ranks have data and can score, which may take minutes.
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
         saver = stack.enter_context(Saver(run.checkpoints, retention, world.device))
-        logger = stack.enter_context(closing(make_logger(config, plan, world, run, state.step, state.wandb_run_id)))
+        logger = stack.enter_context(closing(make_logger(plan, world, run, state.step, wandb_run)))
         node = node_store(world, config.distributed.timeout_seconds)
         batches = stack.enter_context(BatchLoader(location, config, plan, world, state.step, node))
         batches.wait_for_first()

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.loggers": {*BASE, *SHARDS, "dist_dcgan.run", "dist_dcgan.loggers"},
     "dist_dcgan.metrics": {*BASE, *SHARDS, "dist_dcgan.data", "dist_dcgan.metrics"},
     "dist_dcgan.training": {*LIBRARY, "dist_dcgan.metrics", "dist_dcgan.loggers", "dist_dcgan.training"},
-    "dist_dcgan.preflight": {*LIBRARY, "dist_dcgan.training", "dist_dcgan.preflight"},
+    "dist_dcgan.preflight": {*LIBRARY, "dist_dcgan.loggers", "dist_dcgan.training", "dist_dcgan.preflight"},
     "dist_dcgan.train": COMMAND,
     "dist_dcgan.doctor": COMMAND,
     "dist_dcgan.evaluate": COMMAND,

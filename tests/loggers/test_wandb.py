@@ -56,8 +56,8 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     context()  # the server of forked processes outlives the test, and so must not have its marker
     variables = dict.fromkeys(("HOME", "TMPDIR", "MARKER"), str(tmp_path))
     variables |= {"WANDB_API_KEY": KEY, "OTHER_SECRET": OTHER_SECRET}
-    for name in ("WANDB_BASE_URL", "WANDB_MODE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("WANDB", "XDG"))]:
+        monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return variables

@@ -224,9 +224,10 @@ def test_small_shared_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_p
         ("offline", {}, {}, ("ok", "offline")),
         ("auto", {}, {}, ("ok", "disabled, no key")),
         ("auto", {"WANDB_API_KEY": KEY}, {}, ("ok", "online, with the key of WANDB_API_KEY")),
-        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, {}, ("ok", "disabled, as WANDB_MODE")),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, {}, ("ok", "offline, in the run directory")),
         ("online", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, {}, ("ok", "online, with")),
         ("online", {}, {}, ("warning", "online, but no key")),
+        ("auto", {"WANDB_MODE": "online"}, {}, ("warning", "online, but no key")),
         ("auto", {}, {".netrc": f"machine api.wandb.ai login user password {KEY}"}, ("ok", "online, with the key of")),
         ("auto", {}, {".netrc": f"machine example.org login user password {KEY}"}, ("ok", "disabled, no key")),
         (

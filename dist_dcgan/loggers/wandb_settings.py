@@ -1,0 +1,163 @@
+"""What W&B's own variables and settings files ask for, read without importing wandb.
+
+The configuration wins over a variable (WANDB_PROJECT), a variable over W&B's settings files (`wandb offline` writes
+one), and these over our defaults. What cannot be obeyed is refused.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import netrc
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from dist_dcgan.config import Config, WandbOptions
+from shards.common.errors import UserError
+
+Mode = Literal["auto", "online", "offline", "disabled"]
+
+DEFAULT_PROJECT = "dist_dcgan"
+_MODES: dict[str, Mode] = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+_TRUE = ("1", "on", "true", "yes")
+_NOT_IN_IDS = ":;,#?/'"  # wandb's own rules, of which it would tell only after training has begun
+_NOT_IN_PROJECTS = "/\\#?%:"
+_LONGEST_PROJECT = 128
+_LONGEST_TAG = 64
+
+
+@dataclass(frozen=True)
+class WandbRun:
+    """Where and under which names W&B keeps a run."""
+
+    mode: Mode
+    """auto: online if there is a key, else disabled."""
+    project: str
+    name: str
+    run_id: str | None
+    """None if disabled and never recorded."""
+    resume: str
+    """What to do if W&B knows the id already."""
+
+
+def resolve_wandb(config: Config, stored_id: str | None) -> WandbRun:
+    """Return how W&B records a run whose checkpoint stores `stored_id`, None if it is new.
+
+    Raises UserError if W&B's variables contradict the run or ask for something that cannot be had here.
+    """
+    mode = resolve_mode(config.wandb)
+    name = config.wandb.name or client_setting("name") or client_setting("run_name")
+    resume = client_setting("resume")
+    if mode != "disabled":
+        _require_supported()
+    return WandbRun(
+        mode=mode,
+        project=_project(config.wandb, mode),
+        name=name or config.run_dir.resolve().name,
+        run_id=stored_id if mode == "disabled" else _run_id(config.run_dir, stored_id),
+        resume=resume if resume in ("must", "never") and stored_id is None else "allow",
+    )
+
+
+def resolve_mode(options: WandbOptions) -> Mode:
+    """Return the mode: with `auto`, the one that W&B's variables or settings ask for, if any."""
+    if options.mode != "auto":
+        return options.mode
+    if os.environ.get("WANDB_DISABLED", "").lower() in _TRUE:
+        return "disabled"
+    asked = client_setting("mode")
+    if asked is None:
+        return "auto"
+    if asked.lower() not in _MODES:
+        raise UserError(
+            f"WANDB_MODE {asked!r}, of the environment or W&B's settings, is not supported, as only rank 0 records a "
+            "run: unset it, or give --wandb online, offline or disabled"
+        )
+    return _MODES[asked.lower()]
+
+
+def client_setting(name: str) -> str | None:
+    """Return one of W&B's settings from its variable or its settings files, None if it is not set or empty."""
+    return os.environ.get(f"WANDB_{name.upper()}") or _settings_files().get("default", name, fallback="") or None
+
+
+def source_of_key() -> str | None:
+    """Return where W&B finds a key, None if nowhere; in W&B's order: environment, settings, .netrc."""
+    for variable in ("WANDB_IDENTITY_TOKEN_FILE", "WANDB_API_KEY"):
+        if os.environ.get(variable):
+            return variable
+    if _settings_files().get("default", "api_key", fallback=""):
+        return "its settings"
+    server = client_setting("base_url") or "https://api.wandb.ai"
+    named = os.environ.get("NETRC")
+    for name in [named] if named else ["~/.netrc", "~/_netrc"]:
+        path = Path(os.path.expanduser(name))  # unlike Path.expanduser, it does not fail without a home
+        try:
+            if path.is_file() and netrc.netrc(path).authenticators(str(urlsplit(server).hostname)):
+                return str(path)
+        except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
+            continue
+    return None
+
+
+def _project(options: WandbOptions, mode: Mode) -> str:
+    asked = client_setting("project")
+    project = options.project or asked or DEFAULT_PROJECT
+    if mode == "disabled":
+        return project
+    if len(project) > _LONGEST_PROJECT or set(project) & set(_NOT_IN_PROJECTS):
+        raise UserError(
+            f"W&B's project {project!r} must have at most {_LONGEST_PROJECT} characters and none of "
+            f"{_NOT_IN_PROJECTS}: give another --wandb.project (WANDB_ENTITY names a team)"
+        )
+    if os.environ.get("WANDB_SWEEP_ID") and asked and asked != project:
+        raise UserError(
+            f"--wandb.project {project}, but the sweep WANDB_SWEEP_ID is in WANDB_PROJECT {asked}: drop --wandb.project"
+        )
+    return project
+
+
+def _run_id(run_dir: Path, stored: str | None) -> str:
+    asked = client_setting("run_id")
+    if asked and (asked != asked.strip() or set(asked) & set(_NOT_IN_IDS)):
+        raise UserError(f"WANDB_RUN_ID {asked!r} must not begin or end with a space, nor contain any of {_NOT_IN_IDS}")
+    if asked and stored and asked != stored:
+        raise UserError(
+            f"run directory {run_dir} is W&B's run {stored}, but WANDB_RUN_ID is {asked}: unset it, "
+            "or name another with --run-dir"
+        )
+    return stored or asked or secrets.token_hex(4)
+
+
+def _require_supported() -> None:
+    """Raise UserError for variables that wandb would refuse when training has already begun."""
+    for name in ("fork_from", "resume_from"):
+        if client_setting(name):
+            raise UserError(
+                f"WANDB_{name.upper()} is not supported: a run goes on from its own checkpoint; "
+                "unset it, or give --wandb disabled"
+            )
+    for tag in (client_setting("tags") or "").split(","):
+        if len(tag) > _LONGEST_TAG:
+            raise UserError(f"WANDB_TAGS: {tag!r} has {len(tag)} characters, W&B takes at most {_LONGEST_TAG}")
+
+
+def _settings_files() -> configparser.ConfigParser:
+    """Return W&B's settings: the user's, and over them the working directory's."""
+    folder = os.path.expanduser(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
+    here = ".wandb" if os.path.exists(".wandb") else "wandb"
+    settings = configparser.ConfigParser(interpolation=None)
+    for path in (Path(folder, "settings"), Path(here, "settings")):
+        with contextlib.suppress(OSError, UnicodeDecodeError, configparser.Error):  # W&B skips such a file, too
+            settings.read(path)
+    return settings
