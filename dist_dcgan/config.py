@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, model_validator
 
 from shards.common.command_line import Options, build, nearest, parse_flags
 from shards.common.errors import UserError
+from shards.common.redaction import public_address
 
 
 def _changeable(default: Any, **constraints: Any) -> Any:
@@ -27,10 +28,15 @@ def _changeable(default: Any, **constraints: Any) -> Any:
 
 def _location(value: Any) -> Any:
     """Keep an address as a string: a Path would drop one of its slashes."""
-    return Path(value) if isinstance(value, str) and not re.match(r"(pipe:|[a-z0-9]+://)", value) else value
+    return Path(value) if isinstance(value, str) and not re.match(r"(pipe:|(?i:[a-z0-9]+://))", value) else value
 
 
-Location = Annotated[Path | str, BeforeValidator(_location)]
+def _public(location: Path | str) -> str:
+    return public_address(str(location))
+
+
+Location = Annotated[Path | str, BeforeValidator(_location), PlainSerializer(_public, when_used="json")]
+"""A folder or an address. Stored configurations lack its query, in which a signature may stand."""
 
 
 class LocationOptions(Options):
@@ -44,6 +50,11 @@ class LocationOptions(Options):
     """Maximum size of cache_dir in gigabytes; least recently used shards are evicted."""
     allow_commands: bool = _changeable(False)
     """Allow `pipe:COMMAND` as a path: the shell command prints the file whose name replaces `{}` in it."""
+
+    @property
+    def name(self) -> str:
+        """The location as it may be printed and stored: an address without its query."""
+        return _public(self.path)
 
 
 class DataOptions(LocationOptions):
@@ -292,7 +303,7 @@ def to_values(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """Return the whole configuration as YAML that `--config` reads back to the same object."""
+    """Return the whole configuration as YAML that `--config` reads back, to the same object but for a signature."""
     return yaml.safe_dump(to_values(config), sort_keys=False)
 
 

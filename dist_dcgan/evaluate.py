@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     run_directory = RunDirectory(options.run_dir)
     generator, description = load_generator(run_directory.best if options.best else run_directory.generator)
     reader = ShardReader(open_location(options.data))
-    check_data(str(options.data.path), reader.manifest, description["architecture"]["image_size"])
+    check_data(options.data.name, reader.manifest, description["architecture"]["image_size"])
     with process_group(SLOW_SECONDS) as world:
         extractor = load_extractor(options.extractor, options.weights, world.device)
         generator.to(world.device).to(memory_format=torch.channels_last)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
 
         def report() -> None:
             name = f"{options.run_dir}, {'best' if options.best else 'latest'}"
-            context = circumstances(name, description, str(options.data.path), reader.manifest, extractor)
+            context = circumstances(name, description, options.data.name, reader.manifest, extractor)
             scores = quality(real, fake, extractor, world.device) | coverage(real, fake)
             show(scores, context, options.as_json)
             if options.nearest is not None and options.out is not None:

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     config, invocation = from_command_line(argv, about=__doc__)
     location = open_location(config.data)
     manifest = location.manifest
-    require_image_size(manifest.image_size, str(config.data.path))
+    require_image_size(manifest.image_size, config.data.name)
     if invocation.dry_run:
         world_size = invocation.world_size or world_size_of_launch(None)
         describe(config, make_plan(config, world_size, manifest.samples), manifest)
@@ -44,7 +44,7 @@ def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
         return
     generator, discriminator = networks_on_meta(config, manifest.image_size)
     print(to_yaml(config))
-    print(f"data set:          {config.data.path}, {manifest.samples:,} images of {manifest.image_size} pixels")
+    print(f"data set:          {config.data.name}, {manifest.samples:,} images of {manifest.image_size} pixels")
     print(f"generator:         {count_parameters(generator):,} parameters")
     print(f"discriminator:     {count_parameters(discriminator):,} parameters")
     print(f"ranks:             {plan.world_size}")

@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import yaml
+
+from shards.common.redaction import public_address
 
 UNSENT = "unsent"
 """Marker file in a segment that is not completely uploaded."""
@@ -70,12 +71,8 @@ def holds_rows(file: Path) -> bool:
 
 def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration without possible passwords: parts of the data set's address, or its command."""
-    path = str(config["data"]["path"])
-    if path.startswith("pipe:"):
-        path = "pipe:"
-    elif "://" in path:
-        address = urlsplit(path)
-        path = address._replace(netloc=address.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    path = public_address(str(config["data"]["path"]))
+    path = "pipe:" if path.startswith("pipe:") else path
     return config | {"data": config["data"] | {"path": path}}
 
 

@@ -36,7 +36,7 @@ def data_set(subject: Subject, stack: ExitStack) -> Finding:
         options = options.model_copy(update={"cache_dir": folder / "cache"})
     location = open_location(options)
     manifest = location.manifest
-    require_image_size(manifest.image_size, str(options.path))
+    require_image_size(manifest.image_size, options.name)
     subject.location = location
     digest = manifest.digest()[:12]
     shards = counted(len(manifest.shards), "shard")

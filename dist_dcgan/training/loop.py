@@ -45,7 +45,7 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
         schedule = make_schedule(config.checkpoint, world.device)
         agreement = stack.enter_context(StepAgreement(schedule.seconds))
         digest = manifest.digest()
-        require_same(digest, f"the data set at {config.data.path}")
+        require_same(digest, f"the data set at {config.data.name}")
         run = RunDirectory(config.run_dir)
         from_rank_zero(lambda: resolve_wandb(config, None))  # refuses before anything is written
         from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))

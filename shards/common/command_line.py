@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from shards.common.errors import OneRankError, UserError, joined
+from shards.common.redaction import without_secrets
 from shards.common.streams import guard_streams
 
 
@@ -132,7 +133,7 @@ def _explain_flags(message: str, flags: Iterable[str]) -> str:
     unknown = re.search(r"unrecognized arguments: (--?[^ =]+)", message)
     if unknown:
         return f"unknown option {unknown[1]}{nearest(unknown[1], flags)} (--help lists them all)"
-    return f"{message} (--help explains)"
+    return f"{without_secrets(message)} (--help explains)"
 
 
 def _explain_field(model: type[BaseModel], detail: dict[str, Any]) -> str:
@@ -146,7 +147,7 @@ def _explain_field(model: type[BaseModel], detail: dict[str, Any]) -> str:
     if not name:
         return reason
     reason = reason if reason[:2].isupper() else reason[0].lower() + reason[1:]
-    return f"{name}: {reason}, got {detail['input']!r}"
+    return f"{name}: {reason}, got {without_secrets(repr(detail['input']))}"
 
 
 def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from http.client import IncompleteRead
 from pathlib import Path
 from time import sleep
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import requests
 from pydantic import ValidationError
@@ -20,6 +21,7 @@ from shards.common.command_line import Options
 from shards.common.errors import UserError
 from shards.common.files import check_room, publish
 from shards.common.progress import Progress
+from shards.common.redaction import public_address, without_secrets
 
 _CONNECT_SECONDS = 15.0
 _LONGEST_WAIT_SECONDS = 60.0
@@ -90,6 +92,12 @@ def fetch(address: str, part: Path, options: FetchOptions = DEFAULT) -> None:
                 _wait(error, failures, part.stem, options.longest_pause_seconds)
 
 
+def file_address(folder: str, name: str) -> str:
+    """Return the address of a file in a folder, whose address may have a query, such as a signature."""
+    address = urlsplit(folder)
+    return address._replace(path=f"{address.path.rstrip('/')}/{name}", fragment="").geturl()
+
+
 def discard(part: Path) -> None:
     """Remove `part` and its version file."""
     part.unlink(missing_ok=True)  # first: bytes without a version are never used, a version without bytes is harmless
@@ -117,7 +125,7 @@ def _ask(
         timeout = min(_CONNECT_SECONDS, options.silence_seconds), options.silence_seconds
         return session.get(address, headers=headers, stream=True, timeout=timeout)
     except (ValueError, requests.TooManyRedirects) as error:  # requests' own errors of this kind are ValueErrors
-        raise UserError(f"cannot get {address}: {_cause(error)}; check the address") from None
+        raise UserError(f"cannot get {public_address(address)}: {_cause(error)}; check the address") from None
 
 
 def _receive(response: requests.Response, part: Path, held: Version | None, offset: int, options: FetchOptions) -> None:
@@ -192,7 +200,9 @@ def _refusal(response: requests.Response) -> Exception:
     phrase = next((known.phrase for known in HTTPStatus if known == status), "no known status")
     if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
         return TransferError(f"the server answers {status} ({phrase})", _retry_after(response))
-    return UserError(f"cannot get {response.url}: the server answers {status} ({phrase}); check the address")
+    signed = ", and its signature, which may have expired" if urlsplit(response.url).query else ""
+    name = public_address(response.url)
+    return UserError(f"cannot get {name}: the server answers {status} ({phrase}); check the address{signed}")
 
 
 def _retry_after(response: requests.Response) -> float:
@@ -211,7 +221,7 @@ def _wait(error: TransferError, failures: int, name: str, longest: float) -> Non
 def _given_up(address: str, part: Path, reason: str, options: FetchOptions) -> str:
     arrived = _size(part) if options.kept else 0
     rest = f"{arrived:,} bytes are kept, the same command goes on" if arrived else "the same command tries again"
-    return f"cannot get {address}: {reason}, after {options.attempts} attempts without progress; {rest}"
+    return f"cannot get {public_address(address)}: {reason}, after {options.attempts} attempts without progress; {rest}"
 
 
 def _cause(error: BaseException) -> str:
@@ -220,7 +230,7 @@ def _cause(error: BaseException) -> str:
         error = error.__cause__ or error.__context__ or error
     if isinstance(error, IncompleteRead):
         return "the connection was cut"
-    return "".join(filter(str.isprintable, str(getattr(error, "strerror", None) or error)))[:200]
+    return without_secrets("".join(filter(str.isprintable, str(getattr(error, "strerror", None) or error))))[:200]
 
 
 def _content_range(response: requests.Response) -> tuple[int | None, int | None]:

@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from tests.support.commands import SECONDS
 
@@ -148,3 +149,35 @@ def web_server(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
             yield process, f"http://127.0.0.1:{port}"
         finally:
             process.kill()
+
+
+@contextmanager
+def signed_server(folder: Path, signatures: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Serve the files of a folder to requests whose query is the last of `signatures`; the others get 403.
+
+    Yields the address and the list of all paths that are asked for.
+    """
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(folder))
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            if self.path.partition("?")[2] == signatures[-1]:
+                super().do_GET()
+            else:
+                self.send_error(403)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}", asked
+        finally:
+            http.shutdown()
+            thread.join()

@@ -16,14 +16,14 @@ def open_location(options: LocationOptions) -> DatasetLocation:
     location = options.path
     if isinstance(location, Path) and not _exists(location):
         raise UserError(
-            f"no data set at {location}: make one with `python -m shards convert LMDB --out {location}`, "
+            f"no data set at {options.name}: make one with `python -m shards convert LMDB --out {options.name}`, "
             "or name another with --data"
         )
     if options.cache_dir is not None:
-        return Cache(_remote(location, options.allow_commands), options.cache_dir, round(options.cache_gb * 1e9))
+        return Cache(_remote(options), options.cache_dir, round(options.cache_gb * 1e9))
     if isinstance(location, Path):
         return Folder(location)
-    raise UserError(f"{location} is not on this machine: say with --data.cache-dir where its shards may be staged")
+    raise UserError(f"{options.name} is not on this machine: say with --data.cache-dir where its shards may be staged")
 
 
 def _exists(path: Path) -> bool:
@@ -33,13 +33,14 @@ def _exists(path: Path) -> bool:
         raise UserError(f"cannot look at {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _remote(location: Path | str, allow_commands: bool) -> Remote:
+def _remote(options: LocationOptions) -> Remote:
+    location = options.path
     if isinstance(location, Path):
         return OtherFolder(location)
-    if location.startswith(("http://", "https://")):
+    if location.lower().startswith(("http://", "https://")):
         return WebServer(location)
     if not location.startswith("pipe:"):
-        raise UserError(f"cannot read {location}: give a folder, an address of http or https, or pipe:COMMAND")
-    if not allow_commands:
-        raise UserError(f"{location} runs a shell command: allow that with --data.allow-commands")
+        raise UserError(f"cannot read {options.name}: give a folder, an address of http or https, or pipe:COMMAND")
+    if not options.allow_commands:
+        raise UserError(f"{options.name} runs a shell command: allow that with --data.allow-commands")
     return Command(location.removeprefix("pipe:"))

@@ -13,6 +13,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from shards.common.errors import UserError
+from shards.common.redaction import public_address
 
 _SILENCE_SECONDS = 5.0
 _ATTEMPTS = 5
@@ -60,24 +61,27 @@ class OtherFolder:
 
 
 class WebServer:
-    """A folder on a web server; an interrupted download resumes."""
+    """A folder on a web server; an interrupted download resumes.
+
+    The query of its address, such as a signature, is sent with every file's name, and never shown.
+    """
 
     def __init__(self, address: str) -> None:
         """Raise UserError if the address contains a password: it would appear in logs and configurations."""
         try:
             netloc = urlsplit(address).netloc
         except ValueError as error:
-            raise UserError(f"{address} is no address: {error}") from None
+            raise UserError(f"{public_address(address)} is no address: {error}") from None
         if "@" in netloc:
             raise UserError("an address of data with a user or password in it: put them into ~/.netrc")
-        self._address = address.rstrip("/")
+        self._address = address
 
     def __str__(self) -> str:
-        return self._address
+        return public_address(self._address).rstrip("/")
 
     def fetch(self, name: str, path: Path, most_bytes: int) -> None:
         """Download the file."""
-        from shards.common.http import FetchOptions, fetch  # only here: a local folder needs no HTTP
+        from shards.common.http import FetchOptions, fetch, file_address  # only here: a local folder needs no HTTP
 
         options = FetchOptions(
             attempts=_ATTEMPTS,
@@ -88,7 +92,7 @@ class WebServer:
             most_bytes=most_bytes,
             kept=False,
         )
-        fetch(f"{self._address}/{name}", path, options)
+        fetch(file_address(self._address, name), path, options)
 
 
 class Command:
