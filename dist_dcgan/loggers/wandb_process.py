@@ -264,6 +264,8 @@ def prepare_environment(task: Task) -> None:
         del os.environ[name]
     for name in ("WANDB_SERVICE", "WANDB_RESUME"):
         os.environ.pop(name, None)
+    if {"SM_TRAINING_ENV", "TRAINING_JOB_NAME"} <= os.environ.keys():  # wandb does so only without WANDB_RUN_ID
+        os.environ.setdefault("WANDB_RUN_GROUP", os.environ["TRAINING_JOB_NAME"])
     os.environ["WANDB_MODE"] = task.client_mode
     os.environ["WANDB_PROJECT"], os.environ["WANDB_RUN_ID"] = task.project, task.run_id
     os.environ["WANDB_SILENT"] = "true"  # else it asks the server for the user's name, to print it

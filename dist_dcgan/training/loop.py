@@ -15,7 +15,7 @@ from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.loggers.composite import make_logger
 from dist_dcgan.loggers.pictures import draw_curves
-from dist_dcgan.loggers.wandb_settings import resolve_wandb
+from dist_dcgan.loggers.wandb_settings import WandbRun, resolve_wandb
 from dist_dcgan.run.checkpoint import Retention, load_newest
 from dist_dcgan.run.directory import RunDirectory, claimed, record, require_same_run
 from dist_dcgan.run.export import export_generator
@@ -54,9 +54,7 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
         stack.enter_context(training_stream(world.device))
         state = TrainState(config, plan, world, manifest.image_size)
         take_step = prepare_step(state, manifest.image_size)
-        resume(state, run, digest)
-        wandb_run = from_rank_zero(lambda: resolve_wandb(config, state.wandb_run_id))
-        state.wandb_run_id = wandb_run.run_id
+        wandb_run = resume(state, run, digest)
 
         # Open what training writes and reads; wait until all ranks have data and can score, which may take minutes.
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
@@ -98,22 +96,28 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
         from_rank_zero(lambda: finish(state, run, saver, manifest), world.slow_group)
 
 
-def resume(state: TrainState, run: RunDirectory, digest: str) -> None:
-    """Load the newest sound checkpoint, if there is one: rank 0 reads it and broadcasts it."""
+def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
+    """Load the newest sound checkpoint, if there is one: rank 0 reads it and broadcasts it.
 
-    def read() -> dict[str, Any] | None:
+    Return how W&B records the run, which keeps the id of the checkpoint.
+    """
+
+    def read() -> tuple[dict[str, Any] | None, WandbRun]:
         found = load_newest(run.checkpoints)
+        wandb_run = resolve_wandb(state.config, None if found is None else found.values["wandb_run_id"])
         if found is not None:
             require_same_run(run, state.config, state.plan.global_batch, digest, found.values)
             state.load_tensors(found.tensors)
             print(f"going on after step {found.values['step']} of {run.path}", file=sys.stderr, flush=True)
         record(run, state.config)
-        return None if found is None else found.values
+        return None if found is None else found.values, wandb_run
 
-    values = from_rank_zero(read)
+    values, wandb_run = from_rank_zero(read)
     if values is not None:
         broadcast_from_rank_zero(state.tensors().values())
         state.load_values(values)
+    state.wandb_run_id = wandb_run.run_id
+    return wandb_run
 
 
 def save(state: TrainState, saver: Saver, digest: str) -> None:

@@ -162,10 +162,11 @@ def test_the_clients_variables_agree_with_the_task(tmp_path: Path, variables: Va
     before = dict(os.environ)
     try:
         variables(WANDB_TAGS="a,,b,", WANDB_NOTES="", WANDB_SERVICE="gone", WANDB_RESUME="never", WANDB_ENTITY="team")
+        variables(SM_TRAINING_ENV="{}", TRAINING_JOB_NAME="job")
         prepare_environment(task(tmp_path))
         found = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
         names = {"WANDB_PROJECT": "p", "WANDB_RUN_ID": "abc", "WANDB_TAGS": "a,b", "WANDB_ENTITY": "team"}
-        assert found == names | {"WANDB_MODE": "online", "WANDB_SILENT": "true"}
+        assert found == names | {"WANDB_MODE": "online", "WANDB_SILENT": "true", "WANDB_RUN_GROUP": "job"}
         assert os.environ["HOME"] == before["HOME"]
         prepare_environment(replace(task(tmp_path), mode="offline"))
         assert os.environ["WANDB_MODE"] == "offline"
@@ -219,4 +220,10 @@ def test_a_sweeps_run_offline_is_recorded_as_it_is_asked_for(
     assert list(run.tags) == ["a", "b"]
     found = load_newest(tmp_path / "run" / "checkpoints")
     assert found is not None and found.values["wandb_run_id"] == "run[1]"
+    stored = (tmp_path / "run" / "config.yaml").read_bytes()
+    variables(WANDB_RUN_ID="other")
+    with pytest.raises(UserError, match=r"is W&B's run run\[1\], but WANDB_RUN_ID is other"):
+        train.main([*map(str, flags), "--log.every-steps", "7"])
+    assert capfd.readouterr().err == ""
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == stored
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
