@@ -94,7 +94,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
             sys.stdout.flush()  # here, so that its failure is one of the command
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OneRankError):
-            print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
+            print(f"error: {_printable(without_secrets(str(error)))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

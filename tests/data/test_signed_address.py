@@ -11,6 +11,8 @@ from dist_dcgan import doctor, evaluate, train
 from dist_dcgan.config import Config, LocationOptions, to_yaml
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.run.checkpoint import load_newest
+from shards.__main__ import main as tools
+from shards.common.command_line import run
 from shards.common.errors import UserError
 from shards.common.http import file_address
 from shards.common.redaction import public_address, without_secrets
@@ -129,3 +131,10 @@ def test_a_stored_configuration_has_the_address_without_its_signature() -> None:
     config = Config(data={"path": SIGNED})
     assert config.data.path == SIGNED
     assert "path: https://example.org/bedrooms\n" in to_yaml(config)
+
+
+def test_a_command_that_takes_folders_does_not_show_it_either(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(tools, ["verify", SIGNED])
+    found = capsys.readouterr().err
+    assert found.startswith("error: no data set at https:/example.org/bedrooms") and SECRET not in found
