@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import select
-import shutil
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from shards.common.files import disk_space
 from shards.common.redaction import public_address
 
 UNSENT = "unsent"
@@ -249,7 +249,8 @@ class Recorder:
 
 def _require_written(segment: Path) -> None:
     """Raise OSError if the disk is full, which wandb does not report."""
-    if shutil.disk_usage(segment).free == 0 or not any(map(holds_rows, segment.glob("*.wandb"))):
+    space = disk_space(segment)
+    if (space is not None and space.free == 0) or not any(map(holds_rows, segment.glob("*.wandb"))):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(segment))
 
 

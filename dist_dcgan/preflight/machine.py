@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -18,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from dist_dcgan.loggers.wandb_settings import resolve_wandb, source_of_key
 from dist_dcgan.preflight.results import Finding, Subject, counted
 from dist_dcgan.training.train_state import resolve_precision
+from shards.common.files import disk_space
 from shards.common.workers import available_cores
 
 _PACKAGE = "dist_dcgan"
@@ -98,9 +98,11 @@ def shared_memory(subject: Subject) -> Finding | None:
     """Check the size of /dev/shm, which NCCL uses between the GPUs of a node."""
     if sys.platform != "linux" or not _SHARED_MEMORY.is_dir():
         return None
-    total = shutil.disk_usage(_SHARED_MEMORY).total
-    found = f"{_SHARED_MEMORY} has {total / 2**20:,.0f} MiB"
-    if total > _SMALL_SHARED_MEMORY:
+    space = disk_space(_SHARED_MEMORY)
+    if space is None:
+        return Finding("ok", f"{_SHARED_MEMORY} has no limit")
+    found = f"{_SHARED_MEMORY} has {space.total / 2**20:,.0f} MiB"
+    if space.total > _SMALL_SHARED_MEMORY:
         return Finding("ok", found)
     return Finding("warning", f"{found}, what containers get by default; several GPUs want more: --shm-size=1g")
 

@@ -1,4 +1,7 @@
-"""Atomic and durable writes, reads of regular files only, hashes and free space."""
+"""Atomic and durable writes, reads of regular files only, hashes and free space.
+
+What a file system cannot do, such as fsync of a folder, is left out; what fails is raised.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,19 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from shards.common.errors import UserError
+
+_UNSUPPORTED = frozenset({errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+
+
+def is_unsupported(error: OSError) -> bool:
+    """Return whether the file system does not have an operation, in contrast to one that failed (EIO, ENOSPC).
+
+    It is meant for calls with valid arguments: for them EINVAL and EBADF say "not for such a file", as CIFS and NFS do.
+    """
+    return error.errno in _UNSUPPORTED
 
 
 def publish(path: Path, content: bytes) -> None:
@@ -34,7 +47,7 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             if durable:
-                os.fsync(file.fileno())
+                sync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -58,13 +71,35 @@ def open_plain(path: bytes | Path) -> BinaryIO:
     return open(descriptor, "rb", buffering=0)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames in `directory` durable by fsync."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(descriptor: int) -> None:
+    """Flush an open file or folder to the disk, unless its file system cannot; raises OSError if that fails."""
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not is_unsupported(error):
+            raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in `directory` durable, as `sync` does."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_rename(part: Path, path: Path) -> None:
+    """Give the file `part` the name `path`; raises FileExistsError if that is taken, and `part` then stays.
+
+    On a file system without hard links, a file at `path` is replaced.
+    """
+    try:
+        os.link(part, path)
+    except OSError as error:
+        if not (is_unsupported(error) or error.errno in (errno.EPERM, errno.EXDEV)):  # what FAT and AFS answer
+            raise
+        part.replace(path)
 
 
 def file_sha256(path: Path) -> str:
@@ -91,8 +126,29 @@ def state_of(path: Path) -> tuple[str, int, int]:
 
 
 def check_room(directory: Path, required_bytes: int, purpose: str, remedy: str = "") -> None:
-    """Raise UserError if the disk of `directory`, which may not exist yet, is too full; `purpose` says what for."""
+    """Raise UserError if the disk of `directory`, which may not exist yet, is too full; `purpose` says what for.
+
+    A disk that does not tell its space passes.
+    """
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < required_bytes:
-        raise UserError(f"no room at {directory}: {purpose} {required_bytes:,} bytes, {free:,} are free{remedy}")
+    space = disk_space(existing)
+    if space is not None and space.free < required_bytes:
+        raise UserError(f"no room at {directory}: {purpose} {required_bytes:,} bytes, {space.free:,} are free{remedy}")
+
+
+class DiskSpace(NamedTuple):
+    """Size of a disk, and what is free on it, in bytes."""
+
+    total: int
+    free: int
+
+
+def disk_space(path: Path) -> DiskSpace | None:
+    """Return the space of the disk of `path`, None if its file system does not tell: some report a total of 0."""
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError as error:
+        if is_unsupported(error):
+            return None
+        raise
+    return DiskSpace(usage.total, usage.free) if usage.total else None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""Errors of network file systems without locks, such as Lustre without its flock option."""
+from shards.common.files import is_unsupported
 
 
 class NoLocksError(OSError):
-    """The file system has no locks."""
+    """The file system has no locks, such as Lustre without its flock option, or none for folders, such as NFS."""
 
 
 class Lock:
@@ -39,7 +39,7 @@ class Lock:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if is_unsupported(error) or error.errno == errno.ENOLCK:
                 raise NoLocksError(error.errno, "the file system has no locks", str(self._path)) from None
             raise
         self._taken = True
@@ -53,7 +53,8 @@ class Lock:
 
     def close(self) -> None:
         """Unlock and close the file, which is not removed."""
-        self.release()
+        with contextlib.suppress(OSError):  # the server is gone; closing the file unlocks it, too
+            self.release()
         os.close(self._descriptor)
 
     def read(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,9 @@ Tick = Callable[[int], None]
 """Callback with the number of images just done; that of a task raises StoppedError if the task should stop."""
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+_SHARED_MEMORY = "/dev/shm"
+_TOO_MANY = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of a limit on processes, open files or memory."""
 
 
 class StoppedError(Exception):
@@ -57,8 +61,9 @@ def _map_in_order(
         yield from (task(job, advance) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # fork would copy locks and open files
-    done, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(task, done, stop))
+    with _explained():
+        done, stop = context.Value("q", 0), context.Event()
+        pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(task, done, stop))
     try:
         for future in _submit_in_order(pool, jobs, 2 * workers):
             _follow(future, done, advance)
@@ -74,11 +79,23 @@ def _submit_in_order(pool: ProcessPoolExecutor, jobs: Iterable[Any], limit: int)
     """Yield the future of every job in order, with at most `limit` submitted ahead."""
     pending: deque[Future[Any]] = deque()
     for job in jobs:
-        with _interrupts_held():
+        with _interrupts_held(), _explained():
             pending.append(pool.submit(_run, job))
         if len(pending) >= limit:
             yield pending.popleft()
     yield from pending
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn an OSError of the block, which makes what processes share or starts one, into UserError with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "use fewer --workers, or --workers 1"
+        if error.errno not in _TOO_MANY:
+            remedy = f"they share memory in {_SHARED_MEMORY}: make that writable and larger, or use --workers 1"
+        raise UserError(f"worker processes cannot be started: {error.strerror or error}: {remedy}") from None
 
 
 @contextmanager

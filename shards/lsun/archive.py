@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import stat
 import struct
@@ -11,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards.common.files import check_room, sync_directory
+from shards.common.files import check_room, sync, sync_directory
 from shards.common.progress import Progress
 
 _CHUNK_BYTES = 1 << 20
@@ -86,6 +85,6 @@ def _extract(source: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, progr
             written += len(chunk)
             progress.advance(len(chunk))
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     if written != member.file_size:
         raise ArchiveError(f"{member.filename} has {written:,} bytes, not the {member.file_size:,} that it declares")

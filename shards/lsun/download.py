@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from shards.common.errors import UserError
-from shards.common.files import sync_directory
+from shards.common.files import sync, sync_directory
 from shards.common.http import discard, fetch
 from shards.common.locks import Lock, NoLocksError
 from shards.lsun.archive import ArchiveError, unpack
@@ -49,7 +48,7 @@ def _bring(folder: Path, address: str, keep_zip: bool) -> None:
         raise UserError(_damaged(archive, address, error)) from None
     if keep_zip and archive == part:
         with part.open("rb") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
         part.replace(kept)  # before the folder is renamed, so that a kill in between loses neither
     _temporary(folder).rename(folder)
     sync_directory(folder.parent)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shards.common.errors import UserError
 from shards.common.files import atomic_file
-from shards.common.locks import Lock
+from shards.common.locks import Lock, NoLocksError
 from shards.common.progress import Progress
 from shards.conversion.images import ImageError
 from shards.conversion.sources.lmdb_pages import ValueLocation
@@ -135,7 +135,7 @@ def _held(folder: Path) -> Iterator[None]:
     Raises UserError if another export has locked it. Without effect on file systems without locks.
     """
     with Lock(folder.resolve()) as lock:  # --out may be a link
-        with suppress(OSError):
+        with suppress(NoLocksError):
             if not lock.take():
                 raise UserError(f"another export is writing to {folder}: wait, or give another --out")
         yield

@@ -268,10 +268,11 @@ def test_files_of_others_are_neither_counted_nor_removed(source: Path, tmp_path:
     assert len(list(source.glob("*.tar"))) == 10
 
 
-def test_a_file_of_another_user_is_used_and_stays(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EBUSY])
+def test_a_file_that_is_another_users_or_busy_is_used_and_stays(
+    number: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forbidden = mock.Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted"))
+    forbidden = mock.Mock(side_effect=OSError(number, os.strerror(number)))
     expected = all_pixels(staged(source, tmp_path / "cache"))
     place = staged(source, tmp_path / "cache", cache_gb=2e-4)
     with monkeypatch.context() as patch:

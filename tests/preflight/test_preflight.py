@@ -208,7 +208,7 @@ def test_more_threads_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux's /dev/shm")
 def test_small_shared_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for mib, level in ((65, "ok"), (64, "warning"), (1, "warning")):
-        usage = SimpleNamespace(total=mib << 20)
+        usage = SimpleNamespace(total=mib << 20, free=0)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
         found = machine.shared_memory(subject())
         assert found is not None and found.level == level
@@ -294,9 +294,9 @@ def test_the_bytes_of_a_checkpoint_are_counted_exactly(options: dict[str, Any], 
 
 def takes_exactly(count: int, check: Any, of: Subject) -> str:
     """Require that a check finds enough room in `count` bytes, and not in one less; return what it says then."""
-    with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=count)):
+    with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(total=1 << 50, free=count)):
         assert check(of) is not None
-    with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=count - 1)):
+    with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(total=1 << 50, free=count - 1)):
         return failure(check, of)
 
 

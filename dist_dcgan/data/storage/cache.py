@@ -17,7 +17,8 @@ from typing import TypeVar
 from dist_dcgan.data.storage.location import ShardFile, checked, read_ahead, state_at
 from dist_dcgan.data.storage.remote import FailedError, Remote
 from shards.common.errors import OneRankError, UserError
-from shards.common.locks import Lock
+from shards.common.files import link_or_rename
+from shards.common.locks import Lock, NoLocksError
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 
 Result = TypeVar("Result")
@@ -80,7 +81,7 @@ class Cache:
                 self._files[shard] = self._found(path, entry) or self._repeat(
                     entry.name, lambda: self._bring(path, entry)
                 )
-            with contextlib.suppress(FileNotFoundError, PermissionError):  # last use; may be another user's file
+            with contextlib.suppress(OSError):  # last use, for eviction; may be another user's file
                 os.utime(path, ns=(time.time_ns(), self._files[shard].state.changed_ns))
         except OSError as error:
             raise self._unusable(error) from None
@@ -119,7 +120,7 @@ class Cache:
         """Evict unprotected shards, least recently used first, until `required_bytes` more fit."""
         files = list[tuple[int, int, Path]]()
         for path in self._folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process evicts, too
+            with contextlib.suppress(OSError):  # another process evicts, too
                 if _STAGED.fullmatch(path.name):
                     status = path.stat()
                     files.append((status.st_atime_ns, status.st_size, path))
@@ -128,7 +129,7 @@ class Cache:
             if taken + required_bytes <= self._budget_bytes:
                 return
             if path.name not in self._kept:
-                with contextlib.suppress(PermissionError):  # another user's
+                with contextlib.suppress(OSError):  # another user's, or busy: the next makes room instead
                     path.unlink(missing_ok=True)
                     taken -= size
 
@@ -165,24 +166,23 @@ def _sound(part: Path, entry: ShardEntry) -> ShardFile:
 def _publish(part: Path, path: Path, file: ShardFile, entry: ShardEntry) -> ShardFile:
     """Link a checked part to its name; if another process was faster, keep that file, which may be open."""
     try:
-        os.link(part, path)
+        link_or_rename(part, path)
     except FileExistsError:
         return checked(path, entry)
-    except OSError:  # a file system without links
-        part.replace(path)
     return ShardFile(path, file.state)
 
 
 def _remove(part: Path) -> None:
     for path in (part, part.with_name(part.name + ".json")):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # busy: removed with its folder
+            path.unlink(missing_ok=True)
 
 
 def _folder_of_parts(owner: object, folder: Path) -> Path:
     """Make a folder for partial files, locked while this process runs and removed with `owner`."""
     parts = Path(tempfile.mkdtemp(prefix=_PARTS, dir=folder))
     lock = Lock(parts)
-    with contextlib.suppress(OSError):  # a file system without locks: orphans are not removed there
+    with contextlib.suppress(NoLocksError):  # orphans are not removed there
         lock.take()
     weakref.finalize(owner, _remove_parts, parts, lock)
     return parts
