@@ -1,7 +1,7 @@
 """Makes the loggers of rank 0: metrics.jsonl, sample grids, console, Weights & Biases.
 
-No logger may stop training: if one fails, it is reported and removed. The other ranks get a plain `Logger`, which
-ignores all events.
+No logger may stop training: if one fails, it is reported, and removed unless the error is one of the disk. The other
+ranks get a plain `Logger`, which ignores all events.
 """
 
 from __future__ import annotations
@@ -37,10 +37,14 @@ def make_logger(plan: Plan, world: World, run: RunDirectory, step: int, wandb_ru
 
 
 class CompositeLogger(Logger):
-    """Passes events on to several loggers; if one fails, it is reported and removed."""
+    """Passes events on to several loggers; if one fails, it is reported and removed.
+
+    One whose disk fails stays, as a full disk is emptied and a server restarts; each such error is reported once.
+    """
 
     def __init__(self, loggers: list[Logger]) -> None:
         self._loggers = loggers
+        self._reported = set[tuple[Logger, int | None]]()
 
     def metrics(self, row: Row) -> None:
         """Pass on."""
@@ -62,6 +66,10 @@ class CompositeLogger(Logger):
         for logger in list(self._loggers):
             try:
                 getattr(logger, method)(*arguments)
+            except OSError as error:
+                if (logger, error.errno) not in self._reported:
+                    self._reported.add((logger, error.errno))
+                    warn(f"{type(logger).__name__} failed and is tried again: {error!r}")
             except Exception as error:  # no error of a logger may stop training
                 warn(f"{type(logger).__name__} failed and is turned off: {error!r}")
                 self._loggers.remove(logger)

@@ -2,38 +2,91 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from dist_dcgan.loggers.base import Logger, Row
+from dist_dcgan.loggers.base import Logger, Row, warn
 from shards.common.files import publish
 
 
 class JsonlLogger(Logger):
-    """Appends a line per row to metrics.jsonl, after removing rows after `step`."""
+    """Appends a line per row to metrics.jsonl, after removing rows after `step`.
+
+    While the disk fails, lines are kept in memory: each call tries to append all of them, whole lines or nothing.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            publish(path, "".join(line + "\n" for line in kept).encode())
-        self._file = path.open("a", buffering=1)
+        self._path = path
+        self._size = _cut(path, step) if path.exists() else 0
+        self._descriptor: int | None = None
+        self._unwritten = b""
 
     def metrics(self, row: Row) -> None:
-        """Append the row; values that are not finite become null, as JSON has no infinity."""
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        """Append the row; values that are not finite become null, as JSON has no infinity. Raises OSError."""
+        self._append({key: value if math.isfinite(value) else None for key, value in row.items()})
 
     def alert(self, step: int, text: str) -> None:
-        """Append a row with the step and the message."""
-        self._file.write(json.dumps({"step": step, "alert": text}) + "\n")
+        """Append a row with the step and the message; raises OSError."""
+        self._append({"step": step, "alert": text})
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Try the disk a last time, and close the file."""
+        try:
+            self._write()
+            self._close()
+        except OSError as error:  # NFS may report a full disk only as the file is closed
+            warn(f"{self._path} may lack its last rows: {error.strerror or error}")
+
+    def _append(self, row: Mapping[str, object]) -> None:
+        self._unwritten += (json.dumps(row) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
+        """Write at the end of the last whole line, so that what a failed attempt has left there is replaced."""
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                self._size = min(
+                    self._size, os.fstat(self._descriptor).st_size
+                )  # else zeros would precede a new file's rows
+            written = 0
+            while written < len(self._unwritten):
+                written += os.pwrite(self._descriptor, self._unwritten[written:], self._size + written)
+        except OSError:
+            self._give_up()
+            raise
+        self._size, self._unwritten = self._size + len(self._unwritten), b""
+
+    def _give_up(self) -> None:
+        """Remove what is left of an attempt, and close the file, whose descriptor a restarted server may not know."""
+        with contextlib.suppress(OSError):  # else the next attempt overwrites it
+            if self._path.stat().st_size > self._size:
+                os.truncate(self._path, self._size)
+        with contextlib.suppress(OSError):
+            self._close()
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _step_of(line: str) -> float:
+def _cut(path: Path, step: int) -> int:
+    """Remove the rows after `step` from a log, and return its size; it needs no room unless a line is incomplete."""
+    lines = path.read_bytes()
+    kept = b"".join(line + b"\n" for line in lines.splitlines() if _step_of(line) <= step)
+    if lines.startswith(kept):
+        os.truncate(path, len(kept))
+    else:
+        publish(path, kept)
+    return len(kept)
+
+
+def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -65,4 +65,5 @@ def draw_curves(metrics: Path, path: Path) -> None:
             panel.grid(alpha=0.3)
             panel.legend(loc="upper right")
         panels[-1].set_xlabel("thousand images seen")
-        figure.savefig(path)
+        with atomic_file(path, durable=False) as file:  # a full disk leaves the curves that were there
+            figure.savefig(file, format="png")

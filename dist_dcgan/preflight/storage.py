@@ -19,7 +19,7 @@ from dist_dcgan.distributed.world import world_size_of_launch
 from dist_dcgan.models.networks import Discriminator, Generator, count_parameters, require_image_size
 from dist_dcgan.preflight.results import Finding, Subject, counted
 from dist_dcgan.run.checkpoint import load_newest
-from dist_dcgan.run.directory import RunDirectory, require_fitting, require_same_run, require_unclaimed
+from dist_dcgan.run.directory import RunDirectory, require_fitting, require_new, require_same_run, require_unclaimed
 from shards.common.errors import UserError
 from shards.common.files import check_room, publish
 from shards.common.locks import Lock, NoLocksError
@@ -104,6 +104,7 @@ def run_directory(subject: Subject) -> Finding:
     require_unclaimed(run)
     newest = load_newest(run.checkpoints)
     if newest is None:
+        require_new(run)
         return Finding("ok", f"{run.path} is free for a new run")
     if hasattr(subject, "plan"):  # else the check of the data set or of the plan has failed
         digest = subject.location.manifest.digest()

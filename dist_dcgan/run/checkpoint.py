@@ -56,30 +56,51 @@ def save_checkpoint(
     """Write `directory/step-N`, N from `values["step"]`, then remove checkpoints by `retention`.
 
     It gets its name only after it is complete, on disk and read back. If it cannot be written, raises UserError and
-    removes partial files.
+    removes partial files; what cannot be removed afterwards is a warning, and the next call tries again.
     """
     final = directory / f"step-{values['step']:08d}"
-    temporary = final.with_name(final.name + ".tmp")
+    temporary, damaged = (final.with_name(final.name + suffix) for suffix in (".tmp", ".damaged.tmp"))
     try:
+        outdated = _outdated({*list_checkpoints(directory), final}, final, retention)
         for left in directory.glob("step-*.tmp"):  # of a killed process
-            shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir(parents=True)
+            _remove(left)
+        temporary.mkdir(parents=True, exist_ok=True)
         _write(temporary, tensors, values)
         if final.exists():  # damaged, else this process would have resumed from it
-            shutil.rmtree(final)
+            final.rename(damaged)
         temporary.rename(final)
         sync_directory(directory)
-        published = list_checkpoints(directory)
-        for old in published[: published.index(final) + 1][: -retention.newest]:  # later ones were found damaged
-            if retention.every_steps is None or _step_of(old) % retention.every_steps:
-                shutil.rmtree(old)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"checkpoint {final} cannot be written: {error.strerror or error}: mend that, and the same command goes on "
             "from the newest one"
         ) from None
+    for old in (damaged, *outdated):
+        _remove(old)
     return final
+
+
+def _outdated(found: set[Path], newest: Path, retention: Retention) -> list[Path]:
+    """Return the checkpoints to remove once `newest` is written; later ones were found damaged, and stay."""
+    published = sorted((path for path in found if _step_of(path) <= _step_of(newest)), key=_step_of)
+    return [
+        path
+        for path in published[: -retention.newest]
+        if retention.every_steps is None or _step_of(path) % retention.every_steps
+    ]
+
+
+def _remove(path: Path) -> bool:
+    """Remove a folder, if it exists; if that fails, as while another machine reads it over NFS, warn, return False."""
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"warning: {path} cannot be removed now: {reason}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -126,7 +147,9 @@ def load_newest(directory: Path) -> Checkpoint | None:
         except ValueError as error:
             print(f"warning: checkpoint {path} is passed over: {error}", file=sys.stderr, flush=True)
     if found:
-        raise UserError(f"none of the {len(found)} checkpoints in {directory} is sound: mend or move them away")
+        raise UserError(
+            f"none of the {len(found)} checkpoints in {directory} is sound: mend them, or name another --run-dir"
+        )
     return None
 
 
@@ -209,10 +232,11 @@ def _prune(options: _Prune, found: list[Path]) -> None:
         kept = _inspect(options, found)[-options.keep :]
         if not kept:
             raise UserError(f"none of the checkpoints of {options.run_dir} is sound: nothing is removed")
-        for path in found:
-            if path not in kept:
-                shutil.rmtree(path)
-                print(f"{path.name}: removed")
+        removed = {path: _remove(path) for path in found if path not in kept}
+        for path in removed:
+            print(f"{path.name}: {'removed' if removed[path] else 'left'}")
+        if not all(removed.values()):
+            raise UserError(f"checkpoints of {options.run_dir} are left: end what reads them, and prune again")
 
 
 if __name__ == "__main__":

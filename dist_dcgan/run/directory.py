@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
@@ -46,6 +47,8 @@ class RunDirectory:
         """The averaged generator's weights; a JSON file beside them describes how to rebuild it."""
         self.best = path / "generator_best.safetensors"
         """The averaged generator with the lowest kernel distance so far."""
+        self.saved = path / "run.saved.json"
+        """The step of the last checkpoint that was finished; it outlives the checkpoints."""
         self.stopped = path / "STOPPED"
         """Marker of a run that a signal stopped before its last step, so that a launcher restarts it."""
 
@@ -105,8 +108,40 @@ def require_unclaimed(run: RunDirectory) -> None:
 
 def record(run: RunDirectory, config: Config) -> None:
     """Store the configuration with which the run starts or continues, and remove the marker of a stopped run."""
-    publish(run.config, to_yaml(config).encode())
-    run.stopped.unlink(missing_ok=True)
+    with _errors(run.path):
+        publish(run.config, to_yaml(config).encode())
+        run.stopped.unlink(missing_ok=True)
+
+
+def record_saved(run: RunDirectory, step: int) -> None:
+    """Store the step of a checkpoint that is finished; as the checkpoint is safe, a failure is only a warning."""
+    try:
+        publish(run.saved, json.dumps({"step": step}).encode())
+    except OSError as error:
+        print(f"warning: {run.saved} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+def record_stopped(run: RunDirectory, step: int) -> None:
+    """Write the marker of a run that a signal stopped; raises UserError if that fails, as a launcher looks for it."""
+    try:
+        run.stopped.write_text(f"stopped by a signal at step {step}\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{run.stopped} cannot be written: {reason}: the same command goes on after step {step}"
+        ) from None
+
+
+def require_new(run: RunDirectory) -> None:
+    """Raise UserError if the run, which has no checkpoint now, had one: it is not begun again unasked.
+
+    A run of an older version is known by what follows its last checkpoint: the exported generator, or its marker.
+    """
+    if any(path.exists() for path in (run.saved, run.generator, run.stopped)):
+        raise UserError(
+            f"run directory {run.path} has lost its checkpoints: {run.checkpoints} holds none, and the run had saved "
+            f"some: put them back, or begin again with another --run-dir"
+        )
 
 
 def require_same_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from dist_dcgan.config import Config, ModelOptions
 from dist_dcgan.models.networks import Generator
 from shards.common.errors import UserError
-from shards.common.files import file_sha256, publish
+from shards.common.files import atomic_file, file_sha256, sync
 
 
 def export_generator(
@@ -30,8 +31,7 @@ def export_generator(
 
     `generator` must hold batch-norm statistics of its own weights (`recompute_statistics`).
     """
-    weights = {name: _float32(tensor) for name, tensor in generator.state_dict().items()}
-    publish(path, save(weights))
+    weights = save({name: _float32(tensor) for name, tensor in generator.state_dict().items()})
     description = {
         "format_version": 1,
         "step": step,
@@ -43,9 +43,13 @@ def export_generator(
             "latent_dim": config.model.latent_dim,
             "kernel_size": config.model.kernel_size,
         },
-        "sha256": file_sha256(path),
+        "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    publish(path.with_suffix(".json"), (json.dumps(description, indent=1) + "\n").encode())
+    with atomic_file(path) as file, atomic_file(path.with_suffix(".json")) as description_file:
+        file.write(weights)
+        file.flush()
+        sync(file.fileno())  # before either gets its name, so that a full disk leaves the generator that was there
+        description_file.write((json.dumps(description, indent=1) + "\n").encode())
 
 
 def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,9 +48,16 @@ def make_schedule(options: CheckpointOptions, device: torch.device) -> Schedule:
 class Saver:
     """Writes the checkpoints of a run; a context manager that waits for the last one at its end."""
 
-    def __init__(self, directory: Path, retention: Retention, device: torch.device) -> None:
-        """`device` is the device of the tensors."""
+    def __init__(
+        self,
+        directory: Path,
+        retention: Retention,
+        device: torch.device,
+        on_saved: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """`device` is the device of the tensors; `on_saved` is called with the step of each finished checkpoint."""
         self._directory, self._retention, self._device = directory, retention, device
+        self._on_saved = on_saved
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_use, initargs=(device,))
         self._buffers: dict[str, Tensor] = {}
         self._writing: Future[Path] | None = None
@@ -78,7 +85,9 @@ class Saver:
     def _write(self, copies: Mapping[str, Tensor], copied: torch.cuda.Event | None, values: Mapping[str, Any]) -> Path:
         if copied is not None:
             copied.synchronize()
-        return save_checkpoint(self._directory, copies, values, self._retention)
+        path = save_checkpoint(self._directory, copies, values, self._retention)
+        self._on_saved(values["step"])
+        return path
 
     @property
     def failed(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 from dist_dcgan.config import Config, Plan, to_values
@@ -13,11 +14,20 @@ from dist_dcgan.data.storage.location import DatasetLocation
 from dist_dcgan.distributed.collectives import barrier, broadcast_from_rank_zero, from_rank_zero, require_same
 from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import World, process_group
+from dist_dcgan.loggers.base import warn
 from dist_dcgan.loggers.composite import make_logger
 from dist_dcgan.loggers.pictures import draw_curves
 from dist_dcgan.loggers.wandb_settings import WandbRun, resolve_wandb
 from dist_dcgan.run.checkpoint import Retention, load_newest
-from dist_dcgan.run.directory import RunDirectory, claimed, record, require_same_run
+from dist_dcgan.run.directory import (
+    RunDirectory,
+    claimed,
+    record,
+    record_saved,
+    record_stopped,
+    require_new,
+    require_same_run,
+)
 from dist_dcgan.run.export import export_generator
 from dist_dcgan.run.saver import Saver, make_schedule
 from dist_dcgan.training.ema import recompute_statistics
@@ -28,6 +38,7 @@ from dist_dcgan.training.reporting import log_samples, watch
 from dist_dcgan.training.stopping import StepAgreement
 from dist_dcgan.training.train_state import TrainState
 from dist_dcgan.training.watchdog import was_skipped
+from shards.common.errors import UserError
 from shards.manifest import Manifest
 
 
@@ -58,7 +69,7 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
 
         # Open what training writes and reads; wait until all ranks have data and can score, which may take minutes.
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
-        saver = stack.enter_context(Saver(run.checkpoints, retention, world.device))
+        saver = stack.enter_context(Saver(run.checkpoints, retention, world.device, partial(record_saved, run)))
         logger = stack.enter_context(closing(make_logger(plan, world, run, state.step, wandb_run)))
         node = node_store(world, config.distributed.timeout_seconds)
         batches = stack.enter_context(BatchLoader(location, config, plan, world, state.step, node))
@@ -105,9 +116,12 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
     def read() -> tuple[dict[str, Any] | None, WandbRun]:
         found = load_newest(run.checkpoints)
         wandb_run = resolve_wandb(state.config, None if found is None else found.values["wandb_run_id"])
-        if found is not None:
+        if found is None:
+            require_new(run)
+        else:
             require_same_run(run, state.config, state.plan.global_batch, digest, found.values)
             state.load_tensors(found.tensors)
+            record_saved(run, found.values["step"])
             print(f"going on after step {found.values['step']} of {run.path}", file=sys.stderr, flush=True)
         record(run, state.config)
         return None if found is None else found.values, wandb_run
@@ -127,13 +141,21 @@ def save(state: TrainState, saver: Saver, digest: str) -> None:
 
 
 def finish(state: TrainState, run: RunDirectory, saver: Saver, manifest: Manifest) -> None:
-    """On rank 0, wait for the last checkpoint, export the averaged generator and draw the curves.
+    """On rank 0, wait for the last checkpoint, draw the curves and export the averaged generator.
 
-    Also write a marker file if the run was stopped before its last step.
+    Also write a marker file if the run was stopped before its last step. Raises UserError if a file that is due cannot
+    be written: of a stopped run the checkpoint and the marker, as the same command goes on from them.
     """
     saver.wait()
-    if state.step < state.plan.total_steps:
-        run.stopped.write_text(f"stopped by a signal at step {state.step}\n")
-    recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
-    export_generator(run.generator, state.generator_ema, state.config, manifest.image_size, state.step)
+    stopped = state.step < state.plan.total_steps
+    if stopped:
+        record_stopped(run, state.step)
     draw_curves(run.metrics, run.curves)
+    recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
+    try:
+        export_generator(run.generator, state.generator_ema, state.config, manifest.image_size, state.step)
+    except OSError as error:
+        failure = f"the generator cannot be exported to {run.generator}: {error.strerror or error}"
+        if not stopped:
+            raise UserError(f"{failure}: mend that, and the same command exports it") from None
+        warn(failure)

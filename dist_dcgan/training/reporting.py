@@ -27,11 +27,19 @@ def watch(logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[
     for collapse in state.watchdog.observe(rows):
         logger.alert(state.step, str(collapse))
         if collapse.rule.fatal:
-            where = from_rank_zero(lambda: str(write_dump(run, state, rows)))
-            raise UserError(f"training is stopped at step {state.step}: {collapse.rule.mode}; {where} has the details")
+            details = from_rank_zero(lambda: _details(run, state, rows))
+            raise UserError(f"training is stopped at step {state.step}: {collapse.rule.mode}; {details}")
         if state.config.on_collapse == "stop":
             mode = collapse.rule.mode
             raise UserError(f"training is stopped at step {state.step}, as --on-collapse stop asks: {mode}")
+
+
+def _details(run: RunDirectory, state: TrainState, rows: Sequence[Row]) -> str:
+    """Write the dump, and return where it is, or why there is none: that must not hide why training is stopped."""
+    try:
+        return f"{write_dump(run, state, rows)} has the details"
+    except OSError as error:
+        return f"the details cannot be written: {error.strerror or error}"
 
 
 def write_dump(run: RunDirectory, state: TrainState, rows: Sequence[Row]) -> Path:
