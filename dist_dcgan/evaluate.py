@@ -23,7 +23,7 @@ from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.collectives import from_rank_zero
 from dist_dcgan.distributed.world import SLOW_SECONDS, process_group, run_rank
-from dist_dcgan.loggers.pictures import check_png, save_grid
+from dist_dcgan.loggers.pictures import check_png, save_out
 from dist_dcgan.metrics.extractors import Extractor, load_extractor
 from dist_dcgan.metrics.features import beside_nearest, extract, real_features, to_pixels
 from dist_dcgan.metrics.quality import Quality, coverage, quality
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
                 rows = range(min(_SHEET_ROWS, len(fake)))
                 count = min(options.nearest, len(real))
                 tiles = beside_nearest(draw(rows).cpu(), fake[: len(rows)], real, reader, count)
-                save_grid(tiles.float() / 127.5 - 1, options.out, columns=1 + count)
+                save_out(tiles.float() / 127.5 - 1, options.out, columns=1 + count)
 
         from_rank_zero(report)
 

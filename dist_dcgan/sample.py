@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from dist_dcgan.loggers.pictures import check_png, save_grid
+from dist_dcgan.loggers.pictures import check_png, save_out
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = sampling_config(description, options.seed)
     images = sample_images(generator.to(device), config, range(options.num), device)
-    save_grid(images, options.out)
+    save_out(images, options.out)
     print(f"{options.num} images of step {description['step']} in {options.out}")
 
 

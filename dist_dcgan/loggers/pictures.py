@@ -26,13 +26,21 @@ class SampleFiles(Logger):
 
 
 def check_png(path: Path) -> None:
-    """Raise UserError if a picture cannot be written to `path` for --out."""
+    """Raise UserError if `path` is no place for the picture of --out."""
     if path.exists():
         raise UserError(f"{path} exists: name another with --out")
     if path.suffix != ".png":
         raise UserError(f"--out {path} is no PNG: give it a name that ends in .png")
     if not path.parent.is_dir():
         raise UserError(f"no folder {path.parent} for --out {path.name}: make it first")
+
+
+def save_out(images: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write the picture of --out, as `save_grid` does; raises UserError if the disk fails."""
+    try:
+        save_grid(images, path, columns)
+    except OSError as error:
+        raise UserError(f"cannot write --out {path}: {error.strerror or error}") from None
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:

@@ -159,13 +159,15 @@ def gradient_elements(config: Config, image_size: int) -> int:
 
 
 def try_writing(path: Path) -> Path:
-    """Write, sync, rename, lock and remove a file in `path` or its nearest existing parent; returns that folder.
+    """Write, sync, rename, lock and remove files and a folder in `path` or its nearest existing parent; returns that.
 
     Raises OSError or UserError if one of these fails.
     """
     with probe_folder(path) as folder:
-        publish(folder / "probe", b"written by dist_dcgan.doctor\n")
-        (folder / "probe").unlink()
+        (folder / "step.tmp").mkdir()
+        publish(folder / "step.tmp" / "probe", b"written by dist_dcgan.doctor\n")
+        (folder / "step.tmp").rename(folder / "step")  # as a checkpoint is: some object stores cannot
+        (folder / "step" / "probe").unlink()
         try:
             with Lock(folder / "lock") as first, Lock(folder / "lock") as second:
                 if first.take() and second.take():

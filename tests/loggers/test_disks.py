@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from dist_dcgan.loggers.base import Logger
 from dist_dcgan.loggers.composite import CompositeLogger
 from dist_dcgan.loggers.jsonl import JsonlLogger
 from dist_dcgan.loggers.pictures import draw_curves
+from dist_dcgan.loggers.wandb_process import _require_written
 
 
 def row(step: int) -> dict[str, float]:
@@ -149,6 +151,18 @@ def test_what_is_not_a_row_is_left_out_and_a_row_without_its_end_is_kept(torn: b
     path.write_bytes(torn + b"\n" + json.dumps(row(1)).encode())
     JsonlLogger(path, 1).metrics(row(2))
     assert lines_of(path) == [1, 2]
+
+
+def test_wandb_takes_a_disk_that_does_not_tell_its_space_for_one_with_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.wandb").write_text("longer than a header")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=0, free=0))
+    _require_written(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    with pytest.raises(OSError, match="No space left"):
+        _require_written(tmp_path)
 
 
 def test_a_full_disk_leaves_the_curves_that_were_there(

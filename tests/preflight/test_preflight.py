@@ -213,6 +213,9 @@ def test_small_shared_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_p
         found = machine.shared_memory(subject())
         assert found is not None and found.level == level
     assert found is not None and "--shm-size=1g" in found.text
+    unlimited = SimpleNamespace(total=0, free=0)  # tmpfs with size=0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: unlimited)
+    assert machine.shared_memory(subject()) == Finding("ok", "/dev/shm has no limit")
     monkeypatch.setattr(sys, "platform", "darwin")
     assert machine.shared_memory(subject()) is None
 
@@ -342,7 +345,22 @@ def test_locks_that_hold_nobody_off_are_found(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_full_or_cannot_sync_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_whose_folders_cannot_be_renamed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a checkpoint is; training would find out at the first one."""
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.is_dir():
+            raise OSError(errno.ENOSYS, "Function not implemented")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    text = failure(storage.writing, subject(run_dir=tmp_path / "run"))
+    assert text == f"run directory {tmp_path}/run cannot be used: Function not implemented: name another with --run-dir"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_or_fails_to_sync_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
     text = failure(storage.writing, subject(run_dir=tmp_path / "run"))
     assert text == f"run directory {tmp_path}/run cannot be used: No space left on device: name another with --run-dir"

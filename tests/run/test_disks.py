@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from dist_dcgan import train
+from dist_dcgan import sample, train
 from dist_dcgan.config import from_command_line
 from dist_dcgan.distributed.world import World
 from dist_dcgan.preflight import storage
@@ -26,6 +26,7 @@ from dist_dcgan.run import checkpoint
 from dist_dcgan.run.checkpoint import Retention, list_checkpoints, load_newest, save_checkpoint
 from dist_dcgan.run.directory import RunDirectory, record_saved
 from dist_dcgan.run.export import export_generator, load_generator
+from dist_dcgan.training import reporting
 from dist_dcgan.training.stopping import StepAgreement
 from tests.support.commands import metrics
 from tests.support.mistakes import refusal
@@ -299,6 +300,23 @@ def test_of_a_stopped_run_the_marker_must_be_written_and_the_export_need_not(
     monkeypatch.setattr(Path, "write_text", full)
     message = refusal(train.main, *words)
     assert message.startswith(f"{run_dir}/STOPPED cannot be written: No space left on device: the same command goes on")
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchvision.utils.save_image", full)
+    out = tmp_path / "samples.png"
+    assert refusal(sample.main, run_dir, "--out", out) == f"cannot write --out {out}: No space left on device"
+    assert not out.exists()
+
+
+def test_a_dump_that_cannot_be_written_does_not_hide_why_training_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "write_dump", full)
+    state: Any = None
+    assert reporting._details(RunDirectory(Path("run")), state, []) == (
+        "the details cannot be written: No space left on device"
+    )
 
 
 @pytest.mark.parametrize("number", [1, 2])
