@@ -327,6 +327,8 @@ def test_an_export_that_fails_leaves_the_pair_that_was_there(
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(finished / f"generator_ema{suffix}", path.with_suffix(suffix))
     generator, _ = load_generator(path)
+    for parameter in generator.parameters():
+        parameter.mul_(2)
     before = contents(tmp_path)
     real, calls = os.fsync, mock.Mock()
 
