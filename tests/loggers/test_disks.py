@@ -123,7 +123,7 @@ class Broken(Logger):
 
 def test_only_an_error_of_the_disk_leaves_a_logger_on_and_each_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     full, failing = OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "failing")
-    broken = Broken(full, full, failing, full, ValueError("wrong"), full)
+    broken = Broken(full, full, failing, full, RuntimeError("wrong"), full)
     logger = CompositeLogger([broken])
     for step in range(1, 8):
         logger.metrics(row(step))
@@ -131,7 +131,7 @@ def test_only_an_error_of_the_disk_leaves_a_logger_on_and_each_is_said_once(caps
     assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
         f"Broken failed and is tried again: {full!r}",
         f"Broken failed and is tried again: {failing!r}",
-        "Broken failed and is turned off: ValueError('wrong')",
+        "Broken failed and is turned off: RuntimeError('wrong')",
     ]
 
 
