@@ -9,16 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, model_validator
 
-from shards.common.command_line import Options, build, nearest, parse_flags
+from shards.common.command_line import Options, UserPath, build, expand_home, nearest, parse_flags
 from shards.common.errors import UserError
 from shards.common.redaction import public_address
+
+# Not by importlib.resources: it takes a folder `dist_dcgan` in the working directory for the package.
+_PRESETS = Path(__file__).parent / "presets"
 
 
 def _changeable(default: Any, **constraints: Any) -> Any:
@@ -28,7 +30,9 @@ def _changeable(default: Any, **constraints: Any) -> Any:
 
 def _location(value: Any) -> Any:
     """Keep an address as a string: a Path would drop one of its slashes."""
-    return Path(value) if isinstance(value, str) and not re.match(r"(pipe:|(?i:[a-z0-9]+://))", value) else value
+    if isinstance(value, str) and not re.match(r"(pipe:|(?i:[a-z0-9]+://))", value):
+        return expand_home(Path(value))
+    return value
 
 
 def _public(location: Path | str) -> str:
@@ -44,7 +48,7 @@ class LocationOptions(Options):
 
     path: Location = _changeable(Path("data/bedroom_train"))
     """Folder or address (http, https) of shards that `python -m shards convert` wrote."""
-    cache_dir: Path | None = _changeable(None)
+    cache_dir: UserPath | None = _changeable(None)
     """Folder on a local disk of each machine to which shards are copied: for an address, or a slow file system."""
     cache_gb: float = _changeable(50.0, gt=0, allow_inf_nan=False)
     """Maximum size of cache_dir in gigabytes; least recently used shards are evicted."""
@@ -126,7 +130,7 @@ class QualityOptions(Options):
 
     extractor: Literal["auto", "efficientnet-lite0", "inception", "none"] = _changeable("auto")
     """Feature network; auto: efficientnet-lite0 if the `eval` extra is installed, else none."""
-    weights: Path | None = _changeable(None)
+    weights: UserPath | None = _changeable(None)
     """File of Inception's weights (see `dist_dcgan.evaluate`)."""
     every_images: int = _changeable(1_000_000, ge=1)
     """Training images between scores."""
@@ -177,7 +181,7 @@ class Config(Options):
 
     data: DataOptions = DataOptions()
     """Source and order of the images."""
-    run_dir: Path = _changeable(Path("runs/default"))
+    run_dir: UserPath = _changeable(Path("runs/default"))
     """Folder of the run: configuration, metrics, samples, checkpoints, exported generator."""
     width: int = Field(128, ge=1)
     """Channels of the last hidden layer: 128 is the paper's 1024-512-256-128, 64 the reduced 512-64."""
@@ -232,7 +236,7 @@ class Invocation(Options):
 
     preset: str | None = None
     """Configuration included in the package: paper (the default), paper_literal, narrow, quickstart or debug."""
-    config: Path | None = None
+    config: UserPath | None = None
     """Configuration from a YAML file, instead of a preset."""
     world_size: int | None = Field(None, ge=1)
     """Number of ranks expected: 1 without torchrun; with --dry-run any number, to check a plan."""
@@ -274,8 +278,7 @@ def from_command_line(
 
 def preset_names() -> list[str]:
     """Return the names of the presets in the package."""
-    folder = resources.files("dist_dcgan") / "presets"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -283,7 +286,7 @@ def read_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         known = preset_names()
         raise UserError(f"unknown preset {name!r}{nearest(name, known)} (there are: {', '.join(known)})")
-    return _parse_yaml((resources.files("dist_dcgan") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
+    return _parse_yaml((_PRESETS / f"{name}.yaml").read_text(), f"preset {name}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Score the generator of a run against a data set.
 
 python -m dist_dcgan.evaluate runs/default --data data/bedroom_train
-torchrun --nproc_per_node=8 -m dist_dcgan.evaluate runs/default --data data/bedroom_train --json
+torchrun --local-addr=localhost --nproc_per_node=8 -m dist_dcgan.evaluate runs/default --data data/bedroom_train --json
 python -m dist_dcgan.evaluate runs/default --data data/bedroom_train --nearest 5 --out nearest.png
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,7 +29,7 @@ from dist_dcgan.metrics.quality import Quality, coverage, quality
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
-from shards.common.command_line import Options, build, parse_flags
+from shards.common.command_line import Options, UserPath, build, parse_flags
 from shards.common.errors import UserError
 from shards.manifest import Manifest
 
@@ -41,7 +40,7 @@ _SHEET_ROWS = 12
 class Evaluate(Options):
     """Score the generator of a run against a data set."""
 
-    run_dir: CliPositionalArg[Path]
+    run_dir: CliPositionalArg[UserPath]
     """Folder of the run."""
     data: LocationOptions = LocationOptions()
     """Shards to score against: the training split, as is usual for LSUN."""
@@ -53,13 +52,13 @@ class Evaluate(Options):
     """Real images; all if the data set has fewer."""
     extractor: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
     """Feature network; inception, with its 2015 weights, gives FID."""
-    weights: Path | None = None
+    weights: UserPath | None = None
     """File of Inception's weights (weights-inception-2015-12-05-6726825d.pth of torch-fidelity)."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of z."""
     nearest: int | None = Field(None, ge=1, le=32)
     """Also draw samples beside this many of their nearest real images, into --out, to detect copies."""
-    out: Path | None = None
+    out: UserPath | None = None
     """PNG to write with --nearest."""
     as_json: bool = False
     """Print one line of JSON (`--json` for short)."""

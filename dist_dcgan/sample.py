@@ -8,7 +8,6 @@ python -m dist_dcgan.sample runs/default --out bedrooms.png --best
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from pydantic import Field
@@ -18,16 +17,16 @@ from dist_dcgan.loggers.pictures import check_png, save_out
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
-from shards.common.command_line import Options, build, parse_flags, run
+from shards.common.command_line import Options, UserPath, build, parse_flags, run
 from shards.common.streams import output_is_optional
 
 
 class Sample(Options):
     """Draw a grid of images from the averaged generator of a run."""
 
-    run_dir: CliPositionalArg[Path]
+    run_dir: CliPositionalArg[UserPath]
     """Folder of the run."""
-    out: Path
+    out: UserPath
     """PNG to write."""
     num: int = Field(64, ge=1)
     """Number of images."""

@@ -1,18 +1,18 @@
 """Train DCGAN on a data set of shards. To resume an interrupted run, run the same command again.
 
 python -m dist_dcgan.train --world-size 1 --data data/bedroom_train
-torchrun --nproc_per_node=8 -m dist_dcgan.train --data data/bedroom_train --run-dir runs/bedrooms
+torchrun --local-addr=localhost --nproc_per_node=8 -m dist_dcgan.train --data data/bedroom_train --run-dir runs/bedrooms
 python -m dist_dcgan.train --world-size 1 --preset narrow --max-steps 10000 --dry-run
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from dist_dcgan.config import Config, Plan, from_command_line, make_plan, to_yaml
 from dist_dcgan.data.storage.location import DatasetLocation
 from dist_dcgan.data.storage.opening import open_location
+from dist_dcgan.distributed.launch import launched
 from dist_dcgan.distributed.world import run_rank, world_size_of_launch
 from dist_dcgan.models.networks import count_parameters, require_image_size
 from dist_dcgan.preflight.storage import networks_on_meta
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
 
 def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
     """Print the resolved configuration and the sizes that follow from it; nothing is created."""
-    if os.environ.get("RANK", "0") != "0":
+    if launched().rank != 0:
         return
     generator, discriminator = networks_on_meta(config, manifest.image_size)
     print(to_yaml(config))
@@ -61,8 +61,7 @@ def train_or_explain(config: Config, plan: Plan, location: DatasetLocation, resu
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        rank = os.environ.get("RANK", "0")
-        raise OneRankError(f"out of memory on rank {rank} {memory_remedy(error, config, plan)}") from None
+        raise OneRankError(f"out of memory on rank {launched().rank} {memory_remedy(error, config, plan)}") from None
 
 
 if __name__ == "__main__":

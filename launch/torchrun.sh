@@ -3,21 +3,34 @@
 #   bash launch/torchrun.sh --data data/bedroom_train --run-dir runs/bedrooms
 # On several machines, run the same command on each, with their number and a free port on one of them:
 #   NODES=2 HEAD=host1:29400 bash launch/torchrun.sh --data data/bedroom_train --run-dir runs/bedrooms
-# RANKS: processes per machine, by default one per GPU. RESTARTS: how often failed ranks are restarted, from the newest
-# checkpoint. LOGS: folder for the output of each rank, which is then also printed here with the rank as prefix.
+# RANKS: processes per machine, by default one per GPU; give it if there is none. RESTARTS: how often failed ranks are
+# restarted, from the newest checkpoint. LOGS: folder for the output of each rank, which is then also printed here with
+# the rank as prefix.
 # JOB: a name shared by the machines and unique to the run. COMMAND: doctor or evaluate instead of train.
 set -euo pipefail
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds to save a checkpoint after a signal
 
-command -v torchrun >/dev/null || { echo "error: no torchrun: activate the environment of dist_dcgan" >&2; exit 2; }
-meeting=(--standalone)
+fail() { echo "error: $1" >&2 && exit 2; }
+command -v torchrun >/dev/null || fail "no torchrun: activate the environment of dist_dcgan"
+for name in "${!PET_@}" "${!TORCH@}"; do
+  [ -n "${!name}" ] || unset "$name" # torchrun takes an empty value for a wrong one
+done
+[[ ${NODES:-1} =~ ^[1-9][0-9]*$ ]] || fail "NODES=$NODES: it must be a number of machines"
+[[ ${RESTARTS:-3} =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS: it must be a number"
+[[ ${RANKS:-gpu} =~ ^([1-9][0-9]*|gpu|cpu|auto)$ ]] || fail "RANKS=$RANKS: it must be a number of processes"
+if [ "${RANKS:-gpu}" = gpu ]; then
+  RANKS=$(python -c 'import torch; print(torch.cuda.device_count())')
+  [ "$RANKS" != 0 ] || fail "torch sees no GPU on $(uname -n): RANKS=2 trains with two processes on the CPU"
+fi
+# A machine need not resolve its own name.
+meeting=(--standalone --local-addr=localhost)
 if [ "${NODES:-1}" -gt 1 ]; then
-  [[ ${HEAD:-} =~ ^.+:[0-9]+$ ]] || { echo "error: NODES=$NODES, HEAD=${HEAD:-}: they meet at HEAD=HOST:PORT" >&2; exit 2; }
+  [[ ${HEAD:-} =~ ^.+:[0-9]+$ ]] || fail "NODES=$NODES, HEAD=${HEAD:-}: they meet at HEAD=HOST:PORT"
   meeting=(--nnodes="$NODES" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${JOB:-dist_dcgan}")
 fi
 if [ -n "${LOGS:-}" ]; then
-  meeting+=(--log-dir="$LOGS/$(hostname)" --tee=3)
+  meeting+=(--log-dir="$LOGS/$(uname -n)" --tee=3)
   # shellcheck disable=SC2016  # torchrun substitutes ${rank}
   export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
 fi
@@ -40,7 +53,7 @@ watch() {
     sleep 1
   done
   if [ -z "$started" ] && [ "${NODES:-1}" -gt 1 ]; then
-    echo "error: torchrun on $(hostname) ended before it started ranks: if nothing above says why, the $NODES machines have" \
+    echo "error: torchrun on $(uname -n) ended before it started ranks: if nothing above says why, the $NODES machines have" \
       "not met at $HEAD: does each run this command, and is the port open?" >&2
   fi
 }
@@ -66,13 +79,13 @@ is_cut_off() { # false for any answer, also "refused", which torchrun handles it
 }
 kill_torchrun() {
   kill -KILL $$ 2>/dev/null || return 0
-  echo "error: torchrun on $(hostname) hangs and is killed: $1" >&2
+  echo "error: torchrun on $(uname -n) hangs and is killed: $1" >&2
 }
 watch &
 
 signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
 [ -n "$(trap -p HUP)" ] || signals+=,SIGHUP # ignored under nohup, and stays so
 
-exec torchrun "${meeting[@]}" --nproc_per_node="${RANKS:-gpu}" --max-restarts="${RESTARTS:-3}" \
+exec torchrun "${meeting[@]}" --nproc_per_node="$RANKS" --max-restarts="${RESTARTS:-3}" \
   --signals-to-handle "$signals" \
   -m "dist_dcgan.${COMMAND:-train}" "$@"

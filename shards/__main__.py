@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, HttpUrl
 from pydantic_settings import CliPositionalArg
 
-from shards.common.command_line import Options, build, nearest, parse_flags, run
+from shards.common.command_line import Options, UserPath, build, nearest, parse_flags, run
 from shards.common.errors import UserError
 from shards.common.progress import Progress
 from shards.common.streams import output_is_optional
@@ -35,7 +35,7 @@ class DownloadOptions(Options):
 
     categories: CliPositionalArg[list[str]] = Field(default=[])
     """Categories, `test` for the test set, or `all`."""
-    out: Path = Path("data")
+    out: UserPath = Path("data")
     """Output folder for the LMDBs."""
     split: Literal["train", "val"] | None = None
     """Only this split of each category; both by default."""
@@ -50,7 +50,7 @@ class DownloadOptions(Options):
 class DemoOptions(Options):
     """Write an LMDB of rendered bedrooms in LSUN's format, to try the tools without a download."""
 
-    out: Path
+    out: UserPath
     """Output folder for the LMDB."""
     images: int = Field(4000, ge=1)
     """Number of images."""
@@ -63,9 +63,9 @@ class DemoOptions(Options):
 class ConvertOptions(Options):
     """Convert images to WebDataset shards with one manifest; if interrupted, rerun the same command to resume."""
 
-    sources: CliPositionalArg[list[Path]] = Field(min_length=1)
+    sources: CliPositionalArg[list[UserPath]] = Field(min_length=1)
     """What to convert: LMDBs as published by LSUN, folders of images, tars or folders of tars."""
-    out: Path
+    out: UserPath
     """Output folder for the data set, new or empty."""
     image_size: int = Field(64, ge=8, le=1024)
     """Width and height in pixels."""
@@ -75,7 +75,7 @@ class ConvertOptions(Options):
     """Decode JPEGs at the smallest scale of at least twice --image-size: nearly twice as fast, different pixels."""
     max_images: int | None = Field(None, ge=1)
     """Convert at most this many entries, the first ones."""
-    exclude: Path | None = None
+    exclude: UserPath | None = None
     """File with keys to leave out, one per line."""
     damaged: Literal["skip", "fail"] = "skip"
     """If an image cannot be decoded: skip it and list it in rejected.jsonl, or fail."""
@@ -90,16 +90,16 @@ class ConvertOptions(Options):
 class MergeOptions(Options):
     """Complete a data set after all of its parts have been converted."""
 
-    directory: CliPositionalArg[Path]
+    directory: CliPositionalArg[UserPath]
     """Output folder of the parts."""
 
 
 class ExportOptions(Options):
     """Write the images of an LMDB as files, byte for byte, in the folder layout of LSUN's own export."""
 
-    source: CliPositionalArg[Path]
+    source: CliPositionalArg[UserPath]
     """Folder of the LMDB, as unzipped from LSUN's archive."""
-    out: Path
+    out: UserPath
     """Output folder. Existing files with the same bytes are kept; others are never replaced."""
     flat: bool = False
     """Write all files to one folder, not to nested folders named by their first six characters."""
@@ -110,7 +110,7 @@ class ExportOptions(Options):
 class VerifyOptions(Options):
     """Check every byte of a data set against its manifest and the format."""
 
-    directory: CliPositionalArg[Path]
+    directory: CliPositionalArg[UserPath]
     """Folder of the data set."""
     workers: int = Field(0, ge=0, le=1024)
     """Worker processes; 0 means one per available core."""
@@ -119,9 +119,9 @@ class VerifyOptions(Options):
 class PreviewOptions(Options):
     """Draw a contact sheet of a data set."""
 
-    directory: CliPositionalArg[Path]
+    directory: CliPositionalArg[UserPath]
     """Folder of the data set."""
-    out: Path
+    out: UserPath
     """PNG file to write."""
     num: int = Field(64, ge=1, le=10_000)
     """Number of images, evenly spaced over the data set."""

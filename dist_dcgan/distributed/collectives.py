@@ -1,4 +1,7 @@
-"""Collectives that training needs, apart from those of DDP and batch norm."""
+"""Collectives that training needs, apart from those of DDP and batch norm.
+
+Without a process group this is the only rank (`world.process_group`), and they communicate with nobody.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,8 @@ def from_rank_zero(function: Callable[[], Result], group: dist.ProcessGroup | No
     Other exceptions of rank 0 are not passed on: the peers fail with the broken connection, and the process group
     reports the rank.
     """
+    if not dist.is_initialized():
+        return function()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -42,6 +47,8 @@ def from_rank_zero(function: Callable[[], Result], group: dist.ProcessGroup | No
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return the values of all ranks, by rank; they wait for each other in `group`, as in `from_rank_zero`."""
+    if not dist.is_initialized():
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
@@ -57,7 +64,7 @@ def require_same(value: str, what: str) -> None:
 
 def broadcast_from_rank_zero(tensors: Iterable[torch.Tensor]) -> None:
     """Overwrite `tensors` on all ranks with those of rank 0; memory formats may differ."""
-    if dist.get_world_size() == 1:
+    if not dist.is_initialized():
         return
     for tensor in tensors:
         content = tensor.detach().contiguous()  # a contiguous copy: ranks must agree on the order of elements
@@ -71,7 +78,7 @@ def average_across_ranks(rows: Sequence[dict[str, torch.Tensor]]) -> list[dict[s
     Synchronises host and device. The result is the same on all ranks, and so are decisions based on it.
     """
     packed = torch.stack([value.detach() for row in rows for value in row.values()]).double()
-    if dist.get_world_size() > 1:
+    if dist.is_initialized():
         dist.all_reduce(packed)
         packed /= dist.get_world_size()
     return [

@@ -1,6 +1,7 @@
 """Process group, rank and device.
 
-Without torchrun, one process is a world of size 1 with a process group of its own.
+One process has no process group: it needs no network, no host name and no interface. Code that runs on one rank or
+several calls `collectives`, or asks `dist.is_initialized()`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 from dist_dcgan.distributed.connections import require_connected
 from dist_dcgan.distributed.devices import agreed_device, set_up
 from dist_dcgan.distributed.failures import cannot_go_on, explained, first_sentence, is_alike
+from dist_dcgan.distributed.launch import Launch, launched
 from dist_dcgan.distributed.peers import Peers, rendezvous
 from dist_dcgan.distributed.watch import Watch
 from shards.common.command_line import run
@@ -62,42 +64,47 @@ class World:
 
 def world_size_of_launch(expected: int | None) -> int:
     """Return the number of ranks that torchrun started, 1 without it; raises UserError if `expected` differs."""
-    started_by_torchrun = "WORLD_SIZE" in os.environ
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if expected is not None and expected != world_size:
-        found = f"torchrun started {world_size}" if started_by_torchrun else "this is one process without torchrun"
+    launch = launched()
+    if expected is not None and expected != launch.world_size:
+        found = (
+            f"torchrun started {launch.world_size}" if launch.by_torchrun else "this is one process without torchrun"
+        )
         remedy = (
             f"torchrun --nproc_per_node={expected} -m dist_dcgan.train"
             if expected > 1
             else "python -m dist_dcgan.train --world-size 1"
         )
         raise UserError(f"--world-size {expected}, but {found}: start it as `{remedy}`")
-    return world_size
+    return launch.world_size
 
 
 @contextmanager
 def process_group(timeout_seconds: float, device_type: str | None = None) -> Iterator[World]:
-    """Join the ranks that torchrun started, or a group of one, and leave it at the end.
+    """Join the ranks that torchrun started and leave them at the end; one process joins nobody.
 
     Gloo handles CPU tensors and NCCL handles CUDA tensors, so that small decisions never wait for the GPU. With
     `device_type` "cpu" no GPU is used; with "any", GPUs if every rank has one; by default the same, but a UserError is
     raised on all ranks if only some have one.
     """
     _die_with_torchrun()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    launch = launched()
     gpus = 0 if device_type == "cpu" else torch.cuda.device_count()  # takes seconds, so before the rendezvous
-    store, rank, world_size = _meeting_point(max(timeout_seconds, MEETING_SECONDS))
-    peers = Peers(dist.PrefixStore("peers", store), rank, world_size, local_rank, gpus)  # type: ignore[attr-defined]
+    if launch.world_size == 1:
+        device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+        set_up(device)
+        yield World(0, 0, 1, device)
+        return
+    store = _meeting_point(launch, max(timeout_seconds, MEETING_SECONDS))
+    rank, world_size = launch.rank, launch.world_size
+    peers = Peers(dist.PrefixStore("peers", store), rank, world_size, launch.local_rank, gpus)  # type: ignore[attr-defined]
     watch = Watch(peers, world_size, timeout_seconds, lambda cause: _end_at_once(cannot_go_on(peers, cause)))
-    with watch if world_size > 1 else nullcontext(), _left_at_the_end(peers), explained(peers):
+    with watch, _left_at_the_end(peers), explained(peers):
         device = agreed_device(peers.everyone(timeout_seconds), rank, lenient=device_type == "any")
         set_up(device)
-        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-        if nodes > 1:
-            require_connected(store, int(os.environ["GROUP_RANK"]), nodes, leads=local_rank == 0)
+        if launch.nodes > 1:
+            require_connected(store, launch.node, launch.nodes, leads=launch.local_rank == 0)
         _init(dist.PrefixStore("group", store), peers, device, timeout_seconds)  # type: ignore[attr-defined]
-        slow_group = _slow_group(timeout_seconds) if world_size > 1 else None
-        yield World(rank, local_rank, world_size, device, slow_group)
+        yield World(rank, launch.local_rank, world_size, device, _slow_group(timeout_seconds))
 
 
 def _init(store: Any, peers: Peers, device: torch.device, timeout_seconds: float) -> None:
@@ -127,7 +134,7 @@ def _left_at_the_end(peers: Peers) -> Iterator[None]:
         all_ranks_end = is_alike(error)
         raise
     finally:
-        if all_ranks_end and peers.world_size > 1:
+        if all_ranks_end:
             peers.leave()
         if dist.is_initialized():
             _leave_group(all_ranks_end)
@@ -159,13 +166,11 @@ def _end_at_once(reason: str) -> None:
         os._exit(int(ended.code or 0))
 
 
-def _meeting_point(timeout_seconds: float) -> tuple[Any, int, int]:
-    """Wait until all ranks have joined; return the rendezvous store, this rank and the world size."""
-    if "WORLD_SIZE" not in os.environ:
-        return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+def _meeting_point(launch: Launch, timeout_seconds: float) -> Any:
+    """Wait until all ranks have joined; return the rendezvous store."""
     try:
-        store, rank, world_size = next(torch_rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
-        return rendezvous(store, rank, world_size, timeout_seconds), rank, world_size
+        store, _, _ = next(torch_rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        return rendezvous(store, launch.rank, launch.world_size, timeout_seconds)
     except (ValueError, RuntimeError) as error:  # torch's store errors are RuntimeErrors
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OneRankError(f"cannot meet the other ranks at {place} ({first_sentence(error)})") from error
@@ -177,29 +182,36 @@ def run_rank(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     Torchrun restarts failed ranks (--max-restarts) and names the first failure. A UserError, which is raised on all
     ranks, ends it without a restart, after the first rank of the node has printed it.
     """
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    launch = Launch()
     mistakes: list[UserError] = []
 
     def recorded(argv: Sequence[str]) -> None:
+        nonlocal launch
+        launch = launched()
         try:
             record(main)(argv)
         except OneRankError:
             raise
         except UserError as error:
             mistakes.append(error)
-            if is_first:
+            if launch.local_rank == 0:
                 raise
             _wait_for_sigterm(_SECONDS_TO_SAY_IT)
-            raise OneRankError(f"rank {os.environ.get('RANK')}, alone: {error}") from error
+            raise OneRankError(f"rank {launch.rank}, alone: {error}") from error
 
     try:
         run(recorded, argv)
     except SystemExit:
-        if mistakes and is_first and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        if mistakes and launch.local_rank == 0 and launch.by_torchrun and _restarts():
             for _ in range(5):  # torchrun's own error handling may swallow the exception that a signal raises in it
                 os.kill(os.getppid(), signal.SIGTERM)
                 _wait_for_sigterm(2)
         raise
+
+
+def _restarts() -> bool:
+    """Return whether torchrun starts failed ranks again."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def _wait_for_sigterm(seconds: float) -> None:

@@ -43,7 +43,10 @@ def extract(images: Images, count: int, extractor: Extractor, world: World) -> T
         if part:
             features[: len(part)] = extractor.features(images(part).to(world.device)).cpu()
         received = [gathered[first : first + len(features)] for gathered in shares]
-        dist.gather(features, received or None, group=world.slow_group)
+        if world.world_size == 1:
+            received[0].copy_(features)
+        else:
+            dist.gather(features, received or None, group=world.slow_group)
     return shares.flatten(0, 1)[:count]
 
 

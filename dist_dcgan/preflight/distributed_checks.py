@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.distributed.launch import launched
 from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.preflight.results import Finding, Subject, counted, gathered
 from dist_dcgan.preflight.storage import gradient_elements
@@ -35,6 +36,7 @@ _STEPS_CUDA = 15
 """The last is timed. On several GPUs the first ones select algorithms, beyond the warm-up of `prepare_step`."""
 _STEPS_FP16 = 17
 """Enough for the loss scale to fall from 2**16 to 1 if necessary."""
+_NOTHING_TO_REDUCE = Finding("ok", "none: one rank exchanges nothing")
 
 
 def join(timeout_seconds: float, stack: ExitStack) -> tuple[World, str | None]:
@@ -42,12 +44,9 @@ def join(timeout_seconds: float, stack: ExitStack) -> tuple[World, str | None]:
     try:
         return stack.enter_context(process_group(timeout_seconds, "any")), None
     except (RuntimeError, ValueError, OSError, UserError) as error:  # torch's errors are RuntimeErrors
-        rank, local_rank, world_size = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-        )
+        launch = launched()
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        return World(rank, local_rank, world_size, torch.device("cpu")), reason
+        return World(launch.rank, launch.local_rank, launch.world_size, torch.device("cpu")), reason
 
 
 def process_group_found(subject: Subject) -> Finding:
@@ -60,6 +59,8 @@ def process_group_found(subject: Subject) -> Finding:
             f"{world.world_size} ranks do not find each other at {where}: {subject.lost}: is every node started, "
             "is the port open, does GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) name the network between them?",
         )
+    if world.world_size == 1:
+        return Finding("ok", f"1 rank on 1 host ({socket.gethostname()}), which needs no network")
     hosts = list(dict.fromkeys(gathered(world, socket.gethostname())))
     shown = ", ".join(hosts[:8]) + (", …" if len(hosts) > 8 else "")
     backend = "NCCL" if world.device.type == "cuda" else "gloo"
@@ -69,11 +70,15 @@ def process_group_found(subject: Subject) -> Finding:
 
 def all_reduce(subject: Subject) -> Finding:
     """Check and time an all-reduce of 1 KB."""
+    if subject.world.world_size == 1:
+        return _NOTHING_TO_REDUCE
     return Finding("ok", f"1 KB in {1000 * _seconds_of_sum(subject.world, _SMALL_ELEMENTS, _SMALL_REPEATS):.2f} ms")
 
 
 def all_reduce_gradients(subject: Subject) -> Finding:
     """Check and time an all-reduce of as many values as a step has gradients."""
+    if subject.world.world_size == 1:
+        return _NOTHING_TO_REDUCE
     elements = gradient_elements(subject.config, subject.location.manifest.image_size)
     seconds = _seconds_of_sum(subject.world, elements, _LARGE_REPEATS)
     return Finding("ok", f"{4 * elements / 1e6:,.1f} MB, the gradients of a step, in {1000 * seconds:,.1f} ms")

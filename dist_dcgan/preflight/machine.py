@@ -14,6 +14,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dist_dcgan.distributed.launch import launched
 from dist_dcgan.loggers.wandb_settings import resolve_wandb, source_of_key
 from dist_dcgan.preflight.results import Finding, Subject, counted
 from dist_dcgan.training.train_state import resolve_precision
@@ -124,7 +125,7 @@ def wandb(subject: Subject) -> Finding:
 
 def ranks_of_node() -> int:
     """Return the number of ranks that torchrun started on this machine, 1 without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return launched().ranks_of_node
 
 
 def _code() -> str:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import torch.distributed as dist
-
 from dist_dcgan.config import Config, Invocation, Plan
 from dist_dcgan.data.storage.location import DatasetLocation
 from dist_dcgan.distributed.collectives import gather
@@ -107,7 +105,7 @@ def attempt(check: Check, subject: Subject) -> Finding | None:
 
 def gathered(world: World, value: Any) -> list[Any]:
     """Return the values of all ranks, which may call it minutes apart; without a process group only this rank's."""
-    return gather(value, world.slow_group) if dist.is_initialized() else [value]
+    return gather(value, world.slow_group)
 
 
 def agree(findings: Sequence[Finding | None]) -> Finding | None:

@@ -61,15 +61,16 @@ class StepAgreement:
     def agreed(self) -> Agreed:
         """Return the flags of all ranks, as last reduced; every rank calls it once per step."""
         self._calls += 1
-        if self._calls % steps_between_agreements(dist.get_world_size()):
+        several = dist.is_initialized()
+        if several and self._calls % steps_between_agreements(dist.get_world_size()):
             return Agreed(stop=False, save=False)
-        found = Agreed(stop=False, save=False)
         if self._reduction is not None:
             self._reduction.wait()
-            found = Agreed(*map(bool, self._flags.tolist()))
+        found = Agreed(*map(bool, self._flags.tolist()))
         mine = Agreed(self._stop_requested, self._save_is_due())
         self._flags = torch.tensor(mine, dtype=torch.float32)
-        self._reduction = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
+        if several:
+            self._reduction = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
         return found
 
     def request_stop(self) -> None:
@@ -78,7 +79,7 @@ class StepAgreement:
 
     def _save_is_due(self) -> bool:
         """Return whether a save is due by rank 0's clock, and restart the clock if so; False on other ranks."""
-        if self._save_seconds is None or dist.get_rank() != 0:
+        if self._save_seconds is None or (dist.is_initialized() and dist.get_rank() != 0):
             return False
         now = self._clock()
         if now - self._since < self._save_seconds:

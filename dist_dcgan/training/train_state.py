@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
@@ -20,6 +21,7 @@ from dist_dcgan.models.networks import Discriminator, Generator, init_weights
 from dist_dcgan.random_streams import set_key, stream_seed
 from dist_dcgan.training.ema import ema_decay
 from dist_dcgan.training.watchdog import Watchdog
+from shards.common.errors import UserError
 
 # torch renamed the argument and warns about the old name.
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
@@ -54,6 +56,23 @@ class StepInputs:
         self.ema_weight.fill_(1 - ema_decay(self._config, images_seen, self._global_batch))
 
 
+class Undistributed(nn.Module):
+    """Stands for DDP on the only rank, whose gradients are reduced with no others; DDP needs a process group."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Call the network."""
+        output: Tensor = self.network(values)
+        return output
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Return a context without effect."""
+        return nullcontext()
+
+
 class TrainState:
     """Networks, their DDP wrappers, optimizers, loss scalers, averaged generator and the step reached."""
 
@@ -84,8 +103,9 @@ class TrainState:
             self.generator.compile()
             self.discriminator.compile()
 
-        self.ddp_generator = self._wrap(self.generator)
-        self.ddp_discriminator = self._wrap(self.discriminator)
+        wrap = self._wrap if dist.is_initialized() else Undistributed
+        self.ddp_generator = wrap(self.generator)
+        self.ddp_discriminator = wrap(self.discriminator)
         self.optimizer_g = _adam(self.generator, config, config.optimizer.lr_g)
         self.optimizer_d = _adam(self.discriminator, config, config.optimizer.lr_d)
         # With a scale of 1 they still make Adam skip a step with non-finite gradients, on the device.
@@ -190,6 +210,10 @@ class TrainState:
     def _wrap(self, network: nn.Module) -> DistributedDataParallel:
         # DDP would broadcast rank 0's batch-norm buffers before each forward. They are equal on all ranks already, and
         # writing them between two forwards and one backward breaks autograd (pytorch#22095).
+        if self.world.device.type == "cpu" and dist.get_debug_level() == dist.DebugLevel.DETAIL:  # type: ignore[attr-defined]
+            raise UserError(
+                "TORCH_DISTRIBUTED_DEBUG=DETAIL: torch's DDP crashes with it on CPUs (pytorch#75011): use INFO"
+            )
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
 

@@ -12,11 +12,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, get_origin
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
+from shards.common.environment import unset_empty_variables
 from shards.common.errors import OneRankError, UserError, joined
 from shards.common.redaction import without_secrets
 from shards.common.streams import guard_streams
@@ -26,6 +28,21 @@ class Options(BaseModel):
     """Base of all option models: frozen, without extra fields, with a docstring under each field as its help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def expand_home(path: Path) -> Path:
+    """Return `path` with a leading `~` or `~user` as a folder; as in a shell, `~name` of no user stays.
+
+    Raises ValueError if this user has no home.
+    """
+    expanded = Path(os.path.expanduser(path))
+    if expanded.parts[:1] == ("~",):
+        raise ValueError("this user has no home: set HOME, or give a path without ~")
+    return expanded
+
+
+UserPath = Annotated[Path, AfterValidator(expand_home)]
+"""A path that a user gives, in which `~` is home: no shell expands it in `--run-dir=~/runs` or in a file."""
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -87,6 +104,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     output does, until the command calls `output_is_optional`.
     """
     guard_streams()
+    unset_empty_variables()
     try:
         try:
             main(sys.argv[1:] if argv is None else argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -126,6 +127,18 @@ def _ask(
         return session.get(address, headers=headers, stream=True, timeout=timeout)
     except (ValueError, requests.TooManyRedirects) as error:  # requests' own errors of this kind are ValueErrors
         raise UserError(f"cannot get {public_address(address)}: {_cause(error)}; check the address") from None
+    except OSError as error:
+        if isinstance(error, requests.RequestException):
+            raise
+        raise UserError(f"cannot get {public_address(address)}: {_certificates()}{_cause(error)}") from None
+
+
+def _certificates() -> str:
+    """Return the variable that names the file of certificates, with a remedy; an empty string if none is set."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):  # in requests' order
+        if os.environ.get(name):
+            return f"{name}={os.environ[name]} has to name a file of certificates, or be unset: "
+    return ""
 
 
 def _receive(response: requests.Response, part: Path, held: Version | None, offset: int, options: FetchOptions) -> None:
