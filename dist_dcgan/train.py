@@ -1,7 +1,7 @@
 """Train DCGAN on a data set of shards. To resume an interrupted run, run the same command again.
 
 python -m dist_dcgan.train --world-size 1 --data data/bedroom_train
-torchrun --local-addr=localhost --nproc_per_node=8 -m dist_dcgan.train --data data/bedroom_train --run-dir runs/bedrooms
+torchrun --nproc_per_node=8 -m dist_dcgan.train --data data/bedroom_train --run-dir runs/bedrooms
 python -m dist_dcgan.train --world-size 1 --preset narrow --max-steps 10000 --dry-run
 """
 

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from shards.common.environment import unset_empty_variables
-from shards.common.errors import OneRankError, UserError, joined
+from shards.common.errors import UserError, joined
 from shards.common.redaction import without_secrets
 from shards.common.streams import guard_streams
 
@@ -99,8 +99,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Run a command: a UserError becomes one line on stderr and exit status 2, an interrupt exit status 130.
 
-    Under torchrun a UserError occurs on every rank, so only the first rank of each node prints it; a
-    OneRankError is printed by the rank that raises it. No error of standard error stops a command; one of standard
+    Empty environment variables are unset first. No error of standard error stops a command; one of standard
     output does, until the command calls `output_is_optional`.
     """
     guard_streams()
@@ -111,8 +110,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         finally:
             sys.stdout.flush()  # here, so that its failure is one of the command
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OneRankError):
-            print(f"error: {_printable(without_secrets(str(error)))}", file=sys.stderr, flush=True)
+        print(f"error: {_printable(without_secrets(str(error)))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -161,7 +161,7 @@ def test_a_mistake_is_found_before_the_nodes_start(stand_ins: dict[str, str], tm
 def test_machines_that_do_not_meet_are_told_so(stand_ins: dict[str, str], tmp_path: Path) -> None:
     """Torchrun ends before it has started ranks."""
     script(tmp_path / "bin" / "torchrun", "exit 1")
-    env = stand_ins | {"NODES": "2"}
+    env = stand_ins | {"NODES": "2", "RANKS": "1"}
     words = launcher("torchrun.sh")
     done = subprocess.run(words, env=env | {"HEAD": "n1:20007"}, capture_output=True, text=True)
     assert done.returncode == 1 and "the 2 machines have not met at n1:20007" in done.stderr
@@ -180,7 +180,7 @@ def test_what_torchrun_is_told(stand_ins: dict[str, str], tmp_path: Path) -> Non
         return done.stdout.splitlines()
 
     alone = told()
-    assert alone[:3] == ["--standalone", "--nproc_per_node=3", "--max-restarts=3"]
+    assert alone[:4] == ["--standalone", "--local-addr=localhost", "--nproc_per_node=3", "--max-restarts=3"]
     assert alone[-4:] == ["-m", "dist_dcgan.train", "--run-dir", "with space"]
     among = told(NODES="2", HEAD="n1:20007", JOB="7", LOGS="a b", RESTARTS="0", COMMAND="doctor")
     assert among[:4] == ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:20007", "--rdzv-id=7"]

@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from dist_dcgan import config, evaluate, sample
 from shards.__main__ import COMMANDS
 from shards.__main__ import main as shards_main
-from shards.common.command_line import UserPath
 from shards.common.errors import UserError
 from tests.slurm.needs import require
 from tests.support.commands import environment, metrics, module, one_line_error, run, succeed, train_command
@@ -43,7 +42,7 @@ def test_one_process_trains_with_empty_variables_and_anothers_interface(demo_sha
 
 
 @pytest.mark.parametrize("command", ["train", "doctor", "evaluate"])
-def test_tasks_of_srun_are_refused_with_the_command_to_use(command: str, tmp_path: Path) -> None:
+def test_tasks_of_srun_are_refused_with_the_command_to_use(command: str) -> None:
     """Each would train alone, or find its run directory in use."""
     env = environment() | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}
     told = one_line_error(module(f"dist_dcgan.{command}", "--dry-run"), env=env)
@@ -64,11 +63,14 @@ def path_fields(model: type[BaseModel]) -> Iterator[str]:
 
 
 def test_every_path_option_expands_the_home() -> None:
-    models = [config.Config, config.Invocation, evaluate.Evaluate, sample.Sample]
-    fields = [field for model in (*models, *(c.options for c in COMMANDS.values())) for field in path_fields(model)]
+    models: list[type[BaseModel]] = [config.Config, config.Invocation, evaluate.Evaluate, sample.Sample]
+    fields = [
+        field
+        for model in (*models, *[command.options for command in COMMANDS.values()])
+        for field in path_fields(model)
+    ]
     assert len(fields) == 20
     assert [field for field in fields if "expand_home" not in field and "_location" not in field] == []
-    assert UserPath
 
 
 def test_a_tilde_is_the_home_on_the_command_line_and_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
