@@ -82,8 +82,8 @@ BREAKAGES = (
     Breakage(
         4,
         "dist_dcgan/training/train_state.py",
-        "self.ddp_discriminator = self._wrap(self.discriminator)",
-        "self.ddp_discriminator = self._wrap(Discriminator(config.width, image_size).to(self.dtype))",
+        "self.ddp_discriminator = wrap(self.discriminator)",
+        "self.ddp_discriminator = wrap(Discriminator(config.width, image_size).to(self.dtype))",
         "tests/training/test_equivalence.py",
     ),
     Breakage(

@@ -511,11 +511,12 @@ def test_ranks_that_do_not_find_each_other_are_told_and_the_rest_is_checked(
 
 
 def test_a_sum_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    with process_group(60, "cpu") as world:
-        assert distributed_checks.all_reduce(subject(world)).level == "ok"
-        monkeypatch.setattr(dist, "all_reduce", lambda content: content[5].add_(1))
-        text = failure(distributed_checks.all_reduce, subject(world))
-    assert text.startswith("1 of 256 sums over the ranks are wrong, such as 2.0 for 1.0: ")
+    of = subject(World(0, 0, 2, torch.device("cpu")))
+    monkeypatch.setattr(dist, "all_reduce", lambda content: content.fill_(3))
+    assert distributed_checks.all_reduce(of).text.startswith("1 KB in ")
+    monkeypatch.setattr(dist, "all_reduce", lambda content: content.fill_(3)[5].add_(1))
+    text = failure(distributed_checks.all_reduce, of)
+    assert text.startswith("1 of 256 sums over the ranks are wrong, such as 4.0 for 3.0: ")
 
 
 def test_gradients_that_are_missing_or_not_finite_are_named(demo_shards: Path) -> None:
