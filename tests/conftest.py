@@ -16,7 +16,9 @@ LONGEST = (
     "tests/faults/",
     "tests/slurm/",
     "tests/training/test_collapse.py",
+    "tests/training/test_quality.py",
     "tests/run/",
+    "tests/shards/test_kills.py",
     "tests/data/test_remote.py",
 )
 """What begins first, so that no worker is left with one of them while the others are done."""

@@ -14,6 +14,8 @@ import torch
 from dist_dcgan import train as command
 from dist_dcgan.config import Config, Plan
 from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.distributed import world
+from dist_dcgan.distributed.world import run_rank
 from shards.common.command_line import run
 from shards.common.errors import OneRankError, UserError
 from tests.support.commands import environment, module, one_line_error
@@ -53,20 +55,26 @@ def test_other_errors_keep_their_traceback(demo_shards: Path, monkeypatch: pytes
         command.train_or_explain(Config(), Plan(1, 8, 1, 1), Folder(demo_shards), "auto")
 
 
+class Ended(BaseException):
+    """Stands for the SIGTERM by which torchrun ends a rank."""
+
+
 def test_a_users_mistake_is_one_line_on_the_first_rank_and_silence_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(world, "_wait_for_sigterm", mock.Mock(side_effect=Ended))
     message = "thing: value: remedy"
     line = f"error: {message}\n"
     for error, rank, printed in (
         (UserError(message), "0", line),
-        (UserError(message), "1", ""),
+        (UserError(message), "1", ""),  # until torchrun ends it: the first rank has said it
         (OneRankError(message), "1", line),
     ):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(SystemExit) as caught:
-            run(mock.Mock(side_effect=error), [])
-        assert caught.value.code == 2
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "x"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_PORT", "1")
+        with pytest.raises(Ended if printed == "" else SystemExit):
+            run_rank(mock.Mock(side_effect=error), [])
         assert capsys.readouterr().err == printed
 
 

@@ -42,7 +42,9 @@ def test_one_process_trains_with_empty_variables_and_anothers_interface(demo_sha
     assert metrics(tmp_path / "empty")[-1]["loss/d"] == metrics(tmp_path / "other")[-1]["loss/d"]
 
 
-@pytest.mark.parametrize("command", ["train", "doctor", "evaluate"])
+@pytest.mark.parametrize(
+    "command", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("doctor", "evaluate"))]
+)
 def test_tasks_of_srun_are_refused_with_the_command_to_use(command: str) -> None:
     """Each would train alone, or find its run directory in use."""
     env = environment() | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}
@@ -111,6 +113,7 @@ def train_main(words: list[str]) -> None:
     main(words)
 
 
+@pytest.mark.slow
 def test_folders_named_like_the_packages_do_not_hide_an_editable_install(demo_shards: Path, tmp_path: Path) -> None:
     """An editable install finds packages after the working directory, whose folders are packages without files."""
     work, site = tmp_path / "work", tmp_path / "site"
@@ -148,6 +151,7 @@ sys.meta_path.insert(sys.meta_path.index(importlib.machinery.PathFinder) + 1, Fi
 """
 
 
+@pytest.mark.slow
 def test_the_launcher_says_what_is_missing(tmp_path: Path) -> None:
     launcher = ["bash", str(ROOT / "launch" / "torchrun.sh")]
     env = environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -41,6 +41,7 @@ def test_nothing_is_lost(scenario: Scenario, bench: Bench, tmp_path: Path) -> No
         pytest.skip(found)
 
 
+@pytest.mark.slow
 def test_another_run_is_not_taken_for_the_undisturbed_one(bench: Bench, tmp_path: Path) -> None:
     other = run(tmp_path, bench.data, flags=["--seed", 1])
     undisturbed = golden(bench.work, bench.data)

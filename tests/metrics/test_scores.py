@@ -87,5 +87,6 @@ def test_ranks_leave_out_the_same_scores_whatever_their_clocks_say(
     assert found == [[1, 7, 13, 25, 37]] * 2
 
 
+@pytest.mark.slow
 def test_on_a_cpu_no_score_is_left_out_by_default(demo_shards: Path, tmp_path: Path) -> None:
     assert run_ranks(1, scored_steps, demo_shards, tmp_path, (0.001, 0.0), None) == [list(range(1, 41))]

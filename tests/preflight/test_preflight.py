@@ -186,9 +186,15 @@ def test_another_checkout_is_other_code(tmp_path: Path, monkeypatch: pytest.Monk
     assert machine.versions(subject()).same["the code of dist_dcgan"] != before
 
 
+def set_ranks_of_node(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    variables = {"RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "x", "MASTER_PORT": 1}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
 def test_more_ranks_than_gpus_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    set_ranks_of_node(monkeypatch, 4)
     text = "4 ranks on this node, but 2 GPUs: use --nproc_per_node=2"
     assert machine.devices(subject()) == Finding("FAILED", text)
 
@@ -196,12 +202,12 @@ def test_more_ranks_than_gpus_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_more_threads_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_cores", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    set_ranks_of_node(monkeypatch, 2)
     assert machine.threads(subject()) == Finding("ok", "2 ranks of 2 threads on 4 cores")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    set_ranks_of_node(monkeypatch, 3)
     found = machine.threads(subject())
     assert (found.level, found.text.split("; ")[1]) == ("warning", "set OMP_NUM_THREADS=1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    set_ranks_of_node(monkeypatch, 5)
     assert machine.threads(subject()).text.endswith("; use --nproc_per_node=4")
 
 

@@ -25,9 +25,8 @@ FLAGS += ["--log.every-steps", 1, "--wandb", "disabled"]
 TIMINGS = ("time/", "throughput/")
 
 
-@pytest.mark.parametrize(
-    "precision", ["fp16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp32", "bf16"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "fp32", "bf16"])
 def test_four_ranks_that_save_by_the_clock_end_bit_identical_after_a_kill(
     demo_shards: Path, tmp_path: Path, precision: str
 ) -> None:

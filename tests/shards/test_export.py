@@ -140,6 +140,7 @@ def test_a_half_written_temporary_file_is_replaced_and_other_files_stay(tmp_path
     assert sorted(found) == ["image0001.jpg", "image0002.webp", "image0003.png", "image0004.bin", "image0005.jpg"]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_file_operation_leaves_whole_files_and_the_same_command_goes_on(tmp_path: Path) -> None:
     source, out = write_lmdb(tmp_path / "source", SMALL), tmp_path / "out"
     words, unnamed = ["export", str(source), "--out", str(out)], set[str]()

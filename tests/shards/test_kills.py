@@ -105,13 +105,14 @@ def test_random_kills_cost_nothing_but_time(source: Path, golden: dict[str, byte
     assert finished >= 1 and kept >= kills // 10  # else no kill met a conversion that went on
 
 
-def test_a_kill_at_any_file_operation_costs_nothing(source: Path, golden: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_any_file_operation_costs_nothing(source: Path, tmp_path: Path, stride: int) -> None:
     out = tmp_path / "data"
     options = ("--samples-per-shard", "60", *OPTIONS[2:])
     convert_here(source, tmp_path / "expected", *options)
     expected = contents(tmp_path / "expected")
     words = ["convert", str(source), "--out", str(out), *options, "--workers", "1"]
-    for at in count(1):
+    for at in count(1, stride):
         status = status_of(killed_at, at, out, words)
         if status == 0:
             break

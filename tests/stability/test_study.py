@@ -90,6 +90,7 @@ def test_trials_have_names_of_their_own() -> None:
     assert len(names) == len(set(names))
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_killed_goes_on_as_if_it_had_not(
     demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from tests.support.training import train_steps
 from tests.training.test_equivalence import options
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_compiled_networks_compute_the_same_on_two_ranks(demo_shards: Path) -> None:
     plain, compiled = (
