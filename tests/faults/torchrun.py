@@ -18,5 +18,5 @@ if __name__ == "__main__":
     if "FORKED_RANKS" in os.environ:
         for name in PRELOADED:
             import_module(name)
-        fork_ranks()
+        fork_ranks(sys.argv[1:])
     main(["tests.faults.rank" if word == "dist_dcgan.train" else word for word in sys.argv[1:]])

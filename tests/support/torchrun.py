@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
+import json
 import os
 import signal
 import sys
@@ -10,7 +12,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from subprocess import TimeoutExpired
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 from unittest import mock
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
@@ -22,12 +24,28 @@ from tests.support.forks import run_command
 class ForkedRank:
     """What torchrun uses of `subprocess.Popen`."""
 
+    _waiting: ClassVar[list[tuple[int, int]]] = []
+    """Processes that wait for what to run, and the pipes to tell them."""
+
+    @classmethod
+    def prepare(cls, count: int) -> None:
+        """Fork this many processes now: later this one has threads, whose locks a child would inherit as they are."""
+        for _ in range(count):
+            reader, writer = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                for other in (writer, *(pipe for _, pipe in cls._waiting)):
+                    os.close(other)
+                _wait_and_run(reader)
+            os.close(reader)
+            cls._waiting.append((pid, writer))
+
     def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
         self.args = words
         self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            _run_and_exit(words, environment)
+        self.pid, pipe = self._waiting.pop(0)
+        with open(pipe, "w") as told:
+            json.dump([list(words), dict(environment)], told)
 
     def poll(self) -> int | None:
         """Return the exit status, negative for a signal; None while it runs."""
@@ -48,14 +66,27 @@ class ForkedRank:
         return self.returncode
 
 
-def fork_ranks() -> None:
-    """Have torchrun fork its ranks, which run `python -u WORDS`, from now on."""
+def fork_ranks(words: Sequence[str]) -> None:
+    """Have torchrun fork its ranks, which run `python -u WORDS`, from now on; `words` are its arguments."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--nproc_per_node", "--nproc-per-node", type=int, default=1)
+    parser.add_argument("--max_restarts", "--max-restarts", type=int, default=0)
+    options, _ = parser.parse_known_args(words)
+    ForkedRank.prepare(options.nproc_per_node * (options.max_restarts + 1))
     mock.patch.object(SubprocessHandler, "_popen", _start).start()
 
 
 def _start(_: SubprocessHandler, words: tuple[str, ...], environment: dict[str, str]) -> ForkedRank:
     assert words[:2] == (sys.executable, "-u"), words
     return ForkedRank(words[2:], environment)
+
+
+def _wait_and_run(pipe: int) -> NoReturn:
+    with open(pipe) as told:
+        text = told.read()
+    if not text:  # torchrun has ended
+        os._exit(0)
+    _run_and_exit(*json.loads(text))
 
 
 def _run_and_exit(words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
@@ -84,5 +115,5 @@ def _run_and_exit(words: Sequence[str], environment: Mapping[str, str]) -> NoRet
 
 
 if __name__ == "__main__":
-    fork_ranks()
+    fork_ranks(sys.argv[1:])
     main(sys.argv[1:])
