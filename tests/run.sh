@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and tests in a fresh virtual environment: the default in ten minutes, everything with --all.
+# Lint, tests and types in a fresh virtual environment: the default in ten minutes, everything with --all.
 #   bash tests/run.sh [--all] [--long] [PYTEST ARGUMENTS]
 # --all also runs the tests marked slow and those that need system packages (a SLURM cluster, network namespaces), which it
 # installs if run as root on Debian or Ubuntu. --long also runs stories of many minutes. DIST_DCGAN_PHOTOS may name a folder
@@ -24,13 +24,20 @@ echo "== install"
 "$venv/bin/pip" install --quiet --disable-pip-version-check ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} -e ".[test,eval]"
 export PATH="$venv/bin:$PATH"
 
-echo "== lint and types"
+echo "== lint"
 ruff check .
 ruff format --check .
-mypy
+mypy >"$(dirname "$venv")/types" 2>&1 & # beside the tests, many of which wait
+types=$!
 
 echo "== tests"
 cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")  # nproc would believe OMP_NUM_THREADS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # threads of several workers would wait for each other's cores
+failed=0
 python -m pytest --numprocesses "${WORKERS:-$((cores < 4 ? cores + 1 : 4))}" --dist loadfile --no-loadscope-reorder \
-  --durations 25 "$@"
+  --durations 25 "$@" || failed=$?
+
+echo "== types"
+wait "$types" || failed=1
+cat "$(dirname "$venv")/types"
+exit "$failed"
