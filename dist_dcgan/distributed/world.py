@@ -34,6 +34,7 @@ from shards.common.command_line import run
 from shards.common.errors import OneRankError, UserError
 
 _SECONDS_TO_SAY_IT = 60.0
+"""Seconds in which the first rank of a node prints a mistake of the user that all of its ranks have found."""
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 SLOW_SECONDS = 1800.0

@@ -50,9 +50,8 @@ class JsonlLogger(Logger):
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                self._size = min(
-                    self._size, os.fstat(self._descriptor).st_size
-                )  # else zeros would precede a new file's rows
+                found = os.fstat(self._descriptor).st_size
+                self._size = min(self._size, found)  # else zeros would precede the rows of a new file
             written = 0
             while written < len(self._unwritten):
                 written += os.pwrite(self._descriptor, self._unwritten[written:], self._size + written)

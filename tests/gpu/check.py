@@ -191,7 +191,6 @@ def _items() -> list[Item]:
         for kind in kinds
         for precision in ("fp64", "auto", "fp16")
     }
-    graphs["without_ddp/fp64"] = partial(check_equality, precision="fp64", kind="portable", ddp=False)
     return [
         Item("check/train_kill_resume", commands.check_training, 75, "commands"),
         Item("check/sample", commands.check_sample, 30, "commands"),

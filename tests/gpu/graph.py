@@ -18,7 +18,6 @@ from dist_dcgan.training.train_state import TrainState
 from tests.benchmarks.measuring import constant_images
 from tests.gpu.items import Context, Figures, need_norm
 from tests.gpu.training import largest_difference, make_state, networks
-from tests.support.meta_device import Undistributed
 
 STEPS = 10
 
@@ -30,21 +29,13 @@ def prepare(state: TrainState, *, recorded: bool) -> TakeStep:
         return graph.prepare_step(state, 64)
 
 
-def without_ddp(state: TrainState) -> TrainState:
-    """Return the state with its networks called directly, as one rank could; DDP's hooks then do nothing."""
-    for name in ("generator", "discriminator"):
-        setattr(state, f"ddp_{name}", Undistributed(getattr(state, name)))
-    return state
-
-
-def check_equality(context: Context, precision: str, kind: str, *, ddp: bool = True) -> Figures:
+def check_equality(context: Context, precision: str, kind: str) -> Figures:
     """Compare replays with the same steps taken without a graph, networks and metrics; each step has its own images."""
     need_norm(kind, context.device)
     width, batch = context.sized((32, 32), (8, 8))
     options = {"width": width, "global_batch": batch, "precision": precision, "distributed": {"batchnorm": kind}}
     with training_stream(context.device):
         plain, recorded = (make_state(context.world, options) for _ in range(2))
-        recorded = recorded if ddp else without_ddp(recorded)
         replay = prepare(recorded, recorded=True)
         batches = constant_images(batch * STEPS, context.device, plain.dtype).chunk(STEPS)
         metrics = [(train_step(plain, images), replay(images)) for images in batches]

@@ -28,7 +28,7 @@ from tests.benchmarks.plain import PlainLoop
 from tests.benchmarks.step import checkpoint_stall, our_step
 from tests.gpu.across import LAYERS, across_ranks
 from tests.gpu.commands import need_scores
-from tests.gpu.graph import prepare, without_ddp
+from tests.gpu.graph import prepare
 from tests.gpu.items import Context, Figures, Item, Skipped, need_compiler, need_norm, norm_kinds
 from tests.gpu.training import make_state
 from tests.gpu.waiting import synchronisations
@@ -68,7 +68,6 @@ def measure_ours(
     kind: str = "auto",
     *,
     recorded: bool = True,
-    ddp: bool = True,
     tune: bool = False,
     **options: Any,
 ) -> Figures:
@@ -81,7 +80,7 @@ def measure_ours(
         need_compiler(context.device)
     shape = context.sized(shape, TOY)
     with cudnn(benchmark=tune), training_stream(context.device):
-        step = step_of(context, shape, kind, recorded=recorded, ddp=ddp, **options)
+        step = step_of(context, shape, kind, recorded=recorded, **options)
         return figures_of(context, step, shape)
 
 
@@ -225,11 +224,10 @@ def figures_of(context: Context, step: Call, shape: Shape) -> Figures:
     return figures | ({} if measured.peak_bytes is None else {"peak_gib": measured.peak_bytes / 2**30})
 
 
-def step_of(context: Context, shape: Shape, kind: str, *, recorded: bool, ddp: bool = True, **options: Any) -> Call:
+def step_of(context: Context, shape: Shape, kind: str, *, recorded: bool, **options: Any) -> Call:
     """Return this project's step on constant images; call in `training_stream`."""
     usual = {"width": shape.width, "global_batch": shape.batch, "distributed": {"batchnorm": kind}}
     state = make_state(context.world, usual | options)
-    state = state if ddp else without_ddp(state)
     return partial(prepare(state, recorded=recorded), constant_batch(state))
 
 
@@ -248,8 +246,6 @@ def _items_of(shape: Shape) -> list[Item]:
     runs["auto+graph+cudnn.benchmark"] = partial(measure_ours, tune=True)
     runs["auto+graph+fp16"] = partial(measure_ours, precision="fp16")
     runs["auto+graph+fp32"] = partial(measure_ours, precision="fp32")
-    runs["auto+graph-ddp"] = partial(measure_ours, ddp=False)
-    runs["auto-ddp"] = partial(measure_ours, recorded=False, ddp=False)
     return [Item(f"speed/{shape}/{name}", partial(run, shape=shape), 15, "speed") for name, run in runs.items()]
 
 

@@ -6,18 +6,17 @@ Whatever would read a value there is an error. DDP and torch.autocast, which do 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 
 from dist_dcgan.distributed.world import World
-from dist_dcgan.training import train_state
 from dist_dcgan.training.train_state import TrainState
 from tests.gpu.training import make_state
 
@@ -67,29 +66,11 @@ class AutocastOnMeta(TorchFunctionMode):
         return self._cast[id(values)]
 
 
-class Undistributed(nn.Module):
-    """Stands in for DDP and reduces nothing: on the meta device, which DDP does not take, or by mistake."""
-
-    def __init__(self, network: nn.Module, **_: Any) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Call the network."""
-        output: Tensor = self.network(values)
-        return output
-
-    def no_sync(self) -> nullcontext[None]:
-        """Return a context without effect."""
-        return nullcontext()
-
-
 @contextmanager
 def state_on_meta(**options: Any) -> Iterator[TrainState]:
     """Yield the state of one rank on the meta device, of width 8 and batch 4."""
     autocast = AutocastOnMeta()
     with (
-        mock.patch.object(train_state, "DistributedDataParallel", Undistributed),
         mock.patch.object(torch, "autocast", autocast.context),
         mock.patch.object(clip_grad, "_has_foreach_support", return_value=True),  # as on CPUs and GPUs
         autocast,

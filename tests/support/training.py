@@ -20,9 +20,8 @@ from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import process_group
 from dist_dcgan.training import steps, train_state
 from dist_dcgan.training.ema import draw_latents, recompute_statistics
-from dist_dcgan.training.train_state import TrainState
+from dist_dcgan.training.train_state import TrainState, Undistributed
 from tests.gpu.training import Arrays, make_state, networks
-from tests.support.meta_device import Undistributed
 
 
 @dataclass

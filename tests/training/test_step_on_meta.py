@@ -23,7 +23,7 @@ from dist_dcgan.random_streams import stream_seed
 from dist_dcgan.training import steps, train_state
 from dist_dcgan.training.train_state import StepInputs, TrainState
 from tests.gpu.training import make_state
-from tests.support.meta_device import META, Undistributed, state_on_meta
+from tests.support.meta_device import META, state_on_meta
 from tests.support.operations import (
     OutsideTensors,
     Unsynchronised,
@@ -199,7 +199,6 @@ def test_what_runs_on_meta_is_what_runs_on_a_cpu(precision: str) -> None:
     with (
         process_group(60, "cpu") as world,
         mock.patch.object(train_state, "make_norm", return_value=nn.BatchNorm2d),
-        mock.patch.object(train_state, "DistributedDataParallel", Undistributed),
     ):
         (on_cpu,) = operations_of_steps(make_state(world, SMALL | EVERYTHING | {"precision": precision}))
     assert [operation.name for operation in on_meta] == [operation.name for operation in on_cpu]
