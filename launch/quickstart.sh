@@ -30,7 +30,7 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 echo "== 4/5  train on $ranks processes: $run"
-torchrun --standalone --local-addr=localhost --nproc_per_node="$ranks" -m dist_dcgan.train \
+RANKS=$ranks bash launch/torchrun.sh \
   --preset quickstart --data $data --run-dir $run "$@"
 
 echo "== 5/5  sample: $picture"

@@ -23,9 +23,14 @@ if [ "${RANKS:-gpu}" = gpu ]; then
   RANKS=$(python -c 'import torch; print(torch.cuda.device_count())')
   [ "$RANKS" != 0 ] || fail "torch sees no GPU on $(uname -n): RANKS=2 trains with two processes on the CPU"
 fi
-# A machine need not resolve its own name.
-meeting=(--standalone --local-addr=localhost)
-if [ "${NODES:-1}" -gt 1 ]; then
+# On one machine torchrun keeps its state in a private file, since any user could run code through its port. The machine
+# need not resolve its own name.
+private=
+if [ "${NODES:-1}" = 1 ]; then
+  private=$(mktemp -d "${TMPDIR:-/tmp}/dist_dcgan-torchrun.XXXXXXXX")
+  meeting=(--rdzv-backend=c10d --rdzv-endpoint="$private/store" --rdzv-conf=store_type=file --local-addr=localhost)
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+else
   [[ ${HEAD:-} =~ ^.+:[0-9]+$ ]] || fail "NODES=$NODES, HEAD=${HEAD:-}: they meet at HEAD=HOST:PORT"
   meeting=(--nnodes="$NODES" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${JOB:-dist_dcgan}")
 fi
@@ -36,7 +41,8 @@ if [ -n "${LOGS:-}" ]; then
 fi
 
 # Monitors torchrun, which replaces this script by exec and so keeps the process id $$. Prints an error if the rendezvous
-# failed; kills torchrun if its ranks have ended and it hangs because the network or another machine is lost.
+# failed; kills torchrun if its ranks have ended and it hangs because the network or another machine is lost. Removes its
+# file at the end.
 watch() {
   local without=0 cut=0 started=
   trap '' TERM INT HUP QUIT USR1 PIPE
@@ -52,6 +58,7 @@ watch() {
     fi
     sleep 1
   done
+  [ -z "$private" ] || rm -rf "$private"
   if [ -z "$started" ] && [ "${NODES:-1}" -gt 1 ]; then
     echo "error: torchrun on $(uname -n) ended before it started ranks: if nothing above says why, the $NODES machines have" \
       "not met at $HEAD: does each run this command, and is the port open?" >&2

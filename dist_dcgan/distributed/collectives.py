@@ -5,6 +5,7 @@ Without a process group this is the only rank (`world.process_group`), and they 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -24,34 +25,47 @@ def barrier(world: World) -> None:
 
 
 def from_rank_zero(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Call `function` on rank 0 and return its result on all ranks; its UserError is raised on all ranks.
+    """Call `function` on rank 0 and return its result, a JSON value, on all ranks; so is its UserError raised.
 
     The others wait in `group`: the default one, or `World.slow_group` if `function` may take minutes.
     Other exceptions of rank 0 are not passed on: the peers fail with the broken connection, and the process group
-    reports the rank.
+    reports the rank. Values travel as JSON: torch's object collectives would unpickle what a stranger may have sent.
     """
     if not dist.is_initialized():
         return function()
-    outcome: list[Any] = [None, None]
+    content = b""
     if dist.get_rank() == 0:
         try:
-            outcome[0] = function()
+            content = json.dumps({"result": function()}).encode()
         except UserError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    result: Result = outcome[0]
+            content = json.dumps({"error": str(error)}).encode()
+    size = torch.tensor([len(content)])
+    dist.broadcast(size, src=0, group=group)
+    sent = _bytes(content, int(size))
+    dist.broadcast(sent, src=0, group=group)
+    outcome = json.loads(sent.numpy().tobytes())
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    result: Result = outcome["result"]
     return result
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return the values of all ranks, by rank; they wait for each other in `group`, as in `from_rank_zero`."""
+    """Return the values of all ranks, JSON values, by rank; they wait for each other in `group`, as above."""
     if not dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+    content = json.dumps(value).encode()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(content)]), group=group)
+    longest = max(map(int, sizes))
+    received = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(received, _bytes(content, longest), group=group)
+    return [json.loads(text.numpy().tobytes()[: int(size)]) for text, size in zip(received, sizes, strict=True)]
+
+
+def _bytes(content: bytes, size: int) -> torch.Tensor:
+    """Return `content`, and zeros after it, as uint8 of this size."""
+    return torch.frombuffer(bytearray(content.ljust(size, b"\0")), dtype=torch.uint8)
 
 
 def require_same(value: str, what: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-from datetime import timedelta
+import secrets
 from typing import Any
 
 import torch.distributed as dist
 
-from dist_dcgan.distributed.collectives import gather
+from dist_dcgan.distributed.collectives import from_rank_zero
+from dist_dcgan.distributed.launch import launched
 from dist_dcgan.distributed.world import World
 
 
@@ -29,17 +29,15 @@ class NodeStore:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
 
-def node_store(world: World, timeout_seconds: float) -> NodeStore:
-    """Return the store of this rank's node; every rank calls it. Ranks with the same host name are on one node."""
+def node_store(world: World) -> NodeStore:
+    """Return the store of the ranks that one torchrun started on this machine; every rank of the run calls it.
+
+    Ranks that torchrun did not start have one each.
+    """
     if world.world_size == 1:
         return NodeStore()
-    names = gather(socket.gethostname())
-    ranks = [rank for rank, name in enumerate(names) if name == names[world.rank]]
-    timeout = timedelta(seconds=timeout_seconds)
-    store: Any = None
-    if world.rank == ranks[0]:
-        store = dist.TCPStore("localhost", 0, is_master=True, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
-    ports = gather(None if store is None else store.port)
-    if store is None:
-        store = dist.TCPStore("localhost", ports[ranks[0]], is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-    return NodeStore(ranks.index(world.rank), len(ranks), store)
+    name = from_rank_zero(lambda: f"node {secrets.token_hex(8)}")  # a new one for each run in this process
+    if world.folder is None:
+        return NodeStore()
+    size = launched().ranks_of_node
+    return NodeStore(world.local_rank, size, world.folder.store(name, size))

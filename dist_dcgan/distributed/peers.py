@@ -11,6 +11,7 @@ be distinguished from outside, the message has the line of Python that each exec
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 import secrets
@@ -40,6 +41,8 @@ class RankProcess(NamedTuple):
 
     host: str
     pid: int
+    started: str
+    """When the process started, as Linux tells; with `pid` it identifies the process."""
     machine: str
     """Equal for processes that see each other's `pid`; containers may share a host name."""
     local_rank: int
@@ -78,13 +81,20 @@ def rendezvous(store: Any, rank: int, world_size: int, timeout_seconds: float) -
 class Peers:
     """Reports of the ranks of one process group: their processes, and which failed, ask, answer, or left."""
 
-    def __init__(self, store: Any, rank: int, world_size: int, local_rank: int = 0, gpus: int = 0) -> None:
-        """Report this rank's process; `store` is one of torch.distributed."""
+    def __init__(
+        self, store: Any, rank: int, world_size: int, local_rank: int = 0, gpus: int = 0, key: bytes | None = b""
+    ) -> None:
+        """Report this rank's process; `store` is one of torch.distributed.
+
+        Reports that are not authenticated with `key` are ignored. None: strangers may write to the store, so no process
+        is killed for what is read there.
+        """
         self._store, self.rank, self.world_size = store, rank, world_size
+        self._key, self._trusted = key or b"", key is not None
         self._reported = False
         self._answered = False
         self._neighbours: dict[int, RankProcess] = {}
-        self._write("processes", RankProcess(socket.gethostname(), os.getpid(), _machine(), local_rank, gpus))
+        self._write("processes", _this_process(local_rank, gpus))
 
     def everyone(self, timeout_seconds: float) -> dict[int, RankProcess]:
         """Wait for all ranks; return their processes by rank. Each rank calls it once.
@@ -166,7 +176,7 @@ class Peers:
         """Return the state of ranks that have not reported; those that answer are named only if all do."""
         answers = self._read("answers")
         lost = [
-            _fate(rank, processes[rank]) if rank in processes else f"rank {rank} has not come"
+            self._fate(rank, processes[rank]) if rank in processes else f"rank {rank} has not come"
             for rank in silent
             if rank not in answers or _has_ended(processes[rank])
         ]
@@ -175,14 +185,26 @@ class Peers:
         shown = [f"{_name(rank, processes[rank])} is busy or waits {answers[rank]}" for rank in silent[:_MOST_SHOWN]]
         return shown + ([f"{len(silent) - _MOST_SHOWN} more do"] if len(silent) > _MOST_SHOWN else [])
 
+    def _fate(self, rank: int, process: RankProcess) -> str:
+        """Return the state of a rank that does not answer; kill it if it runs on this machine."""
+        if _has_ended(process):
+            return f"{_name(rank, process)} has ended"
+        killed = self._trusted and _is_here(process) and _killed(process)
+        return f"{_name(rank, process)} does not answer{' and is killed' * killed}"
+
     def _write(self, key: str, content: Any) -> None:
-        self._store.append(key, json.dumps([self.rank, content]) + "\n")
+        text = json.dumps([self.rank, content])
+        self._store.append(key, f"{self._signature(key, text)} {text}\n")
 
     def _read(self, key: str) -> dict[int, Any]:
         """Return what each rank has written to `key`, by rank."""
         if not self._store.check([key]):
             return {}
-        return dict(json.loads(line) for line in self._store.get(key).decode().splitlines())
+        rows = (line.partition(" ") for line in self._store.get(key).decode(errors="replace").splitlines())
+        return dict(json.loads(text) for mac, _, text in rows if mac == self._signature(key, text))
+
+    def _signature(self, key: str, text: str) -> str:
+        return hmac.new(self._key, f"{key} {text}".encode(), hashlib.sha256).hexdigest()[:32]
 
     def _processes(self) -> dict[int, RankProcess]:
         return {rank: RankProcess(*process) for rank, process in self._read("processes").items()}
@@ -225,24 +247,37 @@ def _is_here(process: RankProcess) -> bool:
     return process.machine != "" and process.machine == _machine()
 
 
+def _this_process(local_rank: int, gpus: int) -> RankProcess:
+    pid = os.getpid()
+    return RankProcess(socket.gethostname(), pid, _started(pid), _machine(), local_rank, gpus)
+
+
 def _has_ended(process: RankProcess) -> bool:
-    """Return whether a process is known to have ended."""
-    return _is_here(process) and not _alive(process.pid)
+    """Return whether a process is known to have ended; another one may have its number by now."""
+    return _is_here(process) and _started(process.pid) != process.started
 
 
-def _fate(rank: int, process: RankProcess) -> str:
-    """Return the state of a rank that does not answer; kill it if it runs on this machine."""
-    if _has_ended(process):
-        return f"{_name(rank, process)} has ended"
-    if not _is_here(process):
-        return f"{_name(rank, process)} does not answer"
-    with suppress(ProcessLookupError):  # it has ended meanwhile
-        os.kill(process.pid, signal.SIGKILL)
-    return f"{_name(rank, process)} does not answer and is killed"
-
-
-def _alive(pid: int) -> bool:
+def _started(pid: int) -> str:
+    """Return when a process started, in clock ticks since the machine did; empty if it has ended."""
     try:
-        return "State:\tZ" not in Path("/proc", str(pid), "status").read_text()
+        state, *rest = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()  # proc_pid_stat(5)
+    except OSError:
+        return ""
+    return "" if state in "ZX" else rest[18]
+
+
+def _killed(process: RankProcess) -> bool:
+    """Kill a process of this machine, unless it has ended; return whether it was the one that is meant."""
+    try:
+        same = os.pidfd_open(process.pid)  # what it names does not change after the comparison
     except OSError:
         return False
+    try:
+        if _has_ended(process):
+            return False
+        signal.pidfd_send_signal(same, signal.SIGKILL)
+    except OSError:  # it has ended meanwhile, or is another user's
+        return False
+    finally:
+        os.close(same)
+    return True

@@ -29,6 +29,8 @@ from dist_dcgan.distributed.devices import agreed_device, set_up
 from dist_dcgan.distributed.failures import cannot_go_on, explained, first_sentence, is_alike
 from dist_dcgan.distributed.launch import Launch, launched
 from dist_dcgan.distributed.peers import Peers, rendezvous
+from dist_dcgan.distributed.private import PrivateFolder, private_folder
+from dist_dcgan.distributed.strangers import require_no_strangers, warn_of_open_agent
 from dist_dcgan.distributed.watch import Watch
 from shards.common.command_line import run
 from shards.common.errors import OneRankError, UserError
@@ -36,6 +38,7 @@ from shards.common.errors import OneRankError, UserError
 _SECONDS_TO_SAY_IT = 60.0
 """Seconds in which the first rank of a node prints a mistake of the user that all of its ranks have found."""
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_LOOPBACK = "lo"
 
 SLOW_SECONDS = 1800.0
 """Seconds that ranks wait for each other while one may fetch data or compute scores."""
@@ -53,6 +56,8 @@ class World:
     device: torch.device
     slow_group: dist.ProcessGroup | None = None
     """Gloo group with a timeout of SLOW_SECONDS, for ranks that may be minutes apart; None: use the default group."""
+    folder: PrivateFolder | None = None
+    """What the ranks that torchrun started on this machine share; None: it did not start them."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size} on {socket.gethostname()}"
@@ -95,17 +100,27 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
         set_up(device)
         yield World(0, 0, 1, device)
         return
-    store = _meeting_point(launch, max(timeout_seconds, MEETING_SECONDS))
-    rank, world_size = launch.rank, launch.world_size
-    peers = Peers(dist.PrefixStore("peers", store), rank, world_size, launch.local_rank, gpus)  # type: ignore[attr-defined]
-    watch = Watch(peers, world_size, timeout_seconds, lambda cause: _end_at_once(cannot_go_on(peers, cause)))
-    with watch, _left_at_the_end(peers), explained(peers):
-        device = agreed_device(peers.everyone(timeout_seconds), rank, lenient=device_type == "any")
-        set_up(device)
-        if launch.nodes > 1:
-            require_connected(store, launch.node, launch.nodes, leads=launch.local_rank == 0)
-        _init(dist.PrefixStore("group", store), peers, device, timeout_seconds)  # type: ignore[attr-defined]
-        yield World(rank, launch.local_rank, world_size, device, _slow_group(timeout_seconds))
+    with private_folder(launch) as folder:
+        # On one machine nothing listens but gloo and NCCL, and they on the loopback interface.
+        alone = folder if launch.ranks_of_node == launch.world_size else None
+        if launch.local_rank == 0:
+            warn_of_open_agent(launch)
+        if alone is not None:
+            os.environ |= {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK}
+        store = _meeting_point(launch, alone, max(timeout_seconds, MEETING_SECONDS))
+        rank, world_size = launch.rank, launch.world_size
+        key = os.environ.get("DIST_DCGAN_SECRET", "").encode() or None if alone is None else b""
+        peers = Peers(dist.PrefixStore("peers", store), rank, world_size, launch.local_rank, gpus, key)  # type: ignore[attr-defined]
+        watch = Watch(peers, world_size, timeout_seconds, lambda cause: _end_at_once(cannot_go_on(peers, cause)))
+        with watch, _left_at_the_end(peers), explained(peers):
+            device = agreed_device(peers.everyone(timeout_seconds), rank, lenient=device_type == "any")
+            set_up(device)
+            if launch.nodes > 1:
+                require_connected(store, launch.node, launch.nodes, leads=launch.local_rank == 0)
+            _init(dist.PrefixStore("group", store), peers, device, timeout_seconds)  # type: ignore[attr-defined]
+            slow_group = _slow_group(timeout_seconds)
+            require_no_strangers()
+            yield World(rank, launch.local_rank, world_size, device, slow_group, folder)
 
 
 def _init(store: Any, peers: Peers, device: torch.device, timeout_seconds: float) -> None:
@@ -167,13 +182,17 @@ def _end_at_once(reason: str) -> None:
         os._exit(int(ended.code or 0))
 
 
-def _meeting_point(launch: Launch, timeout_seconds: float) -> Any:
-    """Wait until all ranks have joined; return the rendezvous store."""
+def _meeting_point(launch: Launch, folder: PrivateFolder | None, timeout_seconds: float) -> Any:
+    """Wait until all ranks have joined; return the rendezvous store: a file in `folder`, else that of torchrun."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if folder is None else str(folder.path)
     try:
-        store, _, _ = next(torch_rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        if folder is None:
+            store, _, _ = next(torch_rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        else:
+            store = folder.store("ranks", launch.world_size)
+            store.set_timeout(timedelta(seconds=timeout_seconds))
         return rendezvous(store, launch.rank, launch.world_size, timeout_seconds)
     except (ValueError, RuntimeError) as error:  # torch's store errors are RuntimeErrors
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OneRankError(f"cannot meet the other ranks at {place} ({first_sentence(error)})") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from dist_dcgan.config import Config, Invocation, Plan
@@ -80,7 +80,8 @@ def examine_all(checks: Sequence[Check], subject: Subject, tell: Callable[[str, 
         if not lacking:
             mine = attempt(check, subject)
             try:
-                agreed = agree(gathered(subject.world, mine))
+                all_found = gathered(subject.world, None if mine is None else asdict(mine))
+                agreed = agree([None if fields is None else Finding(**fields) for fields in all_found])
             except RuntimeError:  # a peer was killed: report this rank's own result
                 text = "" if mine is None else f", and found: {mine.level}, {mine.text}"
                 raise OneRankError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -58,7 +59,7 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
         digest = manifest.digest()
         require_same(digest, f"the data set at {config.data.name}")
         run = RunDirectory(config.run_dir)
-        from_rank_zero(lambda: resolve_wandb(config, None))  # refuses before anything is written
+        from_rank_zero(lambda: asdict(resolve_wandb(config, None)))  # refuses before anything is written
         from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
 
         # Build networks and optimizers, warm up, load the newest checkpoint.
@@ -71,7 +72,7 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
         saver = stack.enter_context(Saver(run.checkpoints, retention, world.device, partial(record_saved, run)))
         logger = stack.enter_context(closing(make_logger(plan, world, run, state.step, wandb_run)))
-        node = node_store(world, config.distributed.timeout_seconds)
+        node = node_store(world)
         batches = stack.enter_context(BatchLoader(location, config, plan, world, state.step, node))
         batches.wait_for_first()
         quality = QualityMeter(state, ShardReader(location), run)
@@ -113,7 +114,7 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
     Return how W&B records the run, which keeps the id of the checkpoint.
     """
 
-    def read() -> tuple[dict[str, Any] | None, WandbRun]:
+    def read() -> tuple[dict[str, Any] | None, dict[str, Any]]:
         found = load_newest(run.checkpoints)
         wandb_run = resolve_wandb(state.config, None if found is None else found.values["wandb_run_id"])
         if found is None:
@@ -124,9 +125,10 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
             record_saved(run, found.values["step"])
             print(f"going on after step {found.values['step']} of {run.path}", file=sys.stderr, flush=True)
         record(run, state.config)
-        return None if found is None else found.values, wandb_run
+        return None if found is None else found.values, asdict(wandb_run)
 
-    values, wandb_run = from_rank_zero(read)
+    values, fields = from_rank_zero(read)
+    wandb_run = WandbRun(**fields)
     if values is not None:
         broadcast_from_rank_zero(state.tensors().values())
         state.load_values(values)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         config = Config(width=options.width, global_batch=options.batch, epochs=1e6)
         plan = make_plan(config, world.world_size, place.manifest.samples)
         state = TrainState(config, plan, world, place.manifest.image_size)
-        with BatchLoader(place, config, plan, world, 0, node_store(world, 60)) as batches:
+        with BatchLoader(place, config, plan, world, 0, node_store(world)) as batches:
             fed = iter(batches)
             constant = itertools.repeat(next(fed))
             ratios = []

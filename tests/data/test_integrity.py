@@ -94,7 +94,7 @@ def meet_one(world: World, source: Path, copy: Path, trial: int, pixels: np.ndar
     ((shard, kind),) = damaged
     entry = Folder(source).manifest.shards[shard]
     of_shard = range(10 * shard, 10 * shard + entry.samples)
-    node = node_store(world, 60)
+    node = node_store(world)
     error, used, wrong = "", 0, 0
     try:
         place = Folder(copy)

@@ -29,7 +29,7 @@ GPU = torch.device("cuda", 3)
 def processes(*gpus: int, each: int = 2) -> dict[int, RankProcess]:
     """`each` ranks per host, whose numbers of GPUs are given."""
     hosts = [(f"n{host}", local, count) for host, count in enumerate(gpus) for local in range(each)]
-    return {rank: RankProcess(host, rank, host, local, count) for rank, (host, local, count) in enumerate(hosts)}
+    return {rank: RankProcess(host, rank, "", host, local, count) for rank, (host, local, count) in enumerate(hosts)}
 
 
 def test_every_rank_takes_its_gpu() -> None:

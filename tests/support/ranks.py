@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world_size)}
     common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    common |= {"LOCAL_WORLD_SIZE": str(world_size), "TORCHELASTIC_ERROR_FILE": f"{uuid4()}/attempt_0/0/error.json"}
     processes = []
     for rank in range(world_size):
         ours = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}

@@ -39,7 +39,7 @@ def train_steps(data: Path, options: dict[str, Any], count: int, mistake: str | 
         place = Folder(data)
         reader = ShardReader(place)
         state = make_state(world, options, place.manifest.samples)
-        with BatchLoader(place, state.config, state.plan, world, 0, node_store(world, 60)) as batches:
+        with BatchLoader(place, state.config, state.plan, world, 0, node_store(world)) as batches:
             for _, batch in zip(range(count), batches, strict=False):
                 outcome.keys.append(reader.keys(batch.samples))
                 steps.train_step(state, to_images(batch, state.dtype))

@@ -1,0 +1,90 @@
+"""Other users of the machine: whether one has connected in the place of a rank, and whether torchrun is open to them.
+
+Gloo takes whoever connects to it first with the right small number for a rank. Once its connections are made nobody can
+come between, so they are checked then: Linux lists for each connection the user of either end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from dist_dcgan.distributed.launch import Launch
+from shards.common.errors import OneRankError
+
+_ESTABLISHED = "01"  # proc_pid_net(5), tcp
+_FIRST_PERSON = 1000
+"""The smallest user number of a person; smaller ones are the system's."""
+_NOBODY = (65534, 65535)
+
+
+class _Row(NamedTuple):
+    local: str
+    remote: str
+    state: str
+    user: int
+    inode: str
+
+
+def require_no_strangers() -> None:
+    """Raise OneRankError if a connection of this process leads to a process of another user on this machine."""
+    rows = list(_rows())
+    ours = _sockets()
+    users = {(row.local, row.remote): row.user for row in rows}
+    for row in rows:
+        user = users.get((row.remote, row.local))
+        if row.state == _ESTABLISHED and row.inode in ours and user not in (None, os.getuid()):
+            raise OneRankError(
+                f"a process of user {user} on this machine has connected in the place of a rank: start again, and tell "
+                "your administrator"
+            )
+
+
+def warn_of_open_agent(launch: Launch) -> None:
+    """Warn if torchrun, on one machine, meets where any user of it may run code as this one, and there are others."""
+    if launch.nodes > 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    others = other_users()
+    if others:
+        print(
+            f"warning: processes of user {others[0]} run on this machine, and whoever reaches torchrun's port can run "
+            "code as you: start with `bash launch/torchrun.sh FLAGS`, which opens none",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def other_users() -> list[int]:
+    """Return the numbers of other people who run processes on this machine, as far as it shows them."""
+    found = set()
+    with suppress(OSError):
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with suppress(OSError):  # ended meanwhile
+                    found.add(os.stat(f"/proc/{name}").st_uid)
+    return sorted(user for user in found - {os.getuid()} if user >= _FIRST_PERSON and user not in _NOBODY)
+
+
+def _rows() -> Iterator[_Row]:
+    """Yield the TCP sockets of this machine; none where the system does not list them."""
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError):
+            for line in Path("/proc/self/net", table).read_text().splitlines()[1:]:
+                words = line.split()
+                yield _Row(words[1], words[2], words[3], int(words[7]), words[9])
+
+
+def _sockets() -> frozenset[str]:
+    """Return the inodes of this process's sockets."""
+    found = set()
+    with suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):  # closed meanwhile
+                link = os.readlink(f"/proc/self/fd/{name}")
+                if link.startswith("socket:["):
+                    found.add(link[len("socket:[") : -1])
+    return frozenset(found)
