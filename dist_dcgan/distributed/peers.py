@@ -194,7 +194,7 @@ class Peers:
 
     def _write(self, key: str, content: Any) -> None:
         text = json.dumps([self.rank, content])
-        self._store.append(key, f"{self._signature(key, text)} {text}\n")
+        self._store.append(key, f"\n{self._signature(key, text)} {text}\n")  # a line also after a stranger's torn one
 
     def _read(self, key: str) -> dict[int, Any]:
         """Return what each rank has written to `key`, by rank."""

@@ -29,8 +29,11 @@ class PrivateFolder:
     """Folder in which this user's ranks of one torchrun meet; each holds a lock on it, and the last one removes it."""
 
     def __init__(self, path: Path) -> None:
-        """Make or join the folder; raises OSError."""
-        path.mkdir(mode=0o700, exist_ok=True)
+        """Make or join the folder; raises OSError, also if it is not one of this user alone."""
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        if not _is_private(path):
+            raise PermissionError(f"{path} is not a folder of this user alone")
         self.path = path
         self._lock = Lock(path)
         self._lock.take(shared=True)
@@ -51,43 +54,41 @@ def private_folder(launch: Launch) -> Iterator[PrivateFolder | None]:
     """Join the folder of this start of the ranks on this machine; None if torchrun did not start them.
 
     It is named by the file in which torchrun expects the errors of this rank: its folder belongs to one start by one
-    torchrun. Raises UserError if another user made the folder of all such folders, in the system's temporary folder.
+    torchrun. Raises UserError if there can be none in the system's temporary folder.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not launch.by_torchrun or error_file is None:
         yield None
         return
-    name = hashlib.sha256(os.fsencode(Path(error_file).parent.parent)).hexdigest()[:32]
+    start = hashlib.sha256(os.fsencode(Path(error_file).parent.parent)).hexdigest()[:32]
+    place = Path(tempfile.gettempdir())
     try:
-        ours = _folder_of_user()
         if launch.local_rank == 0:
-            _remove_orphans(ours)
-        folder = PrivateFolder(ours / name)
+            _remove_orphans(place)
+        folder = PrivateFolder(place / f"{_prefix()}{start}")
     except OSError as error:
-        raise UserError(
-            f"the ranks cannot meet in {tempfile.gettempdir()}: {error}: set TMPDIR to a folder of your own"
-        ) from None
+        raise UserError(f"the ranks cannot meet in {place}: {error}: set TMPDIR to a folder of your own") from None
     try:
         yield folder
     finally:
         folder.leave()
 
 
-def _folder_of_user() -> Path:
-    path = Path(tempfile.gettempdir(), f"dist_dcgan-{os.getuid()}")
-    with suppress(FileExistsError):
-        path.mkdir(mode=0o700)
+def _prefix() -> str:
+    return f"dist_dcgan-{os.getuid()}-"
+
+
+def _is_private(path: Path) -> bool:
     status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
-        raise PermissionError(f"{path} is not a folder of this user alone")
-    return path
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o077
 
 
-def _remove_orphans(ours: Path) -> None:
+def _remove_orphans(place: Path) -> None:
     """Remove folders whose ranks were killed."""
-    for path in ours.iterdir():
+    for path in place.glob(f"{_prefix()}*"):
         with suppress(OSError):  # just removed by another
-            if time.time() - path.stat().st_mtime > _ORPHANED_SECONDS:  # one that was just made is about to be locked
+            aged = time.time() - path.lstat().st_mtime > _ORPHANED_SECONDS  # one that was just made will be locked
+            if aged and _is_private(path):
                 with Lock(path) as lock:
                     if lock.take():
                         shutil.rmtree(path)

@@ -180,7 +180,10 @@ def test_what_torchrun_is_told(stand_ins: dict[str, str], tmp_path: Path) -> Non
         return done.stdout.splitlines()
 
     alone = told()
-    assert alone[:4] == ["--standalone", "--local-addr=localhost", "--nproc_per_node=3", "--max-restarts=3"]
+    backend, endpoint, *others = alone
+    assert backend == "--rdzv-backend=c10d" and not Path(endpoint.removeprefix("--rdzv-endpoint=")).parent.exists()
+    meeting = ["--rdzv-conf=store_type=file", "--local-addr=localhost"]
+    assert others[:4] == [*meeting, "--nproc_per_node=3", "--max-restarts=3"]
     assert alone[-4:] == ["-m", "dist_dcgan.train", "--run-dir", "with space"]
     among = told(NODES="2", HEAD="n1:20007", JOB="7", LOGS="a b", RESTARTS="0", COMMAND="doctor")
     assert among[:4] == ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:20007", "--rdzv-id=7"]

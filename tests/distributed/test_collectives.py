@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from dist_dcgan.distributed.collectives import average_across_ranks
+from dist_dcgan.distributed.collectives import average_across_ranks, from_rank_zero, gather
 from dist_dcgan.distributed.world import process_group
 from tests.support.operations import OperationRecorder, Parts
 from tests.support.ranks import run_ranks
@@ -48,3 +49,20 @@ def test_scalars_are_packed_before_they_are_converted() -> None:
     means, operations = averaged()
     assert means == [{name: float(value) for name, value in row.items()} for row in rows_of(0)]
     assert operations < STEPS  # one by one, there would be a conversion for each of the scores
+
+
+def told(value: object) -> tuple[list[object], object]:
+    """What a rank learns of the others' values, and of rank 0's."""
+    with process_group(60, "cpu") as world:
+        mine = [value] * (1 + world.rank)  # of different lengths
+        return gather(mine), from_rank_zero(lambda: mine)
+
+
+def test_values_of_ranks_travel_as_json() -> None:
+    value = {"text": "ä\n", "number": 0.1, "none": None}
+    assert run_ranks(2, told, value) == [([[value], [value, value]], [value])] * 2
+
+
+def test_what_would_need_pickle_is_refused() -> None:
+    with pytest.raises(AssertionError, match="not JSON serializable"):
+        run_ranks(2, told, {1, 2})

@@ -152,10 +152,10 @@ def test_a_connection_of_another_user_in_the_place_of_a_rank_is_found() -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of this user's meetings."""
+    """The folder in which ranks meet in folders."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "logs/run/attempt_0/1/error.json")
-    return tmp_path / f"dist_dcgan-{os.getuid()}"
+    return tmp_path
 
 
 def test_ranks_meet_in_a_folder_of_their_own_which_the_last_one_removes(
@@ -165,7 +165,7 @@ def test_ranks_meet_in_a_folder_of_their_own_which_the_last_one_removes(
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "logs/run/attempt_0/0/error.json")
         with private_folder(RANK_OF_TWO._replace(rank=0, local_rank=0)) as zero:
             assert one and zero and one.path == zero.path and one.path.parent == place
-            assert place.stat().st_mode & 0o777 == 0o700
+            assert one.path.stat().st_mode & 0o777 == 0o700
             monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "logs/run/attempt_1/0/error.json")
             with private_folder(RANK_OF_TWO) as later:
                 assert later and later.path != one.path
@@ -176,29 +176,33 @@ def test_ranks_meet_in_a_folder_of_their_own_which_the_last_one_removes(
 def test_folders_of_killed_ranks_are_removed_and_those_in_use_stay(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    left, other = (place / f"dist_dcgan-{os.getuid()}-{name}" for name in ("left", "open to others"))
     with private_folder(RANK_OF_TWO) as used:
         assert used
-        (place / "left").mkdir()
-        for path in (place / "left", used.path):
+        left.mkdir(mode=0o700)
+        other.mkdir(mode=0o755)
+        for path in (left, other, used.path):
             os.utime(path, (0, 0))
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "logs/run/attempt_1/0/error.json")
         with private_folder(RANK_OF_TWO._replace(local_rank=0)) as later:
-            assert later and set(place.iterdir()) == {used.path, later.path}
+            assert later and set(place.iterdir()) == {used.path, later.path, other}
 
 
-def make_link(place: Path) -> None:
-    (place.parent / "elsewhere").mkdir(mode=0o700)
-    place.symlink_to("elsewhere")
+def make_link(path: Path) -> None:
+    (path.parent / "elsewhere").mkdir(mode=0o700)
+    path.symlink_to("elsewhere")
 
 
-def make_open_folder(place: Path) -> None:
-    place.mkdir()
-    place.chmod(0o755)
+def make_open_folder(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0o755)
 
 
 @pytest.mark.parametrize("make", [make_link, make_open_folder, Path.touch])
 def test_a_meeting_place_that_others_may_have_made_is_refused(place: Path, make: Callable[[Path], None]) -> None:
-    make(place)
+    with private_folder(RANK_OF_TWO) as folder:
+        assert folder
+    make(folder.path)
     with pytest.raises(UserError, match="is not a folder of this user alone: set TMPDIR to a folder of your own"):
         private_folder(RANK_OF_TWO).__enter__()
 

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import get_context
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_dcgan.distributed.peers import Peers, rendezvous
+from dist_dcgan.distributed.peers import Peers, _started, rendezvous
 from dist_dcgan.distributed.world import process_group
 from shards.common.errors import OneRankError, UserError
 from tests.support.commands import module, run
@@ -162,6 +163,32 @@ def test_a_rank_that_comes_and_fails_while_another_asks_is_named() -> None:
     late = threading.Timer(0.5, lambda: Peers(store, 1, 2).report("ValueError: it cannot go on"))
     late.start()
     assert Peers(store, 0, 2).cause().endswith("failed: ValueError: it cannot go on")
+
+
+def test_reports_of_strangers_are_ignored_and_kill_nobody() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    zero = Peers(store, 0, 2, key=b"a secret")
+    for key in (b"", b"guessed"):
+        Peers(store, 1, 2, key=key).report("a lie")
+    store.append("ends", "[1, nonsense")
+    assert zero.cause() == "rank 1 has not come"
+
+
+@pytest.mark.parametrize(
+    ("key", "later", "fate"),
+    [(b"", "", "does not answer and is killed"), (b"", "1", "has ended"), (None, "", "does not answer")],
+)
+def test_a_process_is_killed_only_if_it_is_certainly_the_rank(key: bytes | None, later: str, fate: str) -> None:
+    """It is not if its number belongs to a later process, or if strangers may write to the store."""
+    process = get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    process.start()
+    assert process.pid
+    peers = Peers(dist.HashStore(), 0, 2, key=key)  # type: ignore[attr-defined]
+    rank = peers._processes()[0]._replace(pid=process.pid, started=_started(process.pid) + later)
+    assert peers._fate(1, rank) == f"rank 1 on {rank.host} (process {process.pid}) {fate}"
+    process.join(10 if fate.endswith("killed") else 0.1)
+    assert process.is_alive() == (not fate.endswith("killed"))
+    process.kill()
 
 
 def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,14 +29,16 @@ class Ranks:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         common = environment() | {
             "WORLD_SIZE": str(len(acts)),
+            "LOCAL_WORLD_SIZE": str(len(acts)),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        self.errors = [folder / f"error-{rank}.json" for rank in range(len(acts))]
+        self.errors = [folder / "attempt_0" / str(rank) / "error.json" for rank in range(len(acts))]
         command = module("tests.distributed.rank", ",".join(acts), TIMEOUT)
         self.processes = []
         for rank, error in enumerate(self.errors):
+            error.parent.mkdir(parents=True)
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(error)}
             self.processes.append(commands.start(command, env=common | own))
 
