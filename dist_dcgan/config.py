@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, model_v
 
 from shards.common.command_line import Options, UserPath, build, expand_home, nearest, parse_flags
 from shards.common.errors import UserError
+from shards.common.files import read_named
 from shards.common.redaction import public_address
 
 # Not by importlib.resources: it takes a folder `dist_dcgan` in the working directory for the package.
@@ -292,7 +293,7 @@ def read_preset(name: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in the YAML file at `path`; object tags are refused, so that no code can run."""
     try:
-        return _parse_yaml(path.read_text(), str(path))
+        return _parse_yaml(read_named(path).decode(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read configuration {path}: {error}") from None
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from shards.common.command_line import Options, build
 from shards.common.errors import UserError
-from shards.common.files import publish
+from shards.common.files import publish, read_plain
 
 FORMAT = "dist_dcgan-shards"
 FORMAT_VERSION = 2
@@ -176,7 +176,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"no data set at {directory}: it has no {MANIFEST_NAME} (python -m shards convert makes one)")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_plain(path))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -19,7 +20,7 @@ def preview(directory: Path, out: Path, num: int = 64) -> int:
     Returns the number of samples, less than `num` if the data set has fewer. Raises UserError if `out` exists
     or cannot be a PNG, or if the data set is missing or damaged.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"--out {out} exists: give another name, or remove it first")
     if out.suffix.lower() != ".png" or not out.parent.is_dir():
         raise UserError(f"--out {out} is no place for a picture: give a name ending in .png in a folder that exists")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.common.errors import UserError
+from shards.common.files import open_plain
 from shards.manifest import TAR_BLOCK, Layout, Manifest
 
 NAME_FIELD = slice(0, 100)
@@ -30,7 +31,7 @@ def read_sample(path: Path, layout: Layout, index: int) -> tuple[str, npt.NDArra
     Raises UserError if the shard is missing or the sample is damaged.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             file.seek(index * layout.stride)
             block = file.read(layout.stride)
     except OSError as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from shards.common.files import file_sha256
+from shards.common.files import file_sha256, open_plain
 from shards.common.progress import Progress
 from shards.common.workers import Tick, available_cores, map_in_order
 from shards.manifest import TAR_BLOCK, TAR_END, Layout, Manifest, ShardEntry, read_manifest
@@ -69,7 +71,7 @@ def _list_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
     for name in (KEYS_NAME, REJECTED_NAME):
         path, expected = directory / name, manifest.lists.get(name)
         try:
-            found = file_sha256(path) if path.exists() else None
+            found = file_sha256(path) if os.path.lexists(path) else None
         except OSError as error:
             yield f"{name}: cannot be read: {error.strerror}"
             continue
@@ -103,7 +105,7 @@ def _problems(path: Path, manifest: Manifest, shard: ShardEntry, tick: Tick) -> 
         return
     layout, sha256, keys, problems = manifest.layout, hashlib.sha256(), set[str](), list[str]()
     alike = tar_header("key", layout.member_bytes)
-    with path.open("rb") as file:
+    with open_plain(path) as raw, io.BufferedReader(raw) as file:  # type: ignore[type-var]  # a FileIO
         for index in range(shard.samples):
             block = file.read(layout.stride)
             sha256.update(block)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dist_dcgan.data.order import Indices
 from dist_dcgan.data.storage.location import DatasetLocation, ShardFile, changed, state_of, unreadable
 from shards.common.errors import UserError
+from shards.common.files import open_plain
 from shards.reader import NAME_FIELD
 
 _OPEN_SHARDS = 64  # each takes a file descriptor; many systems allow 1,024
@@ -116,7 +117,7 @@ class ShardReader:
 def _open(file: ShardFile) -> BinaryIO | None:
     """Return the open file, None if it does not exist."""
     try:
-        stream = file.path.open("rb", buffering=0)
+        stream = open_plain(file.path)
     except FileNotFoundError:
         return None
     except OSError as error:

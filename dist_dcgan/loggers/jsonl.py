@@ -8,21 +8,23 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from dist_dcgan.loggers.base import Logger, Row, warn
-from shards.common.files import publish
+from shards.common.files import open_in_place, publish
 
 
 class JsonlLogger(Logger):
     """Appends a line per row to metrics.jsonl, after removing rows after `step`.
 
-    While the disk fails, lines are kept in memory: each call tries to append all of them, whole lines or nothing.
+    While the disk fails, lines are kept in memory: each call tries to append all of them, whole lines or nothing. The
+    file is changed in place, and so no link is followed.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        self._size = _cut(path, step) if path.exists() else 0
-        self._descriptor: int | None = None
+        self._size = _cut(path, step) if os.path.lexists(path) else 0
+        self._file: BinaryIO | None = None
         self._unwritten = b""
 
     def metrics(self, row: Row) -> None:
@@ -48,13 +50,13 @@ class JsonlLogger(Logger):
     def _write(self) -> None:
         """Write at the end of the last whole line, so that what a failed attempt has left there is replaced."""
         try:
-            if self._descriptor is None:
-                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                found = os.fstat(self._descriptor).st_size
+            if self._file is None:
+                self._file = open_in_place(self._path)
+                found = os.fstat(self._file.fileno()).st_size
                 self._size = min(self._size, found)  # else zeros would precede the rows of a new file
             written = 0
             while written < len(self._unwritten):
-                written += os.pwrite(self._descriptor, self._unwritten[written:], self._size + written)
+                written += os.pwrite(self._file.fileno(), self._unwritten[written:], self._size + written)
         except OSError:
             self._give_up()
             raise
@@ -62,25 +64,26 @@ class JsonlLogger(Logger):
 
     def _give_up(self) -> None:
         """Remove what is left of an attempt, and close the file, whose descriptor a restarted server may not know."""
-        with contextlib.suppress(OSError):  # else the next attempt overwrites it
-            if self._path.stat().st_size > self._size:
-                os.truncate(self._path, self._size)
+        with contextlib.suppress(OSError), open_in_place(self._path) as file:  # else the next attempt overwrites it
+            if os.fstat(file.fileno()).st_size > self._size:
+                os.ftruncate(file.fileno(), self._size)
         with contextlib.suppress(OSError):
             self._close()
 
     def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 def _cut(path: Path, step: int) -> int:
     """Remove the rows after `step` from a log, and return its size; it needs no room unless a line is incomplete."""
-    lines = path.read_bytes()
-    kept = b"".join(line + b"\n" for line in lines.splitlines() if _step_of(line) <= step)
-    if lines.startswith(kept):
-        os.truncate(path, len(kept))
-    else:
+    with open_in_place(path) as file:
+        lines = file.read()
+        kept = b"".join(line + b"\n" for line in lines.splitlines() if _step_of(line) <= step)
+        if lines.startswith(kept):
+            os.ftruncate(file.fileno(), len(kept))
+    if not lines.startswith(kept):
         publish(path, kept)
     return len(kept)
 
@@ -88,5 +91,5 @@ def _cut(path: Path, step: int) -> int:
 def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")  # the incomplete last line of a killed process

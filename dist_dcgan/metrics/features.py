@@ -22,7 +22,9 @@ from dist_dcgan.distributed.world import World
 from dist_dcgan.metrics.extractors import Extractor
 from dist_dcgan.random_streams import permutation, stream_seed
 from shards.common.errors import OneRankError, UserError
-from shards.common.files import publish
+from shards.common.files import name_of, open_plain, publish, remove_leftovers
+
+_ORPHANED_SECONDS = 3600.0  # other runs may be writing the same features
 
 Images: TypeAlias = Callable[[range], Tensor]
 """Returns the images at the given positions of a set, uint8 (N, 3, size, size) on any device."""
@@ -125,7 +127,8 @@ def _read_cache(path: Path | None, shape: tuple[int, int]) -> list[Tensor]:
     if path is None:
         return []
     try:
-        features = load_file(path)["features"]
+        with open_plain(path) as file:
+            features = load_file(name_of(file))["features"]
     except FileNotFoundError:
         return []
     except (OSError, KeyError, SafetensorError) as error:
@@ -139,6 +142,7 @@ def _write_cache(path: Path | None, features: Tensor) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name.__eq__, _ORPHANED_SECONDS)
         publish(path, save({"features": features}))
     except OSError as error:  # a full or read-only home only makes the next score slower
         print(f"warning: features are not cached: {error}", file=sys.stderr, flush=True)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import secrets
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +29,25 @@ from dist_dcgan.run.directory import locked
 from dist_dcgan.run.tensor_file import serialised
 from shards.common.command_line import Options, build, nearest, parse_flags, run
 from shards.common.errors import UserError
-from shards.common.files import atomic_file, file_sha256, publish, sync_directory
+from shards.common.files import (
+    atomic_file,
+    content_sha256,
+    file_sha256,
+    name_of,
+    open_folder,
+    open_plain,
+    publish,
+    read_plain,
+    sync,
+)
 from shards.common.streams import output_is_optional
 
 FORMAT_VERSION = 3
 _TENSORS = "tensors.safetensors"
 _VALUES = "values.json"
-_NAME = re.compile(r"step-(\d{8,})")
+_UNSOUND = (OSError, AttributeError, KeyError, TypeError, RecursionError, MemoryError, OverflowError, SafetensorError)
+"""Exceptions by which files that are no checkpoint of this program's make themselves known, beside ValueError."""
+_NAME = re.compile(r"step-([0-9]{8,18})")
 
 
 class Checkpoint(NamedTuple):
@@ -59,17 +74,21 @@ def save_checkpoint(
     removes partial files; what cannot be removed afterwards is a warning, and the next call tries again.
     """
     final = directory / f"step-{values['step']:08d}"
-    temporary, damaged = (final.with_name(final.name + suffix) for suffix in (".tmp", ".damaged.tmp"))
+    temporary = final.with_name(f"{final.name}.{secrets.token_hex(8)}.tmp")  # a new folder, not one that is there
+    damaged = final.with_name(final.name + ".damaged.tmp")
     try:
-        outdated = _outdated({*list_checkpoints(directory), final}, final, retention)
-        for left in directory.glob("step-*.tmp"):  # of a killed process
-            _remove(left)
-        temporary.mkdir(parents=True, exist_ok=True)
-        _write(temporary, tensors, values)
-        if final.exists():  # damaged, else this process would have resumed from it
-            final.rename(damaged)
-        temporary.rename(final)
-        sync_directory(directory)
+        with suppress(FileExistsError):
+            directory.mkdir(parents=True)
+        with _opened(directory) as folder:
+            outdated = _outdated({*list_checkpoints(directory), final}, final, retention)
+            for left in directory.glob("step-*.tmp"):  # of a killed process
+                _remove(left)
+            temporary.mkdir()
+            _write(temporary, tensors, values)
+            if os.path.lexists(final):  # damaged, else this process would have resumed from it
+                os.rename(final.name, damaged.name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.rename(temporary.name, final.name, src_dir_fd=folder, dst_dir_fd=folder)
+            sync(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -79,6 +98,15 @@ def save_checkpoint(
     for old in (damaged, *outdated):
         _remove(old)
     return final
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    folder = open_folder(directory)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
 
 
 def _outdated(found: set[Path], newest: Path, retention: Retention) -> list[Path]:
@@ -92,9 +120,14 @@ def _outdated(found: set[Path], newest: Path, retention: Retention) -> list[Path
 
 
 def _remove(path: Path) -> bool:
-    """Remove a folder, if it exists; if that fails, as while another machine reads it over NFS, warn, return False."""
+    """Remove a folder, if it exists; if that fails, as while another machine reads it over NFS, warn, return False.
+
+    Of a link only the link is removed.
+    """
     try:
-        if path.exists():
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.exists():
             shutil.rmtree(path)
     except OSError as error:
         reason = error.strerror or error
@@ -123,16 +156,25 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any
 def load_checkpoint(path: Path) -> Checkpoint:
     """Return the checkpoint at `path`; raises ValueError with the reason if it is not sound."""
     try:
-        content = json.loads((path / _VALUES).read_bytes())
+        content = json.loads(read_plain(path / _VALUES))
         if content.pop("sha256", None) != _json_sha256(content):
             raise ValueError(f"{_VALUES} does not match its checksum")
         if content["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {content['format_version']}, this version reads {FORMAT_VERSION}")
-        if file_sha256(path / _TENSORS) != content["tensors_sha256"]:
-            raise ValueError(f"{_TENSORS} does not match its checksum")
-        return Checkpoint(load_file(path / _TENSORS), content["values"])
-    except (OSError, AttributeError, KeyError, TypeError, SafetensorError) as error:
+        values = content["values"]
+        if not (isinstance(values, dict) and isinstance(values["step"], int)):
+            raise ValueError(f"{_VALUES} has no step")
+        return Checkpoint(_read_tensors(path / _TENSORS, content["tensors_sha256"]), values)
+    except _UNSOUND as error:
         raise ValueError(f"incomplete or foreign: {error!r}") from None
+
+
+def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; raises ValueError if it does not match its checksum."""
+    with open_plain(path) as file:
+        if content_sha256(file) != sha256:
+            raise ValueError(f"{_TENSORS} does not match its checksum")
+        return load_file(name_of(file))
 
 
 def load_newest(directory: Path) -> Checkpoint | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +20,27 @@ from dist_dcgan.config import Config, differences, from_command_line, read_yaml,
 from shards.common.command_line import build
 from shards.common.command_line import run as run_command
 from shards.common.errors import UserError
-from shards.common.files import publish
+from shards.common.files import (
+    ForeignLinkError,
+    final_name,
+    open_folder,
+    publish,
+    read_plain,
+    remove_leftovers,
+    require_own_folder,
+)
 from shards.common.locks import Lock
 
 LOGS = "logs"
 """Folder of the ranks' output, written by launch/."""
 _LOCK = "run.lock"
 _HOLDER = "run.holder.json"
+_MOST_HOLDER_BYTES = 1 << 12
+_WRITTEN = re.compile(
+    r"config\.yaml|metrics\.jsonl|curves\.png|STOPPED|run\.(holder|saved)\.json|not_finite-step-\d+\.json"
+    r"|generator_(ema|best)\.(safetensors|json)|step-\d+\.png"
+)
+"""Files that only the holder of the lock writes."""
 
 
 class RunDirectory:
@@ -51,6 +66,8 @@ class RunDirectory:
         """The step of the last checkpoint that was finished; it outlives the checkpoints."""
         self.stopped = path / "STOPPED"
         """Marker of a run that a signal stopped before its last step, so that a launcher restarts it."""
+        self.folders = (self.checkpoints, self.samples, path / LOGS, path / "wandb")
+        """Folders in which training writes; each may be a link of this user's, as to another disk."""
 
 
 @contextmanager
@@ -58,11 +75,13 @@ def claimed(run: RunDirectory, config: Config, resume: str) -> Iterator[None]:
     """Lock the folder for this process, after checking that this configuration may continue in it.
 
     Raises UserError, and changes nothing, if another process has the lock, if the folder contains other files than a
-    run, or a run of another configuration, or any run while `resume` is "never".
+    run, or a run of another configuration, or any run while `resume` is "never", or links that are not followed.
     """
     require_fitting(run, config, resume)
     with locked(run.path):
         with _errors(run.path):
+            for folder in (run.path, run.samples):
+                remove_leftovers(folder, _WRITTEN.fullmatch)
             started = datetime.now(timezone.utc).isoformat(timespec="seconds")
             who = {"host": socket.gethostname(), "pid": os.getpid(), "since": started}
             publish(run.path / _HOLDER, json.dumps(who).encode())
@@ -75,15 +94,22 @@ def locked(path: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with _errors(path):
             path.mkdir(parents=True, exist_ok=True)
+            os.close(open_folder(path))
             if not stack.enter_context(Lock(path / _LOCK)).take():
-                holder = path / _HOLDER
-                who = holder.read_text() if holder.is_file() else "an unknown process"
-                raise UserError(f"run directory {path} is in use by {who}: wait for it, or name another")
+                raise UserError(f"run directory {path} is in use by {_holder(path)}: wait for it, or name another")
         yield
+
+
+def _holder(path: Path) -> str:
+    try:
+        return read_plain(path / _HOLDER, _MOST_HOLDER_BYTES).decode(errors="replace")
+    except OSError:
+        return "an unknown process"
 
 
 def require_fitting(run: RunDirectory, config: Config, resume: str) -> None:
     """Raise UserError if this configuration may not continue in the folder; ignores the lock, changes nothing."""
+    _require_safe(run)
     is_run = run.config.is_file()
     if not is_run and run.path.is_dir() and any(_is_content(entry.name) for entry in run.path.iterdir()):
         raise UserError(f"run directory {run.path} holds files but no run: name an empty or new one with --run-dir")
@@ -95,8 +121,28 @@ def require_fitting(run: RunDirectory, config: Config, resume: str) -> None:
 
 
 def _is_content(name: str) -> bool:
-    """Return whether a file is not one that launchers and locks create before a run begins."""
-    return not name.startswith("run.") and name != LOGS
+    """Return whether a file is not one that launchers, locks and killed processes leave before a run begins."""
+    is_leftover = name != final_name(name) and _WRITTEN.fullmatch(final_name(name))
+    return not (name.startswith("run.") or name == LOGS or is_leftover)
+
+
+def _require_safe(run: RunDirectory) -> None:
+    """Raise UserError for a link in the folder by which training would change what is elsewhere.
+
+    The folder may come from somebody else. Files that are replaced as a whole need no check: a link goes, and what it
+    leads to stays.
+    """
+    if os.path.lexists(run.metrics) and (run.metrics.is_symlink() or not run.metrics.is_file()):
+        raise UserError(f"{run.metrics}, to which rows are appended, is a link or no plain file: remove it")
+    try:
+        for folder in (run.path, *run.folders):
+            require_own_folder(folder)
+    except ForeignLinkError as error:
+        raise UserError(f"{error.filename} is {error.strerror}") from None
+    for folder in run.folders:
+        other = RunDirectory(Path(os.path.realpath(folder)).parent)
+        if other.path != Path(os.path.realpath(run.path)) and other.config.exists():
+            raise UserError(f"{folder} leads into another run, {other.path}: remove the link")
 
 
 def require_unclaimed(run: RunDirectory) -> None:
@@ -124,7 +170,7 @@ def record_saved(run: RunDirectory, step: int) -> None:
 def record_stopped(run: RunDirectory, step: int) -> None:
     """Write the marker of a run that a signal stopped; raises UserError if that fails, as a launcher looks for it."""
     try:
-        run.stopped.write_text(f"stopped by a signal at step {step}\n")
+        publish(run.stopped, f"stopped by a signal at step {step}\n".encode())
     except OSError as error:
         reason = error.strerror or error
         raise UserError(

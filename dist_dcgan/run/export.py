@@ -6,17 +6,41 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel, Field
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dist_dcgan.config import Config, ModelOptions
 from dist_dcgan.models.networks import Generator
+from shards.common.command_line import build
 from shards.common.errors import UserError
-from shards.common.files import atomic_file, file_sha256, sync
+from shards.common.files import atomic_file, content_sha256, name_of, open_plain, read_plain, sync
+
+_UNUSABLE = (UserError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError, SafetensorError)
+"""Exceptions for files that are no export: from reading them, and from a generator of other sizes."""
+
+
+class _Architecture(BaseModel, strict=True, extra="forbid"):
+    """Arguments of the generator."""
+
+    width: int = Field(ge=1)
+    image_size: int
+    latent_dim: int = Field(ge=1)
+    kernel_size: Literal[4, 5]
+
+
+class _Description(BaseModel, strict=True):
+    """What of an export's JSON is used; the file may come from anybody."""
+
+    step: int
+    scores: dict[str, float] = {}
+    latent: Literal["uniform", "normal"]
+    architecture: _Architecture
+    sha256: str
 
 
 def export_generator(
@@ -57,16 +81,29 @@ def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"no exported generator at {path}: it is written at the end of a run and when it is stopped")
     try:
-        description = json.loads(path.with_suffix(".json").read_bytes())
-        if description["sha256"] != file_sha256(path):
-            raise ValueError("the weights do not match their checksum")
-        generator = Generator(**description["architecture"])
-        generator.load_state_dict(load_file(path))
+        description = build(_Description, dict(json.loads(read_plain(path.with_suffix(".json")))))
+        with open_plain(path) as file:
+            if description.sha256 != content_sha256(file):
+                raise ValueError("the weights do not match their checksum")
+            generator = _build(description.architecture, name_of(file))
         if not is_finite(generator):
             raise ValueError("its weights are not finite")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except _UNUSABLE as error:
         raise UserError(f"exported generator {path} cannot be used: {' '.join(str(error).split())}") from None
-    return generator.eval().requires_grad_(False), description
+    return generator.eval().requires_grad_(False), description.model_dump()
+
+
+def _build(architecture: _Architecture, weights: str) -> Generator:
+    """Return the generator with the weights in the file of that name, compared before memory is taken for either."""
+    with torch.device("meta"):
+        expected = Generator(**architecture.model_dump()).state_dict()
+    with safe_open(weights, "pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
+    if found != {name: list(tensor.shape) for name, tensor in expected.items()}:
+        raise ValueError("the weights are not of the architecture that it describes")
+    generator = Generator(**architecture.model_dump())
+    generator.load_state_dict(load_file(weights))
+    return generator
 
 
 def is_finite(network: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from dist_dcgan.distributed.world import World
 from dist_dcgan.models.batchnorm import make_norm
 from dist_dcgan.models.networks import Discriminator, Generator, init_weights
 from dist_dcgan.random_streams import set_key, stream_seed
+from dist_dcgan.training.compile_cache import use_own_cache
 from dist_dcgan.training.ema import ema_decay
 from dist_dcgan.training.watchdog import Watchdog
 from shards.common.errors import UserError
@@ -100,6 +101,7 @@ class TrainState:
         self.generator, self.discriminator = self._place(generator), self._place(discriminator)
         self.generator_ema = self._place(averaged).eval().requires_grad_(False)
         if config.compile:
+            use_own_cache()
             self.generator.compile()
             self.discriminator.compile()
 

@@ -1,21 +1,33 @@
 """Atomic and durable writes, reads of regular files only, hashes and free space.
 
 What a file system cannot do, such as fsync of a folder, is left out; what fails is raised.
+
+Folders may come from others, or be writable by them. So no name of a file leads elsewhere: a link at the name of a file
+that is written is replaced, or refused if the file is changed in place. A folder may be a link of this user's or of
+root's, such as `checkpoints` on another disk, but of nobody else's. No FIFO, socket or device is opened.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
+import re
+import secrets
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from shards.common.errors import UserError
+
+MOST_BYTES = 1 << 28
+"""Largest file that is read as a whole, unless a caller says otherwise."""
 
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
@@ -38,37 +50,161 @@ def publish(path: Path, content: bytes) -> None:
 def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file that is renamed to `path` when the block ends, and deleted if the block raises.
 
-    Until then it is `path` + `.tmp`, which remains only if the process is killed. If not `durable`, the file
-    is not fsynced: a power failure may truncate it until the caller syncs the disk.
+    Until then its name is `path`, 16 random hex digits and `.tmp`, which remains only if the process is killed
+    (`remove_leftovers`). It is always a new file; a link at `path` is replaced. If not `durable`, the file is not
+    fsynced: a power failure may truncate it until the caller syncs the disk. Raises OSError, as `open_folder` does.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    folder = open_folder(path.parent)
+    temporary = f"{path.name}.{secrets.token_hex(8)}.tmp"
     try:
-        with temporary.open("wb") as file:
+        with open(path.with_name(temporary), "xb", opener=partial(_open_in, folder)) as file:
             yield file
             file.flush()
             if durable:
                 sync(file.fileno())
-        temporary.replace(path)
+        os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        if durable:
+            sync(folder)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
         raise
-    if durable:
-        sync_directory(path.parent)
+    finally:
+        os.close(folder)
+
+
+def _open_in(folder: int, path: str, flags: int) -> int:
+    """Open a new file in a folder that is open, whatever has its name by now."""
+    return os.open(os.path.basename(path), flags | os.O_NOFOLLOW, 0o666, dir_fd=folder)
+
+
+def final_name(name: str) -> str:
+    """Return the name that a temporary file of `atomic_file` would have got; any other name unchanged.
+
+    Older versions used no random digits.
+    """
+    return re.sub(r"(?<=.)(\.[0-9a-f]{16})?\.tmp\Z", "", name, flags=re.DOTALL)
+
+
+def remove_leftovers(folder: Path, ours: Callable[[str], object], seconds: float = 0.0) -> None:
+    """Remove temporary files of killed processes that are older than `seconds`, if `ours` is true of the final name.
+
+    Call it while nobody else writes such files, as under a lock. What cannot be removed stays.
+    """
+    with suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            if name != final_name(name) and ours(final_name(name)):
+                with suppress(OSError):
+                    if time.time() - os.lstat(folder / name).st_mtime >= seconds:
+                        os.unlink(folder / name)
+
+
+class ForeignLinkError(OSError):
+    """A folder in which files would be written or removed is a link of another user."""
+
+
+def open_folder(path: Path) -> int:
+    """Return the descriptor of a folder in which files are written; raises OSError.
+
+    If `path` is a link, raises ForeignLinkError unless it is this user's or root's: others must not choose what is
+    written to.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW)
+    except OSError:
+        link = os.lstat(path)
+        if not stat.S_ISLNK(link.st_mode):
+            raise
+    _require_own(path, link)
+    folder = os.open(path, flags)
+    now = os.lstat(path)
+    if (now.st_ino, now.st_ctime_ns) != (link.st_ino, link.st_ctime_ns):  # exchanged in between
+        os.close(folder)
+        raise ForeignLinkError(errno.ELOOP, "a link that changes", str(path))
+    return folder
+
+
+def require_own_folder(path: Path) -> None:
+    """Raise ForeignLinkError if `path` is a link of another user; it need not exist."""
+    with suppress(FileNotFoundError):
+        _require_own(path, os.lstat(path))
+
+
+def _require_own(path: Path, status: os.stat_result) -> None:
+    if stat.S_ISLNK(status.st_mode) and status.st_uid not in (os.geteuid(), 0):
+        raise ForeignLinkError(errno.ELOOP, "a link of another user: name what it leads to, or remove it", str(path))
 
 
 class NotPlainError(OSError):
-    """The path is a FIFO, device, socket or folder, not a regular file."""
+    """The path is a FIFO, device, socket or folder, or a link that is not followed, not a regular file."""
 
 
 def open_plain(path: bytes | Path) -> BinaryIO:
-    """Open a regular file for reading; raises OSError, NotPlainError if it is something else.
+    """Open a regular file, or a link to one, for reading; raises OSError, NotPlainError if it is something else.
 
     Opening a FIFO would block, and opening a device may have side effects.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise NotPlainError(errno.EINVAL, "not a plain file")
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # files below /proc may block, too
+    _require_plain(os.stat(path), path)
+    descriptor = _plain(path, os.O_RDONLY)
     return open(descriptor, "rb", buffering=0)
+
+
+def name_of(file: BinaryIO) -> str:
+    """Return a name of an open file, whatever its path is by now, for libraries that open files by themselves."""
+    return f"/dev/fd/{file.fileno()}"
+
+
+def read_plain(path: Path, most_bytes: int | None = MOST_BYTES) -> bytes:
+    """Return the content of a regular file; raises OSError, also if it has more than `most_bytes`, if given."""
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if most_bytes is not None and size > most_bytes:
+            raise OSError(errno.EFBIG, f"larger than {most_bytes:,} bytes", str(path))
+        return io.BufferedReader(file).read(size)  # type: ignore[type-var]  # a FileIO
+
+
+def read_named(path: Path, most_bytes: int | None = MOST_BYTES) -> bytes:
+    """Return the content of a file that the user names: a regular one, or what the shell gives him to name.
+
+    That is `<(COMMAND)` or /dev/stdin, from which no other FIFO can be told.
+    """
+    given = path == Path("/dev/stdin") or path.parent in (Path("/dev/fd"), Path("/proc/self/fd"))
+    return path.read_bytes() if given else read_plain(path, most_bytes)
+
+
+def open_in_place(path: Path) -> BinaryIO:
+    """Open a regular file to read and change it, made if it does not exist; raises OSError, also for a link."""
+    with suppress(FileNotFoundError):
+        _require_plain(os.lstat(path), path)
+    return open(_plain(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), "r+b")
+
+
+def _plain(path: bytes | Path, flags: int) -> int:
+    """Open a file, and look at what was opened: the name may be that of something else by now."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    try:
+        _require_plain(os.fstat(descriptor), path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _require_plain(status: os.stat_result, path: bytes | Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        what = "a link, which is not followed" if stat.S_ISLNK(status.st_mode) else "not a plain file"
+        raise NotPlainError(errno.EINVAL, what, os.fsdecode(path))
+
+
+def leads_to_own(path: bytes | Path, target: os.stat_result) -> bool:
+    """Return whether `path`, of which `target` is the status, is no link, or one that reveals nothing by being read.
+
+    That is a link of this user's or of root's, or one of the owner of what it leads to: else somebody could have this
+    user read, and pass on, files that he cannot read himself.
+    """
+    link = os.lstat(path)
+    return not stat.S_ISLNK(link.st_mode) or link.st_uid in (os.geteuid(), 0, target.st_uid)
 
 
 def sync(descriptor: int) -> None:
@@ -82,7 +218,7 @@ def sync(descriptor: int) -> None:
 
 def sync_directory(directory: Path) -> None:
     """Make renames in `directory` durable, as `sync` does."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
         sync(descriptor)
     finally:
@@ -103,8 +239,8 @@ def link_or_rename(part: Path, path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with path.open("rb", buffering=0) as file:
+    """Return the SHA-256 of a regular file, in hex; raises OSError."""
+    with open_plain(path) as file:
         return content_sha256(file)
 
 

@@ -20,7 +20,7 @@ from urllib3.util import Retry
 
 from shards.common.command_line import Options
 from shards.common.errors import UserError
-from shards.common.files import check_room, publish
+from shards.common.files import check_room, open_in_place, publish, read_plain, remove_leftovers
 from shards.common.progress import Progress
 from shards.common.redaction import public_address, without_secrets
 
@@ -103,6 +103,7 @@ def discard(part: Path) -> None:
     """Remove `part` and its version file."""
     part.unlink(missing_ok=True)  # first: bytes without a version are never used, a version without bytes is harmless
     _version_path(part).unlink(missing_ok=True)
+    remove_leftovers(part.parent, _version_path(part).name.__eq__)
 
 
 def _attempt(session: requests.Session, address: str, part: Path, options: FetchOptions) -> None:
@@ -191,7 +192,9 @@ def _start_again(response: requests.Response, part: Path) -> int | None:
 def _write(response: requests.Response, part: Path, offset: int, total: int | None, options: FetchOptions) -> None:
     """Append the body; raises TransferError if it is shorter or longer than the announced `total`."""
     done = offset
-    with part.open("ab") as file, Progress(total, part.stem, unit="B", start=offset, shown=options.shown) as progress:
+    progress = Progress(total, part.stem, unit="B", start=offset, shown=options.shown)
+    with open_in_place(part) as file, progress:
+        file.seek(0, os.SEEK_END)
         for chunk in response.raw.stream(_CHUNK_BYTES, decode_content=False):
             done += len(chunk)
             if total is not None and done > total:
@@ -260,7 +263,7 @@ def _is_complete(part: Path) -> bool:
 
 def _read_version(part: Path) -> Version | None:
     try:
-        return Version.model_validate_json(_version_path(part).read_bytes())
+        return Version.model_validate_json(read_plain(_version_path(part)))
     except (FileNotFoundError, ValidationError):
         return None
 

@@ -6,10 +6,13 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from pathlib import Path
 from types import TracebackType
 
-from shards.common.files import is_unsupported
+from shards.common.files import NotPlainError, is_unsupported
+
+_MOST_BYTES = 1 << 12
 
 
 class NoLocksError(OSError):
@@ -23,10 +26,17 @@ class Lock:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path`, and create it as a file with mode 0600 if it does not exist; raises OSError for a link."""
+        """Open `path`, and create it as a file with mode 0600 if it does not exist.
+
+        Raises OSError for a link, a FIFO or a device.
+        """
         flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
         self._path, self._taken = path, False
-        self._descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self._descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        kind = os.fstat(self._descriptor).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            os.close(self._descriptor)
+            raise NotPlainError(errno.EINVAL, "not a plain file", str(path))
 
     def take(self, *, shared: bool = False) -> bool:
         """Lock, or change the kind of the lock; return False if another holds it in a way that excludes this.
@@ -58,8 +68,8 @@ class Lock:
         os.close(self._descriptor)
 
     def read(self) -> str:
-        """Return the content of the locked file."""
-        return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0).decode()
+        """Return the content of the locked file, at most 4 KiB of it."""
+        return os.pread(self._descriptor, _MOST_BYTES, 0).decode(errors="replace")
 
     def write(self, content: str) -> None:
         """Replace the content of the locked file."""

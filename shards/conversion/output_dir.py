@@ -11,14 +11,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from shards.common.errors import UserError
-from shards.common.files import check_room
+from shards.common.files import check_room, final_name
 from shards.common.locks import Lock, NoLocksError
 from shards.conversion.reports import FOLDER_NAME, Part
 from shards.manifest import MANIFEST_NAME
 from shards.writer import KEYS_NAME, REJECTED_NAME
 
-_OURS = re.compile(rf"(shard-\d{{6,}}\.tar|{KEYS_NAME}|{REJECTED_NAME}|{MANIFEST_NAME})(\.tmp)?")
+_OURS = re.compile(rf"shard-\d{{6,}}\.tar|{KEYS_NAME}|{REJECTED_NAME}|{MANIFEST_NAME}")
 _LOCK_NAME = "lock"
+_PARTS = re.compile(r"[1-9][0-9]{0,4}")
 
 _TRIES, _SECONDS_TO_WAIT = 100, 5.0
 
@@ -52,35 +53,45 @@ def claim_whole(out: Path) -> Iterator[int]:
     Raises UserError if `out` has no unfinished conversion or a part is still being written.
     """
     path = out / FOLDER_NAME / _LOCK_NAME
+    _require_own_reports(out)
     if not path.is_file():
         raise UserError(f"nothing to merge at {out}: run convert --part I/N for all parts first")
     with Lock(path) as lock:
         _lock(lock, out)
-        yield int(lock.read() or 0)
+        if not _PARTS.fullmatch(parts := lock.read()):
+            raise UserError(f"{path} does not hold the number of parts: run convert --part I/N for all parts again")
+        yield int(parts)
 
 
 def clean_up(out: Path, shards: int) -> None:
     """Remove temporary files from `out`, and shards of older conversions after the first `shards`."""
     for path in _ours(out):
         match = re.fullmatch(r"shard-(\d{6,})\.tar", path.name)
-        if path.suffix == ".tmp" or (match and int(match[1]) >= shards):
+        if path.name != final_name(path.name) or (match and int(match[1]) >= shards):
             path.unlink()
 
 
 def finish(out: Path) -> None:
-    """Remove the reports; the manifest replaces them."""
+    """Remove the reports, but nothing elsewhere; the manifest replaces them."""
     shutil.rmtree(out / FOLDER_NAME, ignore_errors=True)
+
+
+def _require_own_reports(out: Path) -> None:
+    """Raise UserError if the folder of reports, which is written to and removed, is elsewhere."""
+    if (out / FOLDER_NAME).is_symlink():
+        raise UserError(f"{out / FOLDER_NAME} is a link, which no conversion leaves: remove it")
 
 
 def _ours(out: Path) -> list[Path]:
     """Return the files of an unfinished conversion in `out`; raises UserError if it contains others."""
+    _require_own_reports(out)
     if not out.exists():
         return []
     if not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder that is new or empty")
     paths = sorted(path for path in out.iterdir() if path.name != FOLDER_NAME)
     unfinished = (out / FOLDER_NAME).is_dir()
-    ours = [path for path in paths if unfinished and _OURS.fullmatch(path.name)]
+    ours = [path for path in paths if unfinished and _OURS.fullmatch(final_name(path.name))]
     foreign = [path.name for path in paths if path not in ours]
     if foreign:
         raise UserError(f"--out {out} is not empty (it holds {foreign[0]}): give a folder that is new or empty")
@@ -89,7 +100,7 @@ def _ours(out: Path) -> list[Path]:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return path.lstat().st_size
     except FileNotFoundError:  # another part has just renamed it
         return 0
 

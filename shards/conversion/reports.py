@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from shards.common.command_line import Options
 from shards.common.errors import UserError
-from shards.common.files import file_sha256, publish
+from shards.common.files import file_sha256, publish, read_plain
 from shards.manifest import Origin, Preparation, ShardEntry
 
 FOLDER_NAME = "unfinished-conversion"
@@ -86,8 +86,8 @@ def read_report(out: Path, name: str, kind: type[Record]) -> Record | None:
     """Return a report; None if it is missing, damaged or of another version, so that the shard is written again."""
     path = out / FOLDER_NAME / f"{name}.json"
     try:
-        return kind.model_validate_json(path.read_bytes()) if path.is_file() else None
-    except ValidationError:
+        return kind.model_validate_json(read_plain(path))
+    except (FileNotFoundError, ValidationError):
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -105,8 +105,8 @@ def finished(out: Path, shard: int, identity: str) -> ShardReport | None:
         return None
     if report.shard is not None:
         path = out / report.shard.name
-        if not path.is_file() or file_sha256(path) != report.shard.sha256:
-            return None
+        if path.is_symlink() or not path.is_file() or file_sha256(path) != report.shard.sha256:
+            return None  # a link is none of ours
     return report
 
 

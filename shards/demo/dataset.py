@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -60,7 +61,7 @@ def _render_chunk(seed: int, indices: range, tick: Tick) -> list[Record]:
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `target` at the end, and removed if the block raises."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
     _refuse_existing(target)
     try:
         temporary.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import stat
 import struct
@@ -10,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards.common.files import check_room, sync, sync_directory
+from shards.common.files import check_room, open_plain, sync, sync_directory
 from shards.common.progress import Progress
 
 _CHUNK_BYTES = 1 << 20
@@ -30,7 +31,7 @@ def unpack(archive: Path, name: str, folder: Path) -> None:
     OSError if the disk fails; `folder` is then removed.
     """
     try:
-        with zipfile.ZipFile(archive) as source:
+        with open_plain(archive) as file, zipfile.ZipFile(io.BufferedReader(file)) as source:  # type: ignore[type-var]
             members = check_members(source.infolist(), name)
             total = sum(member.file_size for member in members)
             check_room(folder.parent, total, f"the images of {archive.name} take")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shards.common.errors import UserError
-from shards.common.files import sync, sync_directory
+from shards.common.files import open_plain, sync, sync_directory
 from shards.common.http import discard, fetch
 from shards.common.locks import Lock, NoLocksError
 from shards.lsun.archive import ArchiveError, unpack
@@ -47,7 +47,7 @@ def _bring(folder: Path, address: str, keep_zip: bool) -> None:
     except ArchiveError as error:
         raise UserError(_damaged(archive, address, error)) from None
     if keep_zip and archive == part:
-        with part.open("rb") as file:
+        with open_plain(part) as file:
             sync(file.fileno())
         part.replace(kept)  # before the folder is renamed, so that a kill in between loses neither
     _temporary(folder).rename(folder)

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from shards.common.errors import UserError
-from shards.common.files import atomic_file
+from shards.common.files import atomic_file, read_plain, remove_leftovers
 from shards.common.locks import Lock, NoLocksError
 from shards.common.progress import Progress
 from shards.conversion.images import ImageError
@@ -58,7 +58,8 @@ def export(source: LmdbSource, out: Path, *, flat: bool = False, limit: int | No
                 name, extension = _unique_name(source, key), extension_of(value)
                 report.extensions[extension] += 1
                 report.renamed += name.encode() != key
-                report.present += _store(out / folder_of(name, flat) / (name + extension), key, value)
+                path = out / folder_of(name, flat) / (name + extension)
+                report.present += _store(path, key, value, is_first=report.present == report.extensions.total() - 1)
                 progress.advance(1)
             # One sync at the end: fsync of each of three million files would take hours.
             os.sync()
@@ -104,10 +105,15 @@ def _unique_name(source: LmdbSource, key: bytes) -> str:
     return name
 
 
-def _store(path: Path, key: bytes, value: bytes) -> bool:
-    """Write `value` to `path` unless it is there; return whether it was; raises UserError if `path` is different."""
+def _store(path: Path, key: bytes, value: bytes, is_first: bool) -> bool:
+    """Write `value` to `path` unless it is there; return whether it was; raises UserError if `path` is different.
+
+    A killed export leaves a temporary file only of what would be the first to be written by the next.
+    """
     if _is_there(path, key, value):
         return True
+    if is_first:
+        remove_leftovers(path.parent, path.name.__eq__)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, durable=False) as file:
         file.write(value)
@@ -122,7 +128,7 @@ def _is_there(path: Path, key: bytes, value: bytes) -> bool:
     """
     if not os.path.lexists(path):
         return False
-    content = path.read_bytes() if path.is_file() and path.stat().st_size <= len(value) else None
+    content = read_plain(path) if path.is_file() and path.stat().st_size <= len(value) else None
     if content is None or not value.startswith(content.rstrip(b"\0")):
         raise UserError(f"{path} exists and is not what key {key!r} holds: move it away, or give another --out")
     return content == value

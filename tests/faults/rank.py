@@ -232,7 +232,7 @@ def main() -> None:
 
     def publish(path: Path, content: bytes) -> None:
         if path.name == checkpoint._VALUES:
-            injector.reach("save", int(path.parent.name.removeprefix("step-").removesuffix(".tmp")))
+            injector.reach("save", int(path.parent.name.removeprefix("step-").partition(".")[0]))
 
     first_do(begin_step, loop, "to_images")
     first_do(save, loop, "save")

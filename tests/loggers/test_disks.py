@@ -80,7 +80,7 @@ def test_what_cannot_be_removed_of_a_row_is_overwritten(tmp_path: Path, monkeypa
     path = tmp_path / "metrics.jsonl"
     logger = CompositeLogger([JsonlLogger(path, 0)])
     with monkeypatch.context() as patch, disk(errno.EIO, 10):
-        patch.setattr(os, "truncate", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+        patch.setattr(os, "ftruncate", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
         logger.metrics(row(1))
     assert path.read_bytes() == b'{"step": 1'
     monkeypatch.setattr(os, "pwrite", pieces)

@@ -95,7 +95,7 @@ def on_disk(room: int = MIB, lies: bool = False) -> Callable[[Path], AbstractCon
 
     @contextmanager
     def opened(path: Path) -> Iterator[Disk]:
-        with atomic_file(path), Disk(path.with_name(path.name + ".tmp"), room, lies) as file:
+        with atomic_file(path) as real, Disk(Path(real.name), room, lies) as file:
             yield file
 
     return opened

@@ -297,7 +297,8 @@ def test_of_a_stopped_run_the_marker_must_be_written_and_the_export_need_not(
     assert step < 1000 and (run_dir / "STOPPED").read_text() == f"stopped by a signal at step {step}\n"
     assert f"warning: the generator cannot be exported to {run_dir}" in capsys.readouterr().err
     assert load_generator(run_dir / "generator_ema.safetensors")[1]["step"] == 2
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("dist_dcgan.training.loop.record", lambda *_: None)
+    monkeypatch.setattr("dist_dcgan.run.directory.publish", lambda path, _: full() if path.name == "STOPPED" else None)
     message = refusal(train.main, *words)
     assert message.startswith(f"{run_dir}/STOPPED cannot be written: No space left on device: the same command goes on")
 

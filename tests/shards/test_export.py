@@ -132,8 +132,10 @@ def test_what_a_power_failure_left_is_completed(tmp_path: Path, left: bytes) -> 
     assert contents(tmp_path / "out")["image0001.jpg"] == JPEG
 
 
-def test_a_half_written_temporary_file_is_replaced_and_other_files_stay(tmp_path: Path) -> None:
-    write_files(tmp_path / "out", {"image0002.webp.tmp": WEBP[:70], "notes.txt": b"somebody's"})
+@pytest.mark.parametrize("left", ["image0002.webp.tmp", "image0002.webp.0123456789abcdef.tmp"])
+def test_a_half_written_temporary_file_is_replaced_and_other_files_stay(left: str, tmp_path: Path) -> None:
+    first, *_ = SMALL.values()
+    write_files(tmp_path / "out", {"image0001.jpg": first, left: WEBP[:70], "notes.txt": b"somebody's"})
     exported(tmp_path, SMALL, flat=True)
     found = contents(tmp_path / "out")
     assert found.pop("notes.txt") == b"somebody's"

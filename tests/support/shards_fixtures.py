@@ -136,13 +136,20 @@ def killed_at(operation: int, folder: Path, words: Sequence[str]) -> None:
     def hook(event: str, arguments: Sequence[object]) -> None:
         nonlocal operations
         if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
-            names = [os.fsdecode(name) for name in arguments if isinstance(name, (str, bytes, os.PathLike))]
-            operations += any(str(folder) in name for name in names)
+            operations += any(str(folder) in _place(argument) for argument in arguments)
             if operations == operation:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
     main(words)
+
+
+def _place(argument: object) -> str:
+    """Return the path that an operation was given, or that of the folder whose descriptor it was given."""
+    if isinstance(argument, (str, bytes, os.PathLike)):
+        return os.fsdecode(argument)
+    is_descriptor = isinstance(argument, int) and os.path.lexists(f"/proc/self/fd/{argument}")
+    return os.readlink(f"/proc/self/fd/{argument}") if is_descriptor else ""
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from shards.common.errors import UserError
-from shards.common.files import content_sha256
+from shards.common.files import content_sha256, open_plain
 from shards.manifest import Manifest, ShardEntry, check_files, read_manifest
 
 
@@ -72,7 +72,7 @@ class Folder:
 def checked(path: Path, entry: ShardEntry) -> ShardFile:
     """Return the file at `path`; raises UserError if it does not match the manifest."""
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_plain(path) as file:
             state = state_of(file)
             if state.size != entry.bytes:
                 raise UserError(f"shard {path} has {state.size} bytes, the manifest says {entry.bytes}")
@@ -112,7 +112,7 @@ def unreadable(path: Path, error: OSError) -> UserError:
 def read_ahead(path: Path) -> None:
     """Start reading a file into the page cache; returns at once and ignores errors."""
     if hasattr(os, "posix_fadvise"):
-        with suppress(OSError), path.open("rb", buffering=0) as file:  # reading the file reports the error
+        with suppress(OSError), open_plain(path) as file:  # reading the file reports the error
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from shards.common.errors import UserError
+from shards.common.files import open_plain
 from shards.common.redaction import public_address
 
 _SILENCE_SECONDS = 5.0
@@ -48,7 +49,7 @@ class OtherFolder:
     def fetch(self, name: str, path: Path, most_bytes: int) -> None:
         """Copy the file."""
         try:
-            with (self._folder / name).open("rb") as source, path.open("wb") as copy:
+            with open_plain(self._folder / name) as source, path.open("xb") as copy:
                 if os.fstat(source.fileno()).st_size > most_bytes:
                     raise FailedError(f"it has more than {most_bytes:,} bytes")
                 shutil.copyfileobj(source, copy, _CHUNK_BYTES)
@@ -116,7 +117,7 @@ class Command:
         assert process.stdout is not None
         written = 0
         try:
-            with process.stdout as output, path.open("wb") as file:
+            with process.stdout as output, path.open("xb") as file:
                 while chunk := _next_bytes(output.fileno()):
                     written += len(chunk)
                     if written > most_bytes:

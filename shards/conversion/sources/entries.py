@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from shards.common.errors import UserError
+from shards.common.files import read_named
 
 MAX_ENTRY_BYTES = 1 << 28
 """Largest entry in bytes; larger ones are rejected before memory is allocated."""
@@ -165,7 +166,7 @@ def read_keys(path: Path) -> frozenset[bytes]:
     The file is UTF-8, with or without a byte order mark, UTF-16 with one, or any bytes.
     """
     try:
-        lines = _without_mark(path.read_bytes()).splitlines()
+        lines = _without_mark(read_named(path, None)).splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     return frozenset({*lines, *(line.strip() for line in lines)} - {b""})  # a key may end in a space

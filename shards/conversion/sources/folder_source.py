@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shards.common.errors import UserError
-from shards.common.files import NotPlainError, open_plain
+from shards.common.files import NotPlainError, leads_to_own, open_plain
 from shards.conversion.images import ImageError
 from shards.conversion.sources.entries import MAX_ENTRY_BYTES, LeftOut
 
@@ -23,8 +23,8 @@ class FolderSource:
     """The image files below a folder, in the order of their names, folder by folder.
 
     The key of a file is its path below the folder without the extension, and without the folders of LSUN's
-    export (one character each, together the beginning of the name). Links are followed; hidden files and
-    folders, whose names begin with a dot, are left out.
+    export (one character each, together the beginning of the name). Links are followed, except another user's to what
+    is not his; hidden files and folders, whose names begin with a dot, are left out.
     """
 
     key_rule = "a key is the path without the extension: rename one of them"
@@ -86,7 +86,10 @@ class FolderSource:
         path = self._at(place)
         try:
             with open_plain(path) as file:
-                size = os.fstat(file.fileno()).st_size
+                status = os.fstat(file.fileno())
+                if not leads_to_own(path, status):
+                    raise ImageError("another user's link to a file that is not his")
+                size = status.st_size
                 if size > MAX_ENTRY_BYTES:
                     raise ImageError(f"too large: {size:,} bytes")
                 return os.pread(file.fileno(), size, 0)
@@ -107,6 +110,8 @@ class FolderSource:
         images, folders = list[bytes](), dict[bytes, bool]()
         try:
             status = os.stat(self._at(place))
+            if place and not leads_to_own(self._at(place), status):
+                raise UserError(f"{self._shown(place)} is another user's link to a folder that is not his: remove it")
             with os.scandir(self._at(place)) as entries:
                 for entry in entries:
                     if entry.name.startswith(b"."):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shards.common.errors import UserError
+from shards.common.files import open_plain
 from shards.conversion.sources.entries import Source
 from shards.conversion.sources.folder_source import FolderNames, FolderSource, is_image_name
 from shards.conversion.sources.lmdb_source import DATA_NAME, LmdbSource
@@ -64,7 +65,7 @@ def _open(path: Path) -> Source:
 
 def _is_tar(path: Path) -> bool:
     """Return whether a file is a tar by its content, whatever its name."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return file.read(TAR_BLOCK)[257:262] == b"ustar"
 
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from shards.common.errors import UserError
-from shards.common.files import open_plain, state_of
+from shards.common.files import leads_to_own, open_plain, state_of
 from shards.conversion.images import ImageError
 from shards.conversion.sources.entries import MAX_ENTRY_BYTES, LeftOut
 from shards.conversion.sources.folder_source import is_image_name
@@ -61,7 +61,7 @@ class TarSource:
         """Yield (key, place) of every image member; raises UserError for a damaged tar."""
         self.left_out = LeftOut()
         for index, path in enumerate(self.paths):
-            with _damage_is_user_error(path), open_plain(path) as file:
+            with _damage_is_user_error(path), self._open(path) as file:
                 for member in members(file.fileno()):
                     if member.is_folder:
                         continue
@@ -83,11 +83,18 @@ class TarSource:
         if place.problem:
             raise ImageError(place.problem)
         path = self.paths[place.tar]
-        with _damage_is_user_error(path), open_plain(path) as file:
+        with _damage_is_user_error(path), self._open(path) as file:
             data = os.pread(file.fileno(), place.size, place.offset)
         if len(data) < place.size:
             raise UserError(f"{path} changed while it was read: wait until nobody writes to it")
         return data
+
+    def _open(self, path: Path) -> BinaryIO:
+        file = open_plain(path)
+        if path != self.path and not leads_to_own(path, os.fstat(file.fileno())):
+            file.close()
+            raise UserError(f"{path} is another user's link to a file that is not his: remove it")
+        return file
 
 
 def is_tar_name(path: Path) -> bool:
