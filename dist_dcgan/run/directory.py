@@ -211,6 +211,18 @@ def require_same_run(
 
 
 @contextmanager
+def foreign_content(run: RunDirectory) -> Iterator[None]:
+    """Turn errors of reading what a sound checkpoint holds, which may come from anybody, into UserErrors."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"the newest checkpoint in {run.checkpoints} is none of this run: {error!r}: remove it, or name another "
+            "with --run-dir"
+        ) from None
+
+
+@contextmanager
 def _errors(path: Path) -> Iterator[None]:
     """Turn errors of the disk, such as one without locks, into UserErrors with the reason."""
     try:

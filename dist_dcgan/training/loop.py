@@ -23,6 +23,7 @@ from dist_dcgan.run.checkpoint import Retention, load_newest
 from dist_dcgan.run.directory import (
     RunDirectory,
     claimed,
+    foreign_content,
     record,
     record_saved,
     record_stopped,
@@ -116,12 +117,15 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
 
     def read() -> tuple[dict[str, Any] | None, dict[str, Any]]:
         found = load_newest(run.checkpoints)
-        wandb_run = resolve_wandb(state.config, None if found is None else found.values["wandb_run_id"])
+        with foreign_content(run):
+            wandb_run = resolve_wandb(state.config, None if found is None else found.values["wandb_run_id"])
+            if found is not None:
+                require_same_run(run, state.config, state.plan.global_batch, digest, found.values)
+                state.load_tensors(found.tensors)
+                state.load_values(found.values)
         if found is None:
             require_new(run)
         else:
-            require_same_run(run, state.config, state.plan.global_batch, digest, found.values)
-            state.load_tensors(found.tensors)
             record_saved(run, found.values["step"])
             print(f"going on after step {found.values['step']} of {run.path}", file=sys.stderr, flush=True)
         record(run, state.config)

@@ -170,13 +170,18 @@ class TrainState:
         """Copy the tensors of a checkpoint into the live ones, which keep their memory formats.
 
         The formats must not change: fused Adam silently updates wrong elements if the strides of a parameter and its
-        moments differ.
+        moments differ. Raises ValueError, and changes nothing, if names or shapes differ.
         """
         live = self.tensors()
-        assert live.keys() == tensors.keys(), sorted(live.keys() ^ tensors.keys())[:4]
+        different = [
+            name
+            for name in live.keys() | tensors.keys()
+            if name not in live or name not in tensors or live[name].shape != tensors[name].shape
+        ]
+        if different:
+            raise ValueError(f"it has other tensors than this configuration: {', '.join(sorted(different)[:4])}")
         with torch.no_grad():
             for name, tensor in live.items():
-                assert tensor.shape == tensors[name].shape, name
                 tensor.copy_(tensors[name])
 
     def load_values(self, values: Mapping[str, Any]) -> None:

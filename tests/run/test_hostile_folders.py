@@ -245,6 +245,28 @@ def test_a_description_without_end_is_not_read(tmp_path: Path, capsys: pytest.Ca
     assert "larger than 268,435,456 bytes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, values: values.pop("wandb_run_id"),
+        lambda tensors, values: values.pop("manifest_digest"),
+        lambda tensors, values: values.pop("config"),
+        lambda tensors, values: values.update(watchdog=[]),
+        lambda tensors, values: tensors.update(more=torch.zeros(1)),
+        lambda tensors, values: tensors.update({"generator.layers.0.weight": torch.zeros(1)}),
+    ],
+)
+def test_a_sound_checkpoint_of_something_else_is_one_line(
+    change: Callable[[dict[str, Any], dict[str, Any]], object], demo_shards: Path, run_dir: Path
+) -> None:
+    tensors, values = load_newest(run_dir / "checkpoints") or pytest.fail("no checkpoint")
+    change(tensors, values)
+    shutil.rmtree(run_dir / "checkpoints")
+    save_checkpoint(run_dir / "checkpoints", tensors, values, Retention(1))
+    message = refusal(train.main, *command(demo_shards, run_dir, 4))
+    assert message.startswith(f"the newest checkpoint in {run_dir}/checkpoints is none of this run: ")
+
+
 def test_names_that_are_no_steps_are_no_checkpoints(tmp_path: Path) -> None:
     save_one(tmp_path, 1)
     for name in ("step-" + "9" * 200, "step-٠٠٠٠٠٠٠٩"):
