@@ -1,7 +1,8 @@
 """Typed configuration: a YAML preset, overridden by the command line, as one frozen object.
 
 All defaults are defined here and equal the `paper` preset. `Config` describes what a run computes and is stored with
-it; `Invocation` describes how this process was started and is not stored.
+it; `Invocation` describes how this process was started: it is not stored, and no file can set it. So consent to run
+commands is in `Invocation`: a file may come from others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, model_v
 
 from shards.common.command_line import Options, UserPath, build, expand_home, nearest, parse_flags
 from shards.common.errors import UserError
-from shards.common.files import read_named
+from shards.common.plain_yaml import parse_yaml, read_yaml
 from shards.common.redaction import public_address
 
 # Not by importlib.resources: it takes a folder `dist_dcgan` in the working directory for the package.
@@ -53,8 +54,14 @@ class LocationOptions(Options):
     """Folder on a local disk of each machine to which shards are copied: for an address, or a slow file system."""
     cache_gb: float = _changeable(50.0, gt=0, allow_inf_nan=False)
     """Maximum size of cache_dir in gigabytes; least recently used shards are evicted."""
-    allow_commands: bool = _changeable(False)
-    """Allow `pipe:COMMAND` as a path: the shell command prints the file whose name replaces `{}` in it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_consent(cls, values: Any) -> Any:
+        """Drop `allow_commands`, which older versions stored: only the command line can allow commands."""
+        if isinstance(values, Mapping):
+            return {name: value for name, value in values.items() if name != "allow_commands"}
+        return values
 
     @property
     def name(self) -> str:
@@ -245,13 +252,17 @@ class Invocation(Options):
     """auto: continue the run in run_dir, if any; never: fail if run_dir holds a run."""
     dry_run: bool = False
     """Print the resolved configuration and plan, and exit; nothing is created."""
+    allow_commands: bool = False
+    """Allow `pipe:COMMAND` as --data: the shell command prints the file whose name replaces `{}` in it."""
 
 
 class _CommandLine(Config, Invocation):
     """All flags of training, which the doctor takes as well."""
 
 
-SHORT_FLAGS = {"--data": "--data.path", "--wandb": "--wandb.mode"}
+CONSENT = {"--data.allow-commands": "--allow-commands", "--no-data.allow-commands": "--no-allow-commands"}
+"""Another name of the flag, beside those of the data set."""
+SHORT_FLAGS = {"--data": "--data.path", "--wandb": "--wandb.mode", **CONSENT}
 
 
 def from_command_line(
@@ -287,15 +298,7 @@ def read_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         known = preset_names()
         raise UserError(f"unknown preset {name!r}{nearest(name, known)} (there are: {', '.join(known)})")
-    return _parse_yaml((_PRESETS / f"{name}.yaml").read_text(), f"preset {name}")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in the YAML file at `path`; object tags are refused, so that no code can run."""
-    try:
-        return _parse_yaml(read_named(path).decode(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read configuration {path}: {error}") from None
+    return parse_yaml((_PRESETS / f"{name}.yaml").read_text(), f"preset {name}")
 
 
 def to_values(config: Config) -> dict[str, Any]:
@@ -349,18 +352,6 @@ def make_plan(config: Config, world_size: int, samples: int) -> Plan:
     steps_per_epoch = samples // global_batch
     total_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
     return Plan(world_size, global_batch, steps_per_epoch, total_steps)
-
-
-def _parse_yaml(text: str, where: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not plain YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"{where} must hold a mapping of configuration keys, not {type(content).__name__}")
-    return content
 
 
 def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
-from dist_dcgan.config import LocationOptions
+from dist_dcgan.config import CONSENT, LocationOptions
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.collectives import from_rank_zero
@@ -33,7 +33,7 @@ from shards.common.command_line import Options, UserPath, build, parse_flags
 from shards.common.errors import UserError
 from shards.manifest import Manifest
 
-SHORT_FLAGS = {"--data": "--data.path", "--num": "--fakes", "--json": "--as-json"}
+SHORT_FLAGS = {"--data": "--data.path", "--num": "--fakes", "--json": "--as-json", **CONSENT}
 _SHEET_ROWS = 12
 
 
@@ -44,6 +44,8 @@ class Evaluate(Options):
     """Folder of the run."""
     data: LocationOptions = LocationOptions()
     """Shards to score against: the training split, as is usual for LSUN."""
+    allow_commands: bool = False
+    """Allow `pipe:COMMAND` as --data: the shell command prints the file whose name replaces `{}` in it."""
     best: bool = False
     """Score the best generator so far by KID instead of the latest."""
     fakes: int = Field(50_000, ge=4)
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     check_sheet(options)
     run_directory = RunDirectory(options.run_dir)
     generator, description = load_generator(run_directory.best if options.best else run_directory.generator)
-    reader = ShardReader(open_location(options.data))
+    reader = ShardReader(open_location(options.data, options.allow_commands))
     check_data(options.data.name, reader.manifest, description["architecture"]["image_size"])
     with process_group(SLOW_SECONDS) as world:
         extractor = load_extractor(options.extractor, options.weights, world.device)

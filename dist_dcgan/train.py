@@ -26,7 +26,7 @@ from shards.manifest import Manifest
 def main(argv: Sequence[str]) -> None:
     """Train; with --dry-run only print the configuration and plan."""
     config, invocation = from_command_line(argv, about=__doc__)
-    location = open_location(config.data)
+    location = open_location(config.data, invocation.allow_commands)
     manifest = location.manifest
     require_image_size(manifest.image_size, config.data.name)
     if invocation.dry_run:

@@ -34,7 +34,7 @@ def data_set(subject: Subject, stack: ExitStack) -> Finding:
     if options.cache_dir is not None:
         folder = stack.enter_context(probe_folder(options.cache_dir))
         options = options.model_copy(update={"cache_dir": folder / "cache"})
-    location = open_location(options)
+    location = open_location(options, subject.invocation.allow_commands)
     manifest = location.manifest
     require_image_size(manifest.image_size, options.name)
     subject.location = location

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from dist_dcgan.config import Config, differences, from_command_line, read_yaml, to_yaml
+from dist_dcgan.config import Config, differences, from_command_line, to_yaml
 from shards.common.command_line import build
 from shards.common.command_line import run as run_command
 from shards.common.errors import UserError
@@ -30,6 +30,7 @@ from shards.common.files import (
     require_own_folder,
 )
 from shards.common.locks import Lock
+from shards.common.plain_yaml import read_yaml
 
 LOGS = "logs"
 """Folder of the ranks' output, written by launch/."""

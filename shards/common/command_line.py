@@ -10,6 +10,7 @@ import argparse
 import difflib
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,13 @@ def expand_home(path: Path) -> Path:
 UserPath = Annotated[Path, AfterValidator(expand_home)]
 """A path that a user gives, in which `~` is home: no shell expands it in `--run-dir=~/runs` or in a file."""
 
+
+_LONGEST = 200
+"""Characters of a value in a message: files of others may hold values of any size."""
+_MOST_MISTAKES = 5
+_BRIEFLY = reprlib.Repr()
+_BRIEFLY.maxlevel, _BRIEFLY.maxlist, _BRIEFLY.maxdict, _BRIEFLY.maxset, _BRIEFLY.maxtuple = 2, 4, 4, 4, 4
+_BRIEFLY.maxstring = _BRIEFLY.maxother = _BRIEFLY.maxlong = 10 * _LONGEST  # `shortened` cuts, after secrets are removed
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -86,8 +94,15 @@ def build(model: type[Model], values: Mapping[str, Any], where: str = "") -> Mod
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain_field(model, dict(detail)) for detail in error.errors(include_url=False)]
-        raise UserError(f"{where + ': ' if where else ''}{joined(lines)}") from None
+        details = error.errors(include_url=False)
+        lines = [_explain_field(model, dict(detail)) for detail in details[:_MOST_MISTAKES]]
+        more = f"; and {len(details) - _MOST_MISTAKES} more" if len(details) > _MOST_MISTAKES else ""
+        raise UserError(f"{where + ': ' if where else ''}{joined(lines)}{more}") from None
+
+
+def shortened(text: str) -> str:
+    """Return a text for a message, with its middle left out if it is long."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST * 2 // 3]}...{text[-_LONGEST // 3 :]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -154,7 +169,7 @@ def _explain_flags(message: str, flags: Iterable[str]) -> str:
 
 def _explain_field(model: type[BaseModel], detail: dict[str, Any]) -> str:
     path = [str(part) for part in detail["loc"]]
-    name = ".".join(path)
+    name = shortened(".".join(path))
     if detail["type"] == "extra_forbidden":
         return f"unknown key {name}{nearest(path[-1], _keys(model, path[:-1]))}"
     if detail["type"] == "missing":
@@ -163,7 +178,7 @@ def _explain_field(model: type[BaseModel], detail: dict[str, Any]) -> str:
     if not name:
         return reason
     reason = reason if reason[:2].isupper() else reason[0].lower() + reason[1:]
-    return f"{name}: {reason}, got {without_secrets(repr(detail['input']))}"
+    return f"{name}: {shortened(reason)}, got {shortened(without_secrets(_BRIEFLY.repr(detail['input'])))}"
 
 
 def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:

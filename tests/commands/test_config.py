@@ -12,11 +12,11 @@ from dist_dcgan.config import (
     from_command_line,
     make_plan,
     preset_names,
-    read_yaml,
     to_yaml,
 )
 from shards.common.command_line import build
 from shards.common.errors import UserError
+from shards.common.plain_yaml import read_yaml
 
 
 def test_the_default_is_the_paper_stabilised() -> None:

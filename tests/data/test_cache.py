@@ -47,8 +47,8 @@ def web(source: Path) -> Iterator[str]:
         yield address
 
 
-def staged(location: Path | str, folder: Path, **options: Any) -> DatasetLocation:
-    return open_location(DataOptions(path=location, cache_dir=folder, **options))
+def staged(location: Path | str, folder: Path, allow_commands: bool = False, **options: Any) -> DatasetLocation:
+    return open_location(DataOptions(path=location, cache_dir=folder, **options), allow_commands)
 
 
 def staged_from_everywhere(source: Path, web: str, tmp_path: Path) -> list[DatasetLocation]:
@@ -213,7 +213,10 @@ def test_a_command_that_fails_is_named(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": "pipe:cat {}", "cache_dir": "X"}, "runs a shell command: allow that with --data.allow-commands"),
+        (
+            {"path": "pipe:cat {}", "cache_dir": "X"},
+            "runs a shell command: only --data.allow-commands on the command line",
+        ),
         ({"path": "http://example.org/data"}, "is not on this machine: say with --data.cache-dir where"),
         ({"path": "s3://bucket/data", "cache_dir": "X"}, "give a folder, an address of http or https, or pipe:COMMAND"),
         ({"path": "https://me:secret@example.org/data", "cache_dir": "X"}, "put them into ~/.netrc"),
@@ -224,7 +227,7 @@ def test_a_command_that_fails_is_named(
         ),
         ({"path": "http://[::1/data", "cache_dir": "X"}, "http://[::1/data is no address: Invalid IPv6"),
         ({"path": "x" * 5000}, "File name too long"),
-        ({"path": "pipe:cat {}\0", "cache_dir": "X", "allow_commands": True}, "a NUL in it"),
+        ({"path": "pipe:cat {}\0", "cache_dir": "X"}, "a NUL in it"),
     ],
 )
 def test_what_cannot_be_read_gets_one_line(
@@ -232,7 +235,7 @@ def test_what_cannot_be_read_gets_one_line(
 ) -> None:
     monkeypatch.chdir(source.parent)
     with pytest.raises(UserError) as caught:
-        open_location(DataOptions.model_validate(options))
+        open_location(DataOptions.model_validate(options), allow_commands="\0" in options["path"])
     assert message in str(caught.value) and "secret" not in str(caught.value)
 
 

@@ -11,8 +11,11 @@ from dist_dcgan.data.storage.remote import Command, OtherFolder, Remote, WebServ
 from shards.common.errors import UserError
 
 
-def open_location(options: LocationOptions) -> DatasetLocation:
-    """Return the data set's location; raises UserError, with the remedy, if there is none."""
+def open_location(options: LocationOptions, allow_commands: bool = False) -> DatasetLocation:
+    """Return the data set's location; raises UserError, with the remedy, if there is none.
+
+    `allow_commands` is the user's consent to run the command of a `pipe:`.
+    """
     location = options.path
     if isinstance(location, Path) and not _exists(location):
         raise UserError(
@@ -20,7 +23,7 @@ def open_location(options: LocationOptions) -> DatasetLocation:
             "or name another with --data"
         )
     if options.cache_dir is not None:
-        return Cache(_remote(options), options.cache_dir, round(options.cache_gb * 1e9))
+        return Cache(_remote(options, allow_commands), options.cache_dir, round(options.cache_gb * 1e9))
     if isinstance(location, Path):
         return Folder(location)
     raise UserError(f"{options.name} is not on this machine: say with --data.cache-dir where its shards may be staged")
@@ -33,7 +36,7 @@ def _exists(path: Path) -> bool:
         raise UserError(f"cannot look at {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _remote(options: LocationOptions) -> Remote:
+def _remote(options: LocationOptions, allow_commands: bool) -> Remote:
     location = options.path
     if isinstance(location, Path):
         return OtherFolder(location)
@@ -41,6 +44,8 @@ def _remote(options: LocationOptions) -> Remote:
         return WebServer(location)
     if not location.startswith("pipe:"):
         raise UserError(f"cannot read {options.name}: give a folder, an address of http or https, or pipe:COMMAND")
-    if not options.allow_commands:
-        raise UserError(f"{options.name} runs a shell command: allow that with --data.allow-commands")
+    if not allow_commands:
+        raise UserError(
+            f"{options.name} runs a shell command: only --data.allow-commands on the command line allows it"
+        )
     return Command(location.removeprefix("pipe:"))
