@@ -28,9 +28,10 @@ for word; do
     esac
   fi
 done
-[ -f launch/train.sbatch ] || { echo "error: no launch/train.sbatch in $PWD: run it from the repository's root" >&2; exit 2; }
+launch=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+quoted() { local escaped=${1//\'/\'\\\'\'} && printf "'%s'" "$escaped"; } # for sh, which does not know all of %q
 
-python -m dist_dcgan.run.directory ${training[@]+"${training[@]}"} >/dev/null # reports invalid arguments before the conversion
+python "$launch/run_module.py" dist_dcgan.run.directory ${training[@]+"${training[@]}"} >/dev/null # reports invalid arguments before the conversion
 
 # Submits a job and sets `job` to its number; $1 is the name shown in its place with --dry-run.
 submit() {
@@ -51,17 +52,17 @@ after=()
 # shellcheck disable=SC2086  # options are several words
 if [ ! -f "$data/manifest.json" ]; then
   if [ "${PARTS:-1}" != 1 ]; then
-    submit convert --export=ALL,MERGE=no --array="1-$PARTS" ${CONVERT:-} launch/convert.sbatch "${conversion[@]}" --out "$data"
+    submit convert --export=ALL,MERGE=no --array="1-$PARTS" ${CONVERT:-} "$launch/convert.sbatch" "${conversion[@]}" --out "$data"
     submit merge --dependency="afterok:$job" --job-name=dist_dcgan-merge --time=1:00:00 ${CONVERT:-} \
-      --wrap "${CONTAINER:-} python -m shards merge $(printf %q "$data")"
+      --wrap "${CONTAINER:-} python $(quoted "$launch/run_module.py") shards merge $(quoted "$data")"
   else
-    submit convert ${CONVERT:-} launch/convert.sbatch "${conversion[@]}" --out "$data"
+    submit convert ${CONVERT:-} "$launch/convert.sbatch" "${conversion[@]}" --out "$data"
   fi
   after=(--dependency="afterok:$job")
 fi
 # shellcheck disable=SC2086
-submit train ${after[@]+"${after[@]}"} ${TRAIN:-} launch/train.sbatch --data "$data" --run-dir "$run_dir" \
+submit train ${after[@]+"${after[@]}"} ${TRAIN:-} "$launch/train.sbatch" --data "$data" --run-dir "$run_dir" \
   ${training[@]+"${training[@]}"}
 # shellcheck disable=SC2086
 submit evaluate --dependency="afterok:$job" --output="$run_dir/evaluation.txt" ${EVALUATE:-} \
-  launch/evaluate.sbatch "$run_dir" --data "$data" ${scoring[@]+"${scoring[@]}"}
+  "$launch/evaluate.sbatch" "$run_dir" --data "$data" ${scoring[@]+"${scoring[@]}"}

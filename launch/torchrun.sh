@@ -11,6 +11,7 @@ set -euo pipefail
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds to save a checkpoint after a signal
 
+launch=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 fail() { echo "error: $1" >&2 && exit 2; }
 command -v torchrun >/dev/null || fail "no torchrun: activate the environment of dist_dcgan"
 for name in "${!PET_@}" "${!TORCH@}"; do
@@ -20,7 +21,8 @@ done
 [[ ${RESTARTS:-3} =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS: it must be a number"
 [[ ${RANKS:-gpu} =~ ^([1-9][0-9]*|gpu|cpu|auto)$ ]] || fail "RANKS=$RANKS: it must be a number of processes"
 if [ "${RANKS:-gpu}" = gpu ]; then
-  RANKS=$(python -c 'import torch; print(torch.cuda.device_count())')
+  # without the working directory, which Python searches first, as ''
+  RANKS=$(python -c 'import sys; sys.path = list(filter(None, sys.path)); import torch; print(torch.cuda.device_count())')
   [ "$RANKS" != 0 ] || fail "torch sees no GPU on $(uname -n): RANKS=2 trains with two processes on the CPU"
 fi
 # On one machine torchrun keeps its state in a private file, since any user could run code through its port. The machine
@@ -95,4 +97,4 @@ signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
 
 exec torchrun "${meeting[@]}" --nproc_per_node="$RANKS" --max-restarts="${RESTARTS:-3}" \
   --signals-to-handle "$signals" \
-  -m "dist_dcgan.${COMMAND:-train}" "$@"
+  "$launch/run_module.py" "dist_dcgan.${COMMAND:-train}" "$@"

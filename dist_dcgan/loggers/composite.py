@@ -16,7 +16,7 @@ from dist_dcgan.distributed.world import World
 from dist_dcgan.loggers.base import Logger, Row, reported, warn
 from dist_dcgan.loggers.console import ConsoleLogger
 from dist_dcgan.loggers.jsonl import JsonlLogger
-from dist_dcgan.loggers.pictures import SampleFiles
+from dist_dcgan.loggers.pictures import SampleFiles, import_matplotlib
 from dist_dcgan.loggers.wandb_logger import WandbLogger
 from dist_dcgan.loggers.wandb_settings import WandbRun
 from dist_dcgan.run.directory import RunDirectory
@@ -26,6 +26,8 @@ def make_logger(plan: Plan, world: World, run: RunDirectory, step: int, wandb_ru
     """Return the logger of this rank; it continues after `step`."""
     if not world.is_main:
         return Logger()
+    with reported("curves"):
+        import_matplotlib()
     loggers: list[Logger] = []
     with reported("metrics.jsonl"):
         loggers.append(JsonlLogger(run.metrics, step))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from torch import Tensor
 
 from dist_dcgan.loggers.base import Logger, reported
+from shards.common.environment import in_safe_directory
 from shards.common.errors import UserError
 from shards.common.files import atomic_file, open_plain
 
@@ -53,9 +56,20 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
         save_image(images.float(), file, format="png", nrow=columns, normalize=True, value_range=(-1, 1))
 
 
+def import_matplotlib() -> None:
+    """Import matplotlib, which reads `matplotlibrc` of the working directory, away from there.
+
+    Call it before there are threads that open files by relative paths.
+    """
+    if "matplotlib" not in sys.modules:
+        with in_safe_directory():
+            import_module("matplotlib")
+
+
 def draw_curves(metrics: Path, path: Path) -> None:
     """Plot losses, D's scores and gradient norms from metrics.jsonl into a PNG; a failure is reported, not raised."""
     with reported("curves"):
+        import_matplotlib()
         from matplotlib.figure import Figure  # not pyplot: it looks for a screen and takes a second
 
         with open_plain(metrics) as file:

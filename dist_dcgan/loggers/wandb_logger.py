@@ -16,6 +16,13 @@ from dist_dcgan.loggers.base import Logger, warn
 from dist_dcgan.loggers.wandb_process import IMPORTING, UNSENT, Task, holds_rows, picture_times
 from dist_dcgan.loggers.wandb_settings import WandbRun
 from dist_dcgan.run.directory import RunDirectory
+from shards.common.environment import SAFE_DIRECTORY
+
+_PATHS = (
+    *("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "WANDB_IDENTITY_TOKEN_FILE"),
+    *("NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"),
+)
+"""Variables with a path of the client's files, which may be relative to the working directory."""
 
 
 class WandbLogger(Logger):
@@ -47,6 +54,8 @@ class WandbLogger(Logger):
         )
         self._process = subprocess.Popen(
             task.command(),
+            cwd=SAFE_DIRECTORY,
+            env=os.environ | _absolute_paths(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -80,6 +89,11 @@ class WandbLogger(Logger):
         waiting = select.poll()  # unlike select, poll takes any descriptor
         waiting.register(self._process.stdout, select.POLLIN)
         return os.read(self._process.stdout.fileno(), 1) if waiting.poll(1000 * seconds) else None
+
+
+def _absolute_paths() -> dict[str, str]:
+    """Return the variables of _PATHS for a process with another working directory."""
+    return {name: os.path.abspath(os.path.expanduser(os.environ[name])) for name in _PATHS if os.environ.get(name)}
 
 
 def sync_command(run_dir: Path, run_id: str) -> str | None:

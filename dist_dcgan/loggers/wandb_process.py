@@ -1,8 +1,11 @@
-"""Process beside rank 0 that uploads to Weights & Biases: `python -m dist_dcgan.loggers.wandb_process TASK`.
+"""Process beside rank 0 that uploads to Weights & Biases.
 
 It only reads the run directory, so at any time it can be ended and run again from the same position: it does so, to
 record offline, if the server does not take the run. A line on its standard input means that the run has ended, the end
 of input alone that it was killed. Nothing here imports torch.
+
+It runs in SAFE_DIRECTORY: wandb reads settings from the working directory, such as the server that the key is sent to,
+and asks git about the repository there, whose configuration can name commands.
 """
 
 from __future__ import annotations
@@ -61,8 +64,10 @@ class Task:
         return "offline" if self.mode == "offline" else "online"
 
     def command(self) -> list[str]:
-        """Return the command that starts the process."""
-        return [sys.executable, "-m", "dist_dcgan.loggers.wandb_process", json.dumps(asdict(self))]
+        """Return the command that starts the process, which imports from where this one does."""
+        folders = [os.path.abspath(folder) for folder in sys.path]
+        code = f"import sys; sys.path = {folders}; from dist_dcgan.loggers.wandb_process import main; main()"
+        return [sys.executable, "-c", code, json.dumps(asdict(self))]
 
 
 def holds_rows(file: Path) -> bool:
@@ -293,7 +298,3 @@ def main() -> None:
         training.report(READY)
         Recorder(task, training, wandb).run()
     os._exit(0)  # without exit hooks: wandb's would wait for the network
-
-
-if __name__ == "__main__":
-    main()

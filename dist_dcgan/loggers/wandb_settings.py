@@ -1,7 +1,8 @@
-"""What W&B's own variables and settings files ask for, read without importing wandb.
+"""What W&B's own variables and the user's settings file ask for, read without importing wandb.
 
-The configuration wins over a variable (WANDB_PROJECT), a variable over W&B's settings files (`wandb offline` writes
-one), and these over our defaults. What cannot be obeyed is refused.
+The configuration wins over a variable (WANDB_PROJECT), a variable over W&B's settings file, and this over our defaults.
+What cannot be obeyed is refused. Of a settings file in the working directory, which may be somebody's, only a mode that
+sends nothing is obeyed (`wandb offline` writes one): it could name another server for the user's key.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 from dist_dcgan.config import Config, WandbOptions
 from shards.common.errors import UserError
+from shards.common.files import open_plain
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -34,6 +36,7 @@ _NOT_IN_IDS = ":;,#?/'"  # wandb's own rules, of which it would tell only after 
 _NOT_IN_PROJECTS = "/\\#?%:"
 _LONGEST_PROJECT = 128
 _LONGEST_TAG = 64
+_MOST_BYTES = 1 << 16  # of a settings file
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def resolve_mode(options: WandbOptions) -> Mode:
         return options.mode
     if os.environ.get("WANDB_DISABLED", "").lower() in _TRUE:
         return "disabled"
-    asked = client_setting("mode")
+    asked = os.environ.get("WANDB_MODE") or _offline_here() or client_setting("mode")
     if asked is None:
         return "auto"
     if asked.lower() not in _MODES:
@@ -87,8 +90,8 @@ def resolve_mode(options: WandbOptions) -> Mode:
 
 
 def client_setting(name: str) -> str | None:
-    """Return one of W&B's settings from its variable or its settings files, None if it is not set or empty."""
-    return os.environ.get(f"WANDB_{name.upper()}") or _settings_files().get("default", name, fallback="") or None
+    """Return one of W&B's settings from its variable or the user's settings, None if it is not set or empty."""
+    return os.environ.get(f"WANDB_{name.upper()}") or _user_settings().get("default", name, fallback="") or None
 
 
 def source_of_key() -> str | None:
@@ -96,7 +99,7 @@ def source_of_key() -> str | None:
     for variable in ("WANDB_IDENTITY_TOKEN_FILE", "WANDB_API_KEY"):
         if os.environ.get(variable):
             return variable
-    if _settings_files().get("default", "api_key", fallback=""):
+    if _user_settings().get("default", "api_key", fallback=""):
         return "its settings"
     server = client_setting("base_url") or "https://api.wandb.ai"
     named = os.environ.get("NETRC")
@@ -152,12 +155,22 @@ def _require_supported() -> None:
             raise UserError(f"WANDB_TAGS: {tag!r} has {len(tag)} characters, W&B takes at most {_LONGEST_TAG}")
 
 
-def _settings_files() -> configparser.ConfigParser:
-    """Return W&B's settings: the user's, and over them the working directory's."""
+def _user_settings() -> configparser.ConfigParser:
     folder = os.path.expanduser(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
+    return _settings(Path(folder, "settings"))
+
+
+def _offline_here() -> str | None:
+    """Return the mode in W&B's settings of the working directory if it is one that sends nothing."""
     here = ".wandb" if os.path.exists(".wandb") else "wandb"
+    mode = _settings(Path(here, "settings")).get("default", "mode", fallback="").lower()
+    return mode if _MODES.get(mode) in ("offline", "disabled") else None
+
+
+def _settings(path: Path) -> configparser.ConfigParser:
     settings = configparser.ConfigParser(interpolation=None)
-    for path in (Path(folder, "settings"), Path(here, "settings")):
-        with contextlib.suppress(OSError, UnicodeDecodeError, configparser.Error):  # W&B skips such a file, too
-            settings.read(path)
+    with contextlib.suppress(OSError, UnicodeDecodeError, configparser.Error):  # W&B skips such a file, too
+        with open_plain(path) as file:
+            content = file.read(_MOST_BYTES).decode()
+        settings.read_string(content)
     return settings

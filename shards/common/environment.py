@@ -1,8 +1,13 @@
-"""Environment variables as all commands read them."""
+"""Environment variables and the working directory, as all commands use them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SAFE_DIRECTORY = "/"
+"""Folder in which no other user can put a file. The working directory may be somebody's."""
 
 _EMPTY_HAS_A_MEANING = frozenset(
     {
@@ -25,3 +30,17 @@ def unset_empty_variables() -> None:
     """
     for name in [name for name, value in os.environ.items() if not value and name not in _EMPTY_HAS_A_MEANING]:
         del os.environ[name]
+
+
+@contextmanager
+def in_safe_directory() -> Iterator[str]:
+    """Run the block in SAFE_DIRECTORY: what it starts or imports looks for code and settings in the working directory.
+
+    Yield the working directory. For blocks during which no other thread opens a file by a relative path.
+    """
+    before = os.getcwd()
+    os.chdir(SAFE_DIRECTORY)
+    try:
+        yield before
+    finally:
+        os.chdir(before)

@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from shards.common.environment import in_safe_directory
 from shards.common.errors import UserError
 
 Job = TypeVar("Job")
@@ -61,9 +62,9 @@ def _map_in_order(
         yield from (task(job, advance) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # fork would copy locks and open files
-    with _explained():
+    with _explained(), in_safe_directory() as directory:  # starts multiprocessing's tracker of what processes share
         done, stop = context.Value("q", 0), context.Event()
-        pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(task, done, stop))
+        pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(task, done, stop, directory))
     try:
         for future in _submit_in_order(pool, jobs, 2 * workers):
             _follow(future, done, advance)
@@ -79,7 +80,7 @@ def _submit_in_order(pool: ProcessPoolExecutor, jobs: Iterable[Any], limit: int)
     """Yield the future of every job in order, with at most `limit` submitted ahead."""
     pending: deque[Future[Any]] = deque()
     for job in jobs:
-        with _interrupts_held(), _explained():
+        with _interrupts_held(), _explained(), in_safe_directory():  # a new Python imports from where it starts
             pending.append(pool.submit(_run, job))
         if len(pending) >= limit:
             yield pending.popleft()
@@ -123,8 +124,9 @@ _done: Any
 _stop: Any
 
 
-def _begin(task: Callable[[Any, Tick], Any], done: Any, stop: Any) -> None:
+def _begin(task: Callable[[Any, Tick], Any], done: Any, stop: Any, directory: str) -> None:
     """Set up a worker process that exits when its parent dies."""
+    os.chdir(directory)
     global _task, _done, _stop
     _task, _done, _stop = task, done, stop
     threading.Thread(target=_die_with_parent, daemon=True).start()

@@ -146,7 +146,7 @@ def test_a_run_directory_from_a_file_of_options(stand_ins: dict[str, str], tmp_p
     subprocess.run(launcher("train.sbatch", "--config", tmp_path / "run.yaml"), cwd=ROOT, env=env, check=True)
     called = (tmp_path / "called").read_text().splitlines()
     assert called[3:] == [
-        *("env", "env", "INSIDE=yes", "bash", "launch/torchrun.sh", "--config", str(tmp_path / "run.yaml")),
+        *("env", "env", "INSIDE=yes", "bash", str(LAUNCH / "torchrun.sh"), "--config", str(tmp_path / "run.yaml")),
         *("HEAD=n1:20007", f"LOGS={tmp_path}/with space/logs/7-2"),
     ]
 
@@ -184,7 +184,7 @@ def test_what_torchrun_is_told(stand_ins: dict[str, str], tmp_path: Path) -> Non
     assert backend == "--rdzv-backend=c10d" and not Path(endpoint.removeprefix("--rdzv-endpoint=")).parent.exists()
     meeting = ["--rdzv-conf=store_type=file", "--local-addr=localhost"]
     assert others[:4] == [*meeting, "--nproc_per_node=3", "--max-restarts=3"]
-    assert alone[-4:] == ["-m", "dist_dcgan.train", "--run-dir", "with space"]
+    assert alone[-4:] == [str(LAUNCH / "run_module.py"), "dist_dcgan.train", "--run-dir", "with space"]
     among = told(NODES="2", HEAD="n1:20007", JOB="7", LOGS="a b", RESTARTS="0", COMMAND="doctor")
     assert among[:4] == ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:20007", "--rdzv-id=7"]
     assert among[4:8] == [f"--log-dir=a b/{os.uname().nodename}", "--tee=3", "--nproc_per_node=3", "--max-restarts=0"]
@@ -197,7 +197,8 @@ def test_scripts_parse(name: str) -> None:
 
 
 def test_the_tasks_of_an_array_and_the_merge_that_the_first_submits_make_the_data_set(tmp_path: Path) -> None:
-    source, out = write_lmdb(tmp_path / "source", numbered(20)), tmp_path / "with space" / "data"
+    """Also with a name that only some shells read as bash quotes it: SLURM gives --wrap to sh."""
+    source, out = write_lmdb(tmp_path / "source", numbered(20)), tmp_path / "it's \t$(touch pwned) & \\" / "däta"
     script(tmp_path / "bin" / "sbatch", 'printf "%s\\n" "$@" >> submitted')
     env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": str(LAUNCH.parent)}
     convert = launcher("convert.sbatch", source, "--samples-per-shard", 4, "--out")
@@ -208,6 +209,7 @@ def test_the_tasks_of_an_array_and_the_merge_that_the_first_submits_make_the_dat
         subprocess.run([*convert, str(out)], env=env | variables, cwd=tmp_path, check=True)
     submitted = (tmp_path / "submitted").read_text().splitlines()
     assert submitted[:2] == ["--job-name=dist_dcgan-merge", "--dependency=afterok:7"] and submitted[-2] == "--wrap"
-    subprocess.run(["bash", "-c", submitted[-1]], env=env, cwd=tmp_path, check=True)
+    subprocess.run(["sh", "-c", submitted[-1]], env=env, cwd=tmp_path, check=True)
+    assert not (tmp_path / "pwned").exists()
     subprocess.run([*convert, str(tmp_path / "whole")], env=env, cwd=tmp_path, check=True)
     assert contents(out) == contents(tmp_path / "whole")

@@ -16,7 +16,7 @@ from dist_dcgan.config import Config, Invocation
 from dist_dcgan.distributed.world import World
 from dist_dcgan.loggers.wandb_logger import sync_command
 from dist_dcgan.loggers.wandb_process import Task, prepare_environment
-from dist_dcgan.loggers.wandb_settings import resolve_wandb, source_of_key
+from dist_dcgan.loggers.wandb_settings import client_setting, resolve_wandb, source_of_key
 from dist_dcgan.preflight import machine
 from dist_dcgan.preflight.results import Subject
 from dist_dcgan.run.checkpoint import load_newest
@@ -101,15 +101,34 @@ def test_a_mode_that_cannot_be_had_is_refused_before_the_run_directory_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_files_are_read_below_variables(tmp_path: Path, variables: Variables) -> None:
-    for folder, project in (("home/.config/wandb", "of the user"), ("wandb", "of the folder")):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "settings").write_text(f"[default]\nmode = offline\nproject = {project}\n")
+def settings_file(folder: Path, **values: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "settings").write_text("\n".join(["[default]", *(f"{name} = {value}" for name, value in values.items())]))
+
+
+def test_the_users_settings_are_read_below_variables(tmp_path: Path, variables: Variables) -> None:
+    settings_file(tmp_path / "home/.config/wandb", mode="offline", project="of the user")
     found = resolve_wandb(config(), None)
-    assert (found.mode, found.project) == ("offline", "of the folder")
+    assert (found.mode, found.project) == ("offline", "of the user")
     variables(WANDB_MODE="disabled", WANDB_PROJECT="of the variable")
     found = resolve_wandb(config(), None)
     assert (found.mode, found.project) == ("disabled", "of the variable")
+
+
+@pytest.mark.parametrize("folder", ["wandb", ".wandb"])
+def test_settings_in_the_working_directory_can_only_keep_what_would_be_sent(
+    folder: str, tmp_path: Path, variables: Variables
+) -> None:
+    """`wandb offline` writes them; they may also be those of somebody whose server would get the key."""
+    settings_file(tmp_path / folder, mode="offline", project="theirs", base_url="http://theirs", api_key=KEY)
+    assert (client_setting("project"), client_setting("base_url"), source_of_key()) == (None, None, None)
+    assert resolve_wandb(config(), None).mode == "offline"
+    for mode, known in (("disabled", "disabled"), ("online", "auto"), ("nonsense", "auto")):
+        (tmp_path / folder / "settings").write_text(f"[default]\nmode = {mode}\n")
+        assert resolve_wandb(config(), None).mode == known
+    (tmp_path / folder / "settings").unlink()
+    os.mkfifo(tmp_path / folder / "settings")
+    assert resolve_wandb(config(), None).mode == "auto"
 
 
 def test_names_come_from_the_flag_then_the_variable_then_the_default(variables: Variables) -> None:

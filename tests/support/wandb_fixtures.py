@@ -44,6 +44,7 @@ def fake_client(folder: Path, behaviour: str, monkeypatch: pytest.MonkeyPatch) -
     """Make `import wandb` find a client that fails at, say, "init", or hangs, as in "hang at init"."""
     (folder / "wandb").mkdir(parents=True)
     (folder / "wandb" / "__init__.py").write_text(_CLIENT)
+    monkeypatch.syspath_prepend(folder)  # W&B's process imports from where this one does
     monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
     monkeypatch.setenv("FAKE_WANDB", behaviour)
 
