@@ -32,5 +32,10 @@ def show(thing: str, finding: Finding) -> None:
     print(f"{finding.level:8} {thing:15} {finding.text}", flush=True)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run it as an installed command."""
     run_rank(main)
+
+
+if __name__ == "__main__":
+    command()

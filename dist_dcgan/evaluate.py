@@ -143,5 +143,10 @@ def show(scores: Quality, context: dict[str, str], as_json: bool) -> None:
         print(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run it as an installed command."""
     run_rank(main)
+
+
+if __name__ == "__main__":
+    command()

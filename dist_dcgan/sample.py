@@ -50,5 +50,10 @@ def main(argv: Sequence[str]) -> None:
     print(f"{options.num} images of step {description['step']} in {options.out}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run it as an installed command."""
     run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -64,5 +64,10 @@ def train_or_explain(config: Config, plan: Plan, location: DatasetLocation, resu
         raise OneRankError(f"out of memory on rank {launched().rank} {memory_remedy(error, config, plan)}") from None
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run it as an installed command."""
     run_rank(main)
+
+
+if __name__ == "__main__":
+    command()

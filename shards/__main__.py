@@ -273,5 +273,10 @@ def _overview() -> str:
     return "\n".join([f"usage: {PROG} COMMAND ...", "", *lines, "", f"{PROG} COMMAND --help explains its options."])
 
 
-if __name__ == "__main__":  # spawned workers import this module, too
+def command() -> None:
+    """Run it as an installed command."""
     run(main)
+
+
+if __name__ == "__main__":  # spawned workers import this module, too
+    command()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import re
 import subprocess
 import sys
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,41 @@ import pytest
 from tests.support.commands import environment, module, succeed
 
 ROOT = Path(__file__).parents[2]
+
+
+def setup(key: str) -> list[str]:
+    """The lines of a value in setup.cfg, with their comments."""
+    found = re.search(rf"^{key} =\n((?: +\S.*\n|#.*\n)+)", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    assert found is not None
+    return [line.strip() for line in found[1].splitlines()]
+
+
+def test_every_floor_has_its_reason() -> None:
+    lines = setup("install_requires")
+    for before, line in zip(["", *lines], lines, strict=False):
+        assert line.startswith("#") or before.startswith("#") or line in ("numpy>=1.26", "pydantic-settings>=2.9"), line
+
+
+def test_every_package_that_is_imported_has_a_floor() -> None:
+    """What another package brings may be of any version."""
+    named = setup("install_requires") + setup("eval")
+    known = {re.sub(r"[-_.]+", "-", line.split(">=")[0]).lower() for line in named if ">=" in line}
+    imported = set()
+    for path in (path for folder in ("dist_dcgan", "shards") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.split(".")[0] for name in names}
+    others = imported - sys.stdlib_module_names - {"dist_dcgan", "shards"}
+    packages = metadata.packages_distributions()
+    assert len(others) > 10 and {"urllib3", "torch"} <= others
+    assert {name for name in others if not {re.sub(r"[-_.]+", "-", p).lower() for p in packages[name]} & known} == set()
+
+
+def test_every_installed_command_is_one() -> None:
+    for line in setup("console_scripts"):
+        module, _, function = line.partition(" = ")[2].partition(":")
+        assert callable(getattr(import_module(module), function)), line
 
 
 @pytest.mark.slow
@@ -40,3 +79,14 @@ def test_a_wheel_installed_elsewhere_trains_and_samples(demo_shards: Path, tmp_p
     run("-m", "dist_dcgan.sample", "run", "--out", "x.png", "--num", "4")
     assert (work / "x.png").is_file()
     assert "convert" in run("-m", "shards", "--help")
+    for name in ("torch", "shards", "dist_dcgan", "runpy"):  # as of somebody whose folder it is
+        (work / f"{name}.py").write_text("raise RuntimeError('imported')")
+    where = {name: value for name, value in environment().items() if name != "PYTHONSAFEPATH"} | {
+        "PYTHONPATH": str(site)
+    }
+    words = [str(site / "bin" / "dist-dcgan-train"), *flags, "--run-dir", "run", "--dry-run"]
+    assert "steps in all:      2 " in succeed([sys.executable, *words], cwd=work, env=where).stdout
+    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--local-addr=localhost", "--no-python"]
+    where |= {"PATH": f"{site}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([*map(str, torchrun), *words], cwd=work, env=where, capture_output=True, text=True)
+    assert "steps in all:      2 " in done.stdout, done.stderr
