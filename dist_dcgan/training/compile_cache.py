@@ -19,6 +19,7 @@ def use_own_cache() -> None:
     Torch's default, /tmp/torchinductor_USER, may have been made by somebody else. Raises OneRankError, with the
     remedy, if this one was.
     """
+    os.environ["PYTHONSAFEPATH"] = "1"  # torch starts Pythons in the working directory, which may be somebody's
     if os.environ.get(_VARIABLE):
         return
     folder = Path(tempfile.gettempdir(), f"dist_dcgan-compile-{os.geteuid()}")

@@ -9,14 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from dist_dcgan import train
+from dist_dcgan.config import Config, Plan, from_command_line, to_yaml
+from dist_dcgan.distributed.world import World
 from dist_dcgan.loggers import pictures
 from dist_dcgan.loggers.wandb_logger import WandbLogger
 from dist_dcgan.loggers.wandb_settings import WandbRun
 from dist_dcgan.run.directory import RunDirectory
+from dist_dcgan.training.train_state import TrainState
 from shards.common.environment import in_safe_directory
 from tests.commands.test_launch import launcher, script
 from tests.support.commands import environment
+from tests.support.http_server import Answer, serve
 from tests.support.shards_fixtures import numbered, write_lmdb
 from tests.support.wandb_fixtures import fake_client
 
@@ -51,8 +57,29 @@ def shell_environment(folder: Path, **variables: str) -> dict[str, str]:
     return env | {"PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
+JOBS = """
+import os
+from shards.common.workers import map_in_order
+
+def work(job, tick):
+    return job, os.path.basename(os.getcwd())
+
+if __name__ == "__main__":
+    print(list(map_in_order(work, range(2), 2, print)))
+"""
+
+
+def test_workers_import_nothing_from_there(hostile: Path, tmp_path: Path) -> None:
+    """They, and what multiprocessing starts beside them, are new Pythons; relative names stay those of the user."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "jobs.py").write_text(JOBS)
+    env = shell_environment(tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    done = subprocess.run([sys.executable, RUN_MODULE, "jobs"], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[(0, 'theirs'), (1, 'theirs')]"
+
+
+@pytest.mark.slow
 def test_a_conversion_with_workers_imports_nothing_from_there(hostile: Path, tmp_path: Path) -> None:
-    """The workers, and what multiprocessing starts beside them, are new Pythons."""
     source = write_lmdb(tmp_path / "source", numbered(6))
     words = ["shards", "convert", os.path.relpath(source), "--out", "data", "--samples-per-shard", "2", "--workers=2"]
     subprocess.run([sys.executable, RUN_MODULE, *words], env=shell_environment(tmp_path), check=True)
@@ -112,6 +139,36 @@ def test_wandb_runs_where_nobody_else_puts_settings_and_imports_what_training_do
     assert f"RuntimeError('/ {hostile}/conf /')" in capfd.readouterr().err
 
 
+@pytest.mark.slow
+def test_no_settings_of_others_name_the_server_that_gets_the_key(
+    hostile: Path, tmp_path: Path, demo_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real client; the settings of the user are obeyed, those in the working and in the run directory are not."""
+    for name in [name for name in os.environ if name.startswith(("WANDB", "XDG"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    refused = Answer(status=401, headers={"Content-Length": "0"})
+    with serve(refused) as mine, serve(refused) as theirs:
+        for folder, server in ((tmp_path / "home/.config", mine), (hostile, theirs), (tmp_path / "run", theirs)):
+            (folder / "wandb").mkdir(parents=True)
+            address = server.address.removesuffix("/scenes/")
+            (folder / "wandb" / "settings").write_text(f"[default]\nbase_url = {address}\n")
+        (tmp_path / "run" / "config.yaml").write_text(to_yaml(from_command_line(["--preset", "debug"])[0]))
+        words = [
+            "--preset",
+            "debug",
+            "--data",
+            str(demo_shards),
+            "--run-dir",
+            str(tmp_path / "run"),
+            "--max-steps",
+            "2",
+        ]
+        train.main([*words, "--wandb", "online"])
+        assert mine.requests and not theirs.requests
+
+
 def test_matplotlib_is_imported_where_nobody_else_puts_its_settings(
     hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +177,14 @@ def test_matplotlib_is_imported_where_nobody_else_puts_its_settings(
     monkeypatch.setattr(pictures, "import_module", lambda _: places.append(os.getcwd()))
     pictures.import_matplotlib()
     assert (places, os.getcwd()) == (["/"], str(hostile))
+
+
+def test_pythons_that_torch_starts_to_compile_do_not_search_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.10 does not know the variable."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    config = Config(width=4, global_batch=8, compile=True)
+    TrainState(config, Plan(1, 8, 1, 1), World(0, 0, 1, torch.device("cpu")), 32)
+    assert os.environ["PYTHONSAFEPATH"] == "1"
 
 
 def test_the_working_directory_comes_back_after_an_error(hostile: Path) -> None:
