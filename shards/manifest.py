@@ -24,6 +24,10 @@ FORMAT_VERSION = 2
 ORDER_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
+MOST_MANIFEST_BYTES = 1 << 24
+"""Largest manifest read, of about 80,000 shards: JSON of one byte takes up to 30 bytes of memory."""
+_MOST_SAMPLES = 1 << 32
+
 TAR_BLOCK = 512
 TAR_END = 2 * TAR_BLOCK
 """Two blocks of zeros end a tar archive."""
@@ -71,7 +75,7 @@ class ShardEntry(Options):
 
     name: str = Field(pattern=r"^shard-\d{6,}\.tar$")
     """File name, in the manifest's folder."""
-    samples: int = Field(ge=1)
+    samples: int = Field(ge=1, le=_MOST_SAMPLES)
     """Images in the shard."""
     bytes: int = Field(ge=1)
     """Size of the file in bytes."""
@@ -135,7 +139,7 @@ class Manifest(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        layout = Layout(self.image_size)
+        layout, sizes = Layout(self.image_size), dict[str, int]()
         for index, shard in enumerate(self.shards):
             if shard.name != shard_name(index):
                 raise ValueError(f"shard {index} is named {shard.name}, expected {shard_name(index)}")
@@ -144,6 +148,8 @@ class Manifest(Options):
                     f"{shard.name} says {shard.bytes} bytes, but {shard.samples} samples of "
                     f"{self.image_size} pixels make {layout.shard_bytes(shard.samples)}"
                 )
+            if sizes.setdefault(shard.sha256, shard.bytes) != shard.bytes:
+                raise ValueError(f"{shard.name} has the SHA-256 of another shard, but not its size")
         return self
 
     @property
@@ -176,7 +182,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"no data set at {directory}: it has no {MANIFEST_NAME} (python -m shards convert makes one)")
     try:
-        content = json.loads(read_plain(path))
+        content = json.loads(read_plain(path, MOST_MANIFEST_BYTES))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except OSError as error:

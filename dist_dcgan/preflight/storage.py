@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from dist_dcgan.config import Config, make_plan, to_yaml
 from dist_dcgan.data.order import SampleOrder
 from dist_dcgan.data.prefetch import shards_at_a_time
+from dist_dcgan.data.storage.cache import staged
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.world import world_size_of_launch
 from dist_dcgan.models.networks import Discriminator, Generator, count_parameters, require_image_size
@@ -91,8 +93,8 @@ def cache(subject: Subject) -> Finding | None:
     location.require_room(shards_at_a_time(_order(subject), subject.plan.global_batch))
     try_writing(folder)
     total = sum(entry.bytes for entry in location.manifest.shards)
-    staged = sum(path.stat().st_size for path in folder.glob("*.tar"))
-    required = max(min(round(gigabytes * 1e9), total) - staged, 0)
+    present = sum(status.st_size for _, status in staged(folder, os.geteuid()))
+    required = max(min(round(gigabytes * 1e9), total) - present, 0)
     check_room(folder, required, "the cache takes", ": use a smaller --data.cache-gb, or another --data.cache-dir")
     return Finding("ok", f"{folder} can be written and has room for {required / 1e9:,.3g} GB")
 

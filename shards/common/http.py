@@ -1,16 +1,21 @@
-"""Download one file over HTTP, resuming after a cut and never mixing two versions of the file."""
+"""Download one file over HTTP, resuming after a cut and never mixing two versions of the file.
+
+The server is not trusted: sizes, times and redirects have limits from the first byte on.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from http.client import IncompleteRead
 from pathlib import Path
-from time import sleep
-from typing import NamedTuple
+from time import monotonic, sleep
+from typing import BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
@@ -21,6 +26,9 @@ from urllib3.util import Retry
 from shards.common.command_line import Options
 from shards.common.errors import UserError
 from shards.common.files import check_room, open_in_place, publish, read_plain, remove_leftovers
+from shards.common.files import NotPlainError, check_room, open_plain, publish
+from shards.common.http_request import Guard, get
+from shards.common.ownership import Ownership
 from shards.common.progress import Progress
 from shards.common.redaction import public_address, without_secrets
 
@@ -29,6 +37,12 @@ _LONGEST_WAIT_SECONDS = 60.0
 _CHUNK_BYTES = 1 << 16
 """A timeout inside a chunk loses its bytes, so chunks are only as large as speed needs."""
 
+_ROOM_STEP_BYTES = 1 << 26
+"""The free space of the disk is checked whenever as much was written."""
+_MOST_VERSION_BYTES = 1 << 16
+
+_STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]{0,200}"')
+_DATE = re.compile(r"[A-Za-z0-9:, +-]{1,100}")
 _CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,18})-[0-9]{1,18}|\*)/(?:([0-9]{1,18})|\*)")
 
 
@@ -44,23 +58,22 @@ class Version(Options):
 class FetchOptions(NamedTuple):
     """Options of `fetch`."""
 
+    most_bytes: int
+    """Largest size accepted, in bytes."""
     attempts: int = 8
-    """Attempts in a row without a new byte before giving up; eight take about two minutes."""
+    """Attempts in a row without progress before giving up; eight take about two minutes."""
     silence_seconds: float = 60.0
     """Read timeout in seconds."""
+    least_rate: float = 1_000.0
+    """Bytes per second below which an attempt ends, over twice the read timeout, and does not count as progress."""
     copies: int = 2
     """Free disk space required, in multiples of the file's size: 2 if it is unpacked next to itself."""
     shown: bool = True
     """Whether progress is shown."""
     longest_pause_seconds: float = 300.0
     """Longest pause before another attempt, even if the server asks for more."""
-    most_bytes: int | None = None
-    """Largest size accepted, in bytes."""
     kept: bool = True
     """Whether the error message may promise that received bytes are kept."""
-
-
-DEFAULT = FetchOptions()
 
 
 class TransferError(Exception):
@@ -71,26 +84,27 @@ class TransferError(Exception):
         self.retry_after = retry_after
 
 
-def fetch(address: str, part: Path, options: FetchOptions = DEFAULT) -> None:
+def fetch(address: str, part: Path, options: FetchOptions) -> None:
     """Download the file at `address` to `part`, resuming what an earlier call or process left there.
 
-    Raises UserError if the server refuses, if `options.attempts` attempts in a row bring no new byte, or if the
-    disk has no room; OSError if the disk fails. Received bytes are kept.
+    Raises UserError if the server refuses, if `options.attempts` attempts in a row bring no progress, if the file has
+    more than `options.most_bytes` or the disk no room; OSError if the disk fails. Received bytes are kept.
     """
+    _discard_if_foreign(part)
     failures, reached = 0, _size(part)
-    with requests.Session() as session:
-        session.headers["Accept-Encoding"] = "identity"  # so that lengths are those of the file itself
-        while not _is_complete(part):
-            try:
-                _attempt(session, address, part, options)
-                return
-            except TransferError as error:
-                # Progress is a new maximum: a server that always restarts from byte 0 must fail in the end
-                failures = 0 if _size(part) > reached else failures + 1
-                reached = max(reached, _size(part))
-                if failures == options.attempts:
-                    raise UserError(_given_up(address, part, str(error), options)) from None
-                _wait(error, failures, part.stem, options.longest_pause_seconds)
+    while not _is_complete(part):
+        started = monotonic()
+        try:
+            _attempt(address, part, options)
+            return
+        except TransferError as error:
+            # Progress is a new maximum: a server that always restarts from byte 0 must fail in the end
+            required = options.least_rate * max(1.0, monotonic() - started)
+            failures = 0 if _size(part) - reached >= required else failures + 1
+            reached = max(reached, _size(part))
+            if failures == options.attempts:
+                raise UserError(_given_up(address, part, str(error), options)) from None
+            _wait(error, failures, part.stem, options.longest_pause_seconds)
 
 
 def file_address(folder: str, name: str) -> str:
@@ -106,27 +120,39 @@ def discard(part: Path) -> None:
     remove_leftovers(part.parent, _version_path(part).name.__eq__)
 
 
-def _attempt(session: requests.Session, address: str, part: Path, options: FetchOptions) -> None:
+def _discard_if_foreign(part: Path) -> None:
+    """Remove a `part` that others could change after it is checked, or that is no file, such as a link or a FIFO."""
+    if os.path.lexists(part):
+        status = part.lstat()
+        if status.st_nlink != 1 or not Ownership.on_disk_of(part.parent).belongs(status):
+            discard(part)
+
+
+def _attempt(address: str, part: Path, options: FetchOptions) -> None:
     """Download the missing bytes in one request; raises TransferError if it fails or ends too early."""
-    held, headers = _read_version(part), {}
+    held, headers, failure = _read_version(part), {}, None
     offset = _size(part) if held else 0
     if held and held.validator and offset:
         headers = {"Range": f"bytes={offset}-", "If-Range": held.validator}
-    try:
-        with _ask(session, address, headers, options) as response:
-            _receive(response, part, held if headers else None, offset, options)
-    except (requests.RequestException, HTTPError) as error:
-        raise TransferError(_cause(error)) from None
+    with Guard(2 * options.silence_seconds) as guard:
+        try:
+            with _ask(address, headers, guard, options) as response:
+                _receive(response, part, held if headers else None, offset, guard, options)
+        except (requests.RequestException, HTTPError) as error:
+            failure = TransferError(_cause(error))
+        except TransferError as error:
+            failure = error
+    if guard.expired:  # in a body without a length, that looks like its end
+        failure = TransferError(f"the server sends less than {options.least_rate:,.0f} bytes a second")
+    if failure is not None:
+        raise failure
 
 
-def _ask(
-    session: requests.Session, address: str, headers: Mapping[str, str], options: FetchOptions
-) -> requests.Response:
-    """Send a request; raises UserError if the address or a redirect target is not a valid HTTP address."""
+def _ask(address: str, headers: Mapping[str, str], guard: Guard, options: FetchOptions) -> requests.Response:
+    """Send a request; raises UserError if the address is not a valid HTTP address or a redirect is not followed."""
     try:
-        timeout = min(_CONNECT_SECONDS, options.silence_seconds), options.silence_seconds
-        return session.get(address, headers=headers, stream=True, timeout=timeout)
-    except (ValueError, requests.TooManyRedirects) as error:  # requests' own errors of this kind are ValueErrors
+        return get(address, headers, guard, min(_CONNECT_SECONDS, options.silence_seconds), options.silence_seconds)
+    except ValueError as error:  # requests' own errors of this kind are ValueErrors
         raise UserError(f"cannot get {public_address(address)}: {_cause(error)}; check the address") from None
     except OSError as error:
         if isinstance(error, requests.RequestException):
@@ -142,7 +168,9 @@ def _certificates() -> str:
     return ""
 
 
-def _receive(response: requests.Response, part: Path, held: Version | None, offset: int, options: FetchOptions) -> None:
+def _receive(
+    response: requests.Response, part: Path, held: Version | None, offset: int, guard: Guard, options: FetchOptions
+) -> None:
     """Append the response to the first `offset` bytes of the version `held`, or write the whole file again."""
     if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and held:
         if held.total in (None, offset) and _content_range(response) == (None, offset):
@@ -155,13 +183,10 @@ def _receive(response: requests.Response, part: Path, held: Version | None, offs
         total, offset = _start_again(response, part), 0
     else:
         raise _refusal(response)
-    if total is not None:
-        check_room(
-            part.parent,
-            options.copies * total - offset,
-            f"{part.stem}{', unpacked,' * (options.copies > 1)} takes about",
-        )
-    _write(response, part, offset, total, options)
+    if total is not None and total > options.most_bytes:
+        raise _too_large(part, options)
+    _require_room(part, offset, total, options)
+    _write(response, part, offset, total, guard, options)
 
 
 def _check_continuation(response: requests.Response, part: Path, held: Version, offset: int) -> int | None:
@@ -180,34 +205,59 @@ def _start_again(response: requests.Response, part: Path) -> int | None:
     """Discard `part`, record the new version and return its length, None if unknown."""
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
-    etag = response.headers.get("ETag", "")
-    validator = (
-        etag if etag.startswith('"') else response.headers.get("Last-Modified")
-    )  # weak ETags do not identify bytes
+    etag, date = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
+    # Weak ETags do not identify bytes; what is long or odd is not sent back
+    validator = etag if _STRONG_ETAG.fullmatch(etag) else date if _DATE.fullmatch(date) else None
     discard(part)
     publish(_version_path(part), Version(validator=validator, total=total).model_dump_json().encode())
     return total
 
 
-def _write(response: requests.Response, part: Path, offset: int, total: int | None, options: FetchOptions) -> None:
+def _write(
+    response: requests.Response, part: Path, offset: int, total: int | None, guard: Guard, options: FetchOptions
+) -> None:
     """Append the body; raises TransferError if it is shorter or longer than the announced `total`."""
-    done = offset
-    progress = Progress(total, part.stem, unit="B", start=offset, shown=options.shown)
-    with open_in_place(part) as file, progress:
-        file.seek(0, os.SEEK_END)
+    done, room_until = offset, offset + _ROOM_STEP_BYTES
+    most_bytes = options.most_bytes if total is None else total
+    guard.require(options.least_rate, over_seconds=2 * options.silence_seconds)
+    with _open(part) as file, Progress(total, part.stem, unit="B", start=offset, shown=options.shown) as progress:
         for chunk in response.raw.stream(_CHUNK_BYTES, decode_content=False):
+            if done >= room_until:
+                _require_room(part, done, total, options)
+                room_until = done + _ROOM_STEP_BYTES
             done += len(chunk)
-            if total is not None and done > total:
+            if done > most_bytes:
                 break
-            if options.most_bytes is not None and done > options.most_bytes:
-                raise UserError(f"{part.stem}: the server sends more than the {options.most_bytes:,} bytes it may have")
             file.write(chunk)
+            guard.advance(len(chunk))
             progress.advance(len(chunk))
-    if total is not None and done > total:
+    if done > most_bytes and total is None:
+        raise _too_large(part, options)
+    if done > most_bytes:
         discard(part)
         raise TransferError(f"the server sends more than the {total:,} bytes that it announced")
     if total is not None and done < total:
         raise TransferError(f"the server sent {done:,} of {total:,} bytes")
+
+
+def _open(part: Path) -> BinaryIO:
+    """Open `part` to append to it, and let only this user write; raises OSError if it is a link."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(part, flags, 0o644)
+    with suppress(OSError):  # file systems without permissions
+        os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~0o022)
+    return os.fdopen(descriptor, "ab")
+
+
+def _require_room(part: Path, done: int, total: int | None, options: FetchOptions) -> None:
+    """Raise UserError if the disk has no room for the rest: others may fill it meanwhile."""
+    required = options.copies * (_ROOM_STEP_BYTES if total is None else total) - (0 if total is None else done)
+    unpacked = ", unpacked," * (options.copies > 1)
+    check_room(part.parent, required, f"{part.stem}{unpacked} takes about")
+
+
+def _too_large(part: Path, options: FetchOptions) -> UserError:
+    return UserError(f"{part.stem}: the server sends more than the {options.most_bytes:,} bytes it may have")
 
 
 def _refusal(response: requests.Response) -> Exception:
@@ -263,8 +313,9 @@ def _is_complete(part: Path) -> bool:
 
 def _read_version(part: Path) -> Version | None:
     try:
-        return Version.model_validate_json(read_plain(_version_path(part)))
-    except (FileNotFoundError, ValidationError):
+        with open_plain(_version_path(part)) as file:
+            return Version.model_validate_json(file.read(_MOST_VERSION_BYTES))
+    except (FileNotFoundError, NotPlainError, ValidationError):
         return None
 
 

@@ -15,6 +15,10 @@ from shards.common.files import check_room, open_plain, sync, sync_directory
 from shards.common.progress import Progress
 
 _CHUNK_BYTES = 1 << 20
+_MOST_DIRECTORY_BYTES = 1 << 20
+_MOST_EXPANSION = 4
+"""Photographs hardly shrink in an archive; an LMDB has some empty pages."""
+_FREE_EXPANSION_BYTES = 1 << 28
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError, OverflowError)
 """Exceptions of zipfile for damaged bytes."""
@@ -24,6 +28,15 @@ class ArchiveError(Exception):
     """An archive is damaged or contains unexpected members; the message says which."""
 
 
+class _ArchiveFile(io.FileIO):
+    """File that refuses large reads: zipfile reads the archive's list of members, of any length, at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MOST_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile("its list of members is too long")
+        return super().read(_MOST_DIRECTORY_BYTES if size is None or size < 0 else size)
+
+
 def unpack(archive: Path, name: str, folder: Path) -> None:
     """Unzip `name`/data.mdb, and `name`/lock.mdb if present, to the new folder `folder`, durably.
 
@@ -31,9 +44,11 @@ def unpack(archive: Path, name: str, folder: Path) -> None:
     OSError if the disk fails; `folder` is then removed.
     """
     try:
-        with open_plain(archive) as file, zipfile.ZipFile(io.BufferedReader(file)) as source:  # type: ignore[type-var]
+        with _ArchiveFile(archive) as file, zipfile.ZipFile(file) as source:
             members = check_members(source.infolist(), name)
             total = sum(member.file_size for member in members)
+            if total > _MOST_EXPANSION * archive.stat().st_size + _FREE_EXPANSION_BYTES:
+                raise ArchiveError(f"it expands to {total:,} bytes, which no archive of photographs does")
             check_room(folder.parent, total, f"the images of {archive.name} take")
             folder.mkdir()
             with Progress(total, f"unzip {name}", unit="B") as progress:

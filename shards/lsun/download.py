@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 from shards.common.errors import UserError
 from shards.common.files import open_plain, sync, sync_directory
 from shards.common.http import discard, fetch
+from shards.common.files import file_sha256, sync, sync_directory
+from shards.common.http import FetchOptions, discard, fetch
 from shards.common.locks import Lock, NoLocksError
 from shards.lsun.archive import ArchiveError, unpack
-from shards.lsun.catalog import ADDRESS
+from shards.lsun.catalog import ADDRESS, ARCHIVES, MOST_TEST_BYTES
 
 
 def download(name: str, out: Path, address: str = ADDRESS, keep_zip: bool = False) -> bool:
@@ -40,9 +43,11 @@ def _bring(folder: Path, address: str, keep_zip: bool) -> None:
         raise UserError(f"{folder} is in the way: it holds no data.mdb; remove it")
     kept, part = folder.with_name(folder.name + ".zip"), _part(folder)
     archive = kept if kept.exists() else part
+    published = ARCHIVES.get(folder.name)
     if archive == part:
-        fetch(address, part)
+        fetch(address, part, FetchOptions(published.bytes if published else MOST_TEST_BYTES))
     try:
+        _authenticate(archive, folder.name)
         unpack(archive, folder.name, _temporary(folder))
     except ArchiveError as error:
         raise UserError(_damaged(archive, address, error)) from None
@@ -52,6 +57,21 @@ def _bring(folder: Path, address: str, keep_zip: bool) -> None:
         part.replace(kept)  # before the folder is renamed, so that a kill in between loses neither
     _temporary(folder).rename(folder)
     sync_directory(folder.parent)
+
+
+def _authenticate(archive: Path, name: str) -> None:
+    """Raise ArchiveError if `archive` is not the one that LSUN published; the server's line may be tapped."""
+    published = ARCHIVES.get(name)
+    if published is None:
+        print(f"{name}: no checksum of it is published, so only its form is checked", file=sys.stderr, flush=True)
+        return
+    size = archive.stat().st_size
+    if size != published.bytes:
+        raise ArchiveError(f"it has {size:,} bytes, LSUN's archive {published.bytes:,}")
+    print(f"{name}: checking its SHA-256", file=sys.stderr, flush=True)  # minutes for the largest
+    found = file_sha256(archive)
+    if found != published.sha256:
+        raise ArchiveError(f"its SHA-256 is {found}, that of LSUN's archive {published.sha256}")
 
 
 def _damaged(archive: Path, address: str, error: ArchiveError) -> str:

@@ -48,7 +48,7 @@ class Recorder:
 
 
 def file_of(shard: int) -> ShardFile:
-    return ShardFile(Path(f"/data/{shard}.tar"), FileState(shard, 100, 200))
+    return ShardFile(Path(f"/data/{shard}.tar"), FileState(shard, 100, 200, 0))
 
 
 def prefetcher_of(place: Recorder, node: NodeStore | None = None, position: int = 0) -> ShardPrefetcher:

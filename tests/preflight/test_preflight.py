@@ -332,11 +332,11 @@ def test_a_cache_has_room_for_what_it_may_hold(demo_shards: Path, tmp_path: Path
 
 
 def test_a_cache_below_what_is_in_use_at_a_time_fails(demo_shards: Path, tmp_path: Path) -> None:
-    of = subject(data={"path": demo_shards, "cache_dir": tmp_path / "cache", "cache_gb": 1e-6})
+    of = subject(data={"path": demo_shards, "cache_dir": tmp_path / "cache", "cache_gb": 2e-4})
     with ExitStack() as stack:
         assert storage.data_set(of, stack).level == "ok"
         assert storage.plan(of).level == "ok"
-        assert "data.cache_gb 1e-06 is too small" in failure(storage.cache, of)
+        assert "data.cache_gb 0.0002 is too small" in failure(storage.cache, of)
     assert list(tmp_path.iterdir()) == []
 
 

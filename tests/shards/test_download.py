@@ -12,7 +12,6 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from tests.support.shards_fixtures import (
     write_lmdb,
 )
 
-NAME = "tower_val_lmdb"
+NAME = "test_lmdb"  # the only one whose checksum is not published
 FILES = {"data.mdb": random.Random(0).randbytes(200_000), "lock.mdb": b"lock"}
 
 
@@ -178,7 +177,10 @@ def test_a_server_without_progress_is_given_up_and_what_came_is_kept(
 
 
 def test_a_silent_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.lsun.download.fetch", partial(fetch, options=FetchOptions(silence_seconds=0.2)))
+    def impatient(address: str, part: Path, options: FetchOptions) -> None:
+        fetch(address, part, options._replace(silence_seconds=0.2))
+
+    monkeypatch.setattr("shards.lsun.download.fetch", impatient)
     server = fetched(tmp_path, Answer(ZIP, hang=1 << 16), Answer(ZIP))
     assert server.ranges == [None, "bytes=65536-"]
 
@@ -491,7 +493,7 @@ def test_a_killed_command_goes_on_and_only_one_runs_at_a_time(tmp_path: Path, la
     archive = lsun_zip(large, zipfile.ZIP_DEFLATED)
     folder, unzipping = tmp_path / NAME, tmp_path / f"{NAME}.tmp" / "data.mdb"
     with serve(Answer(archive, hang=80_000), Answer(archive)) as server:
-        words = ("download", "tower", "--split", "val", "--out", tmp_path, "--address", server.address)
+        words = ("download", "test", "--out", tmp_path, "--address", server.address)
         second: list[str] = []
 
         def run_second() -> None:
@@ -519,5 +521,5 @@ def test_a_folder_copied_incompletely_is_not_taken_for_whole(tmp_path: Path, lar
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "data.mdb").write_bytes(large["data.mdb"][:9000])
     with pytest.raises(UserError, match=r"data.mdb has 9000 bytes of \d+: an incomplete copy"):
-        main(["download", "tower", "--split", "val", "--out", str(tmp_path), "--address", "http://127.0.0.1:1"])
+        main(["download", "test", "--out", str(tmp_path), "--address", "http://127.0.0.1:1"])
     assert os.listdir(tmp_path) == [NAME]

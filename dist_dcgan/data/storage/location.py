@@ -14,11 +14,15 @@ from shards.manifest import Manifest, ShardEntry, check_files, read_manifest
 
 
 class FileState(NamedTuple):
-    """Identity of a file; differs if the file was replaced or written to."""
+    """Identity of a file; differs if the file was replaced or written to.
+
+    A file's owner can make a changed file look the same; no other user can.
+    """
 
     inode: int
     size: int
     changed_ns: int
+    owner: int
 
 
 class ShardFile(NamedTuple):
@@ -117,4 +121,4 @@ def read_ahead(path: Path) -> None:
 
 
 def _state(status: os.stat_result) -> FileState:
-    return FileState(status.st_ino, status.st_size, status.st_mtime_ns)
+    return FileState(status.st_ino, status.st_size, status.st_mtime_ns, status.st_uid)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import select
-import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
 from shards.common.errors import UserError
-from shards.common.files import open_plain
+from shards.common.files import NotPlainError, open_plain
 from shards.common.redaction import public_address
 
 _SILENCE_SECONDS = 5.0
 _ATTEMPTS = 5
 _LONGEST_PAUSE_SECONDS = 8.0
 """The limits end a transfer after about 40 seconds of silence, before distributed.timeout_seconds (60 by default)."""
+_LEAST_RATE = 10_000.0
+"""Bytes per second; below an image of 64x64 pixels a second, a source is as useless as a silent one."""
 _CHUNK_BYTES = 1 << 20
 
 
@@ -48,17 +50,26 @@ class OtherFolder:
 
     def fetch(self, name: str, path: Path, most_bytes: int) -> None:
         """Copy the file."""
-        try:
-            with open_plain(self._folder / name) as source, path.open("xb") as copy:
-                if os.fstat(source.fileno()).st_size > most_bytes:
-                    raise FailedError(f"it has more than {most_bytes:,} bytes")
-                shutil.copyfileobj(source, copy, _CHUNK_BYTES)
-        except FileNotFoundError:
-            raise UserError(f"no {name} in {self._folder}") from None
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            raise FailedError(error.strerror or str(error)) from None
+        copy(self._folder / name, path, most_bytes)
+
+
+def copy(source: Path, path: Path, most_bytes: int) -> None:
+    """Copy a regular file to the new file `path`, not more than `most_bytes` of it; raises as `Remote.fetch` does."""
+    try:
+        with open_plain(source) as file, path.open("wb") as out:
+            if os.fstat(file.fileno()).st_size > most_bytes:
+                raise FailedError(f"it has more than {most_bytes:,} bytes")
+            while most_bytes and (chunk := file.read(min(_CHUNK_BYTES, most_bytes))):  # it may grow meanwhile
+                out.write(chunk)
+                most_bytes -= len(chunk)
+    except FileNotFoundError:
+        raise UserError(f"no {source.name} in {source.parent}") from None
+    except NotPlainError:
+        raise FailedError("it is not a plain file") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise FailedError(error.strerror or str(error)) from None
 
 
 class WebServer:
@@ -85,12 +96,13 @@ class WebServer:
         from shards.common.http import FetchOptions, fetch, file_address  # only here: a local folder needs no HTTP
 
         options = FetchOptions(
+            most_bytes,
             attempts=_ATTEMPTS,
             silence_seconds=_SILENCE_SECONDS,
+            least_rate=_LEAST_RATE,
             copies=1,
             shown=False,
             longest_pause_seconds=_LONGEST_PAUSE_SECONDS,
-            most_bytes=most_bytes,
             kept=False,
         )
         fetch(file_address(self._address, name), path, options)
@@ -115,11 +127,13 @@ class Command:
         command = self._command.replace("{}", name)
         process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)  # user's own
         assert process.stdout is not None
-        written = 0
+        written, started = 0, time.monotonic()
         try:
             with process.stdout as output, path.open("xb") as file:
                 while chunk := _next_bytes(output.fileno()):
                     written += len(chunk)
+                    if written < _LEAST_RATE * (time.monotonic() - started - 2 * _SILENCE_SECONDS):
+                        raise FailedError(f"the command prints less than {_LEAST_RATE:,.0f} bytes a second")
                     if written > most_bytes:
                         raise FailedError(f"the command prints more than {most_bytes:,} bytes")
                     file.write(chunk)
