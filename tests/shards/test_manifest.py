@@ -105,6 +105,17 @@ def test_the_digest_depends_on_every_field() -> None:
         ({"shard 1": {"samples": 0}}, "shards.1.samples: input should be greater than or equal to 1, got 0"),
         ({"shard 1": {"sha256": "XYZ"}}, "shards.1.sha256"),
         ({"shard 1": {"colour": 1}}, "unknown key shards.1.colour"),
+        ({"shard 1": {"sha256": f"{0:064x}"}}, "shard-000001.tar has the SHA-256 of another shard, but not its size"),
+        ({"shard 1": {"samples": 10**12}}, "shards.1.samples: input should be less than or equal to 4294967296"),
+        ({"shard 1": {"samples": -4}}, "shards.1.samples: input should be greater than or equal to 1, got -4"),
+        ({"shard 1": {"samples": float("nan")}}, "shards.1.samples"),
+        ({"shard 1": {"name": "shard-000001.tar\n"}}, "shards.1.name|expected shard-000001.tar"),
+        (
+            {"shard 1": {"name": "shard-00000\u0661.tar"}},
+            "shard 1 is named .*, expected shard-000001.tar|shards.1.name",
+        ),
+        ({"shard 1": {"name": "/etc/shard-000001.tar"}}, "shards.1.name"),
+        ({"image_size": 10**9}, "image_size: input should be less than or equal to 1024"),
     ],
 )
 def test_a_changed_manifest_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -119,12 +130,23 @@ def test_a_changed_manifest_is_refused(tmp_path: Path, change: dict[str, Any], m
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 1_000_000]
+)
 def test_what_is_no_manifest_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(content)
     with pytest.raises(UserError, match="is damaged: ") as caught:
         read_manifest(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1 << 24, 1 << 40])
+def test_no_more_than_16_mib_of_a_manifest_are_read(tmp_path: Path, size: int) -> None:
+    write_manifest(tmp_path, manifest_of(10, 4))
+    with (tmp_path / MANIFEST_NAME).open("ab") as file:
+        file.truncate(size)
+    with pytest.raises(UserError, match="is damaged: Extra data" if size == 1 << 24 else "more than 16,777,216 bytes"):
+        read_manifest(tmp_path)
 
 
 def test_a_failed_publish_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ class Cache:
         try:
             file = checked(path, entry)
         except UserError as error:
-            if file_sha256(path) == entry.sha256:
+            if status.st_size != entry.bytes and _has_sha256(path, entry.sha256):
                 raise UserError(f"the manifest of {self._remote} is wrong: {error}") from None
             path.unlink(missing_ok=True)
             return None
@@ -204,6 +204,13 @@ def _status(path: Path) -> os.stat_result | None:
         return path.lstat()
     except FileNotFoundError:
         return None
+
+
+def _has_sha256(path: Path, sha256: str) -> bool:
+    try:
+        return file_sha256(path) == sha256
+    except OSError:  # another process evicts, too
+        return False
 
 
 def _read_manifest(parts: Path, location: str) -> Manifest:
