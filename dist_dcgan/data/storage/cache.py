@@ -128,7 +128,7 @@ class Cache:
     def _bring(self, entry: ShardEntry) -> ShardFile:
         """Fetch a shard once; raises FailedError, also if the file is damaged."""
         part = self._parts / f"{entry.sha256}.tar"
-        self._make_room(entry.bytes)
+        self._make_room(entry)
         check_room(self._folder, entry.bytes, f"{entry.name} takes", ": use a smaller --data.cache-gb")
         try:
             file = self._copied(entry, part)
@@ -164,14 +164,15 @@ class Cache:
                 return found
         raise UserError(f"{path} is another user's: give --data.cache-dir a folder of your own")
 
-    def _make_room(self, required_bytes: int) -> None:
-        """Evict unprotected shards, least recently used first, until `required_bytes` more fit."""
+    def _make_room(self, entry: ShardEntry) -> None:
+        """Evict unprotected shards, least recently used first, until this one fits instead of its own old file."""
+        own = staged(self._folder, self._ownership.owner)
         files = sorted(
-            (status.st_atime_ns, status.st_size, path) for path, status in staged(self._folder, self._ownership.owner)
+            (status.st_atime_ns, status.st_size, path) for path, status in own if path.name[:64] != entry.sha256
         )
         taken = sum(size for _, size, _ in files)
         for _, size, path in files:
-            if taken + required_bytes <= self._budget_bytes:
+            if taken + entry.bytes <= self._budget_bytes:
                 return
             if path.name[:64] not in self._kept:
                 with contextlib.suppress(OSError):  # busy: the next makes room instead
