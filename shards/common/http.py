@@ -40,6 +40,8 @@ _CHUNK_BYTES = 1 << 16
 _ROOM_STEP_BYTES = 1 << 26
 """The free space of the disk is checked whenever as much was written."""
 _MOST_VERSION_BYTES = 1 << 16
+_MOST_SHOWN = 200
+"""Characters of a server that a message has at most."""
 
 _STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]{0,200}"')
 _DATE = re.compile(r"[A-Za-z0-9:, +-]{1,100}")
@@ -267,7 +269,7 @@ def _refusal(response: requests.Response) -> Exception:
     if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
         return TransferError(f"the server answers {status} ({phrase})", _retry_after(response))
     signed = ", and its signature, which may have expired" if urlsplit(response.url).query else ""
-    name = public_address(response.url)
+    name = public_address(response.url)[:_MOST_SHOWN]  # a redirect may lead to an address of any length
     return UserError(f"cannot get {name}: the server answers {status} ({phrase}); check the address{signed}")
 
 
@@ -296,7 +298,9 @@ def _cause(error: BaseException) -> str:
         error = error.__cause__ or error.__context__ or error
     if isinstance(error, IncompleteRead):
         return "the connection was cut"
-    return without_secrets("".join(filter(str.isprintable, str(getattr(error, "strerror", None) or error))))[:200]
+    return without_secrets("".join(filter(str.isprintable, str(getattr(error, "strerror", None) or error))))[
+        :_MOST_SHOWN
+    ]
 
 
 def _content_range(response: requests.Response) -> tuple[int | None, int | None]:

@@ -262,6 +262,15 @@ def test_credentials_go_to_the_server_they_were_given_for(tmp_path: Path) -> Non
     assert "Authorization" not in foreign  # the same host, another port: another user's, perhaps
 
 
+def test_where_a_redirect_leads_is_told_in_short_and_without_its_signature(tmp_path: Path) -> None:
+    target = "/" + "x" * 50_000 + "\x1b[2J?sig=s3cret"
+    answers = iter([moved(target), b"HTTP/1.1 404 no\r\n\r\n"])
+    with raw_server(lambda connection, closing: connection.sendall(next(answers))) as server:
+        line = refusal(server.address, tmp_path / "x.part")
+    assert len(line) < 400 and line.isprintable() and "s3cret" not in line
+    assert "the server answers 404 (Not Found)" in line
+
+
 def redirects_to(other: RawServer) -> Script:
     answers = iter([moved("/same"), moved(other.address)])
     return lambda connection, closing: connection.sendall(next(answers))
