@@ -62,6 +62,8 @@ def _bring(folder: Path, address: str, keep_zip: bool) -> None:
 def _authenticate(archive: Path, name: str) -> None:
     """Raise ArchiveError if `archive` is not the one that LSUN published; the server's line may be tapped."""
     published = ARCHIVES.get(name)
+    if not archive.is_file():
+        raise ArchiveError("it is no plain file")
     if published is None:
         print(f"{name}: no checksum of it is published, so only its form is checked", file=sys.stderr, flush=True)
         return

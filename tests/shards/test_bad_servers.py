@@ -334,6 +334,12 @@ def test_an_archive_that_is_not_the_published_one_is_refused(
     assert not unpacked.called and not (tmp_path / "tower_val_lmdb.zip.part").exists()
 
 
+def test_a_fifo_in_place_of_a_kept_archive_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "test_lmdb.zip")
+    with pytest.raises(UserError, match=r"test_lmdb\.zip cannot be used: it is no plain file"):
+        lsun.download("test_lmdb", tmp_path, "http://127.0.0.1:1/")
+
+
 def bomb(path: Path, members: int, content: bytes) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x_lmdb/data.mdb", content)
