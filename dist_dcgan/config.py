@@ -42,7 +42,7 @@ def _public(location: Path | str) -> str:
 
 
 Location = Annotated[Path | str, BeforeValidator(_location), PlainSerializer(_public, when_used="json")]
-"""A folder or an address. Stored configurations lack its query, in which a signature may stand."""
+"""A folder or an address. Stored configurations lack its query, in which a signature may stand, and a command."""
 
 
 class LocationOptions(Options):

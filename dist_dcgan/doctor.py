@@ -14,6 +14,7 @@ from dist_dcgan.distributed.world import run_rank
 from dist_dcgan.preflight.results import Finding
 from dist_dcgan.preflight.run_checks import examine
 from shards.common.errors import UserError
+from shards.common.messages import say
 from shards.common.streams import output_is_optional
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
 
 def show(thing: str, finding: Finding) -> None:
     """Print one line of the table."""
-    print(f"{finding.level:8} {thing:15} {finding.text}", flush=True)
+    say(f"{finding.level:8} {thing:15} {finding.text}")
 
 
 def command() -> None:

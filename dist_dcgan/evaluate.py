@@ -31,6 +31,7 @@ from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
 from shards.common.command_line import Options, UserPath, build, parse_flags
 from shards.common.errors import UserError
+from shards.common.messages import say
 from shards.manifest import Manifest
 
 SHORT_FLAGS = {"--data": "--data.path", "--num": "--fakes", "--json": "--as-json", **CONSENT}
@@ -137,10 +138,10 @@ def show(scores: Quality, context: dict[str, str], as_json: bool) -> None:
     """Print scores and their context, as a table or as one line of JSON."""
     if as_json:
         finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
-        print(json.dumps(finite | context))
+        say(json.dumps(finite | context))
         return
     for name, value in (scores | context).items():
-        print(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
+        say(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
 
 
 def command() -> None:

@@ -18,6 +18,7 @@ from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import load_generator, sampling_config
 from dist_dcgan.training.ema import sample_images
 from shards.common.command_line import Options, UserPath, build, parse_flags, run
+from shards.common.messages import say
 from shards.common.streams import output_is_optional
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     config = sampling_config(description, options.seed)
     images = sample_images(generator.to(device), config, range(options.num), device)
     save_out(images, options.out)
-    print(f"{options.num} images of step {description['step']} in {options.out}")
+    say(f"{options.num} images of step {description['step']} in {options.out}")
 
 
 def command() -> None:

@@ -19,6 +19,7 @@ from dist_dcgan.preflight.storage import networks_on_meta
 from dist_dcgan.training.loop import train
 from dist_dcgan.training.steps import is_out_of_memory, memory_remedy
 from shards.common.errors import OneRankError
+from shards.common.messages import say
 from shards.common.streams import output_is_optional
 from shards.manifest import Manifest
 
@@ -43,15 +44,17 @@ def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
     if launched().rank != 0:
         return
     generator, discriminator = networks_on_meta(config, manifest.image_size)
-    print(to_yaml(config))
-    print(f"data set:          {config.data.name}, {manifest.samples:,} images of {manifest.image_size} pixels")
-    print(f"generator:         {count_parameters(generator):,} parameters")
-    print(f"discriminator:     {count_parameters(discriminator):,} parameters")
-    print(f"ranks:             {plan.world_size}")
-    print(f"global batch:      {plan.global_batch}, {plan.batch_per_rank} per rank")
-    print(f"steps per epoch:   {plan.steps_per_epoch:,}")
-    print(f"steps in all:      {plan.total_steps:,} ({plan.total_steps / plan.steps_per_epoch:.2f} epochs)")
-    print("will it run here:  `python -m dist_dcgan.doctor` with the same flags tries it, under torchrun on all ranks")
+    for line in to_yaml(config).splitlines():
+        say(line)
+    say("")
+    say(f"data set:          {config.data.name}, {manifest.samples:,} images of {manifest.image_size} pixels")
+    say(f"generator:         {count_parameters(generator):,} parameters")
+    say(f"discriminator:     {count_parameters(discriminator):,} parameters")
+    say(f"ranks:             {plan.world_size}")
+    say(f"global batch:      {plan.global_batch}, {plan.batch_per_rank} per rank")
+    say(f"steps per epoch:   {plan.steps_per_epoch:,}")
+    say(f"steps in all:      {plan.total_steps:,} ({plan.total_steps / plan.steps_per_epoch:.2f} epochs)")
+    say("will it run here:  `python -m dist_dcgan.doctor` with the same flags tries it, under torchrun on all ranks")
 
 
 def train_or_explain(config: Config, plan: Plan, location: DatasetLocation, resume: str) -> None:

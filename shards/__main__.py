@@ -12,6 +12,7 @@ from pydantic_settings import CliPositionalArg
 
 from shards.common.command_line import Options, UserPath, build, nearest, parse_flags, run
 from shards.common.errors import UserError
+from shards.common.messages import say, warn
 from shards.common.progress import Progress
 from shards.common.streams import output_is_optional
 from shards.conversion.convert import Settings, convert, convert_part
@@ -130,7 +131,8 @@ class PreviewOptions(Options):
 def download_command(options: DownloadOptions) -> None:
     """Download the LMDBs one by one and print the location of each."""
     if options.list_categories:
-        print("\n".join(CATEGORIES))
+        for category in CATEGORIES:
+            say(category)
         return
     if not options.categories:
         raise UserError("no category given: name some, or test or all (--list prints them)")
@@ -139,14 +141,14 @@ def download_command(options: DownloadOptions) -> None:
     for name in lmdb_names(options.categories, options.split):
         is_new = download(name, options.out, str(options.address), options.keep_zip)
         with LmdbSource(options.out / name) as source:
-            print(f"{source.entries():,} images {'' if is_new else 'already '}at {source.path}", flush=True)
+            say(f"{source.entries():,} images {'' if is_new else 'already '}at {source.path}")
 
 
 def demo_command(options: DemoOptions) -> None:
     """Write the demo LMDB."""
     with Progress(options.images, "demo") as progress:
         path = write_demo(options.out, options.images, options.seed, options.workers, advance=progress.advance)
-    print(f"{options.images:,} pictures at {path}; next: {PROG} convert {path} --out DIR")
+    say(f"{options.images:,} pictures at {path}; next: {PROG} convert {path} --out DIR")
 
 
 def convert_command(options: ConvertOptions) -> None:
@@ -157,7 +159,7 @@ def convert_command(options: ConvertOptions) -> None:
     sources = open_sources(options.sources)
     exclude = read_keys(options.exclude) if options.exclude else frozenset()
     if options.exclude and not exclude:
-        print(f"warning: {options.exclude} has no keys: nothing is excluded", file=sys.stderr, flush=True)
+        warn(f"{options.exclude} has no keys: nothing is excluded")
     settings = Settings(
         image_size=options.image_size,
         samples_per_shard=options.samples_per_shard,
@@ -168,44 +170,44 @@ def convert_command(options: ConvertOptions) -> None:
     was_complete = (options.out / MANIFEST_NAME).is_file()
     if of == 1 or was_complete:
         manifest = convert(sources, options.out, settings, options.workers)
-        print(("nothing to do: " if was_complete else "") + _converted(manifest, options.out))
+        say(("nothing to do: " if was_complete else "") + _converted(manifest, options.out))
     else:
         convert_part(sources, options.out, Part(number, of), settings, options.workers)
-        print(f"part {options.part} at {options.out}; after the last: {PROG} merge {options.out}")
+        say(f"part {options.part} at {options.out}; after the last: {PROG} merge {options.out}")
     if left_out := sum(source.left_out.count for source in sources):
-        print(f"{left_out:,} files without the extension of an image were left out")
+        say(f"{left_out:,} files without the extension of an image were left out")
     for source in sources:
         if source.left_out.archive:
-            print(f"{as_text(source.left_out.archive)} was not looked into: {source.archive_rule}")
+            say(f"{as_text(source.left_out.archive)} was not looked into: {source.archive_rule}")
 
 
 def merge_command(options: MergeOptions) -> None:
     """Merge and print a summary."""
-    print(_converted(merge(options.directory), options.directory))
+    say(_converted(merge(options.directory), options.directory))
 
 
 def export_command(options: ExportOptions) -> None:
     """Export and print the number of files by type."""
     with LmdbSource(options.source) as source:
         report = export(source, **options.model_dump(exclude={"source"}))
-    print(f"{report.extensions.total():,} files at {options.out}: {_kinds(report)}")
+    say(f"{report.extensions.total():,} files at {options.out}: {_kinds(report)}")
 
 
 def verify_command(options: VerifyOptions) -> None:
     """Print the problems on stdout; raise UserError if there are any, so that the exit status is 2."""
     manifest, problems = verify(options.directory, options.workers)
     for problem in problems:
-        print(problem)
+        say(problem)
     if problems:
         count = f"{len(problems)} problems, the first: " if len(problems) > 1 else ""
         raise UserError(f"{options.directory} is damaged: {count}{problems[0]}; convert or copy it again")
-    print(f"{_size(manifest)}, all intact, at {options.directory}, digest {manifest.digest()}")
+    say(f"{_size(manifest)}, all intact, at {options.directory}, digest {manifest.digest()}")
 
 
 def preview_command(options: PreviewOptions) -> None:
     """Write the contact sheet."""
     count = preview(options.directory, options.out, options.num)
-    print(f"{count:,} images of {options.directory} on {options.out}")
+    say(f"{count:,} images of {options.directory} on {options.out}")
 
 
 class Command(NamedTuple):
@@ -238,7 +240,8 @@ def main(argv: Sequence[str]) -> None:
 def _run_command(argv: Sequence[str]) -> None:
     word = argv[0] if argv else ""
     if word in ("", "-h", "--help"):
-        print(_overview())
+        for line in _overview():
+            say(line)
         sys.exit(0 if word else 2)
     if word not in COMMANDS:
         raise UserError(f"unknown command {word}{nearest(word, COMMANDS)} (--help lists them all)")
@@ -268,9 +271,9 @@ def _kinds(report: ExportReport) -> str:
     return kinds + unknown + renamed + present
 
 
-def _overview() -> str:
+def _overview() -> list[str]:
     lines = [f"  {word:<8} {command.options.__doc__}" for word, command in COMMANDS.items()]
-    return "\n".join([f"usage: {PROG} COMMAND ...", "", *lines, "", f"{PROG} COMMAND --help explains its options."])
+    return [f"usage: {PROG} COMMAND ...", "", *lines, "", f"{PROG} COMMAND --help explains its options."]
 
 
 def command() -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dist_dcgan.distributed.peers import Peers
 from shards.common.errors import OneRankError, UserError
+from shards.common.redaction import one_line
 
 _OWN_NCCL_ERRORS = ("ncclUnhandledCudaError", "ncclInternalError", "ncclInvalidArgument", "ncclInvalidUsage")
 _CONNECTION_LOST = re.compile(r"closed by|reset by peer|refused|timed out|broken pipe|remote peer", re.IGNORECASE)
@@ -66,4 +67,4 @@ def first_sentence(error: BaseException) -> str:
     """
     text = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0])
     last = str(error).partition("Last error:\n")[2].partition("\n")[0]
-    return f"{type(error).__name__}: {text.partition('. ')[0]}{f' ({last})' if last else ''}"
+    return one_line(f"{type(error).__name__}: {text.partition('. ')[0]}{f' ({last})' if last else ''}")

@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from dist_dcgan.distributed.connections import require_connected
 from dist_dcgan.distributed.devices import agreed_device, set_up
+from dist_dcgan.distributed.error_file import ErrorFile
 from dist_dcgan.distributed.failures import cannot_go_on, explained, first_sentence, is_alike
 from dist_dcgan.distributed.launch import Launch, launched
 from dist_dcgan.distributed.peers import Peers, rendezvous
@@ -209,7 +210,7 @@ def run_rank(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         nonlocal launch
         launch = launched()
         try:
-            record(main)(argv)
+            record(main, ErrorFile())(argv)
         except OneRankError:
             raise
         except UserError as error:

@@ -1,12 +1,13 @@
-"""Base class of loggers, and warnings about problems that must not stop training."""
+"""Base class of loggers."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
+
+from shards.common.messages import warn
 
 Row = Mapping[str, float]
 
@@ -25,11 +26,6 @@ class Logger:
 
     def close(self) -> None:
         """Finish; takes seconds at most."""
-
-
-def warn(message: str) -> None:
-    """Print one line of warning."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from dist_dcgan.config import Plan
 from dist_dcgan.distributed.world import World
-from dist_dcgan.loggers.base import Logger, Row, reported, warn
+from dist_dcgan.loggers.base import Logger, Row, reported
 from dist_dcgan.loggers.console import ConsoleLogger
 from dist_dcgan.loggers.jsonl import JsonlLogger
 from dist_dcgan.loggers.pictures import SampleFiles, import_matplotlib
 from dist_dcgan.loggers.wandb_logger import WandbLogger
 from dist_dcgan.loggers.wandb_settings import WandbRun
 from dist_dcgan.run.directory import RunDirectory
+from shards.common.messages import warn
 
 
 def make_logger(plan: Plan, world: World, run: RunDirectory, step: int, wandb_run: WandbRun) -> Logger:

@@ -8,7 +8,8 @@ import time
 from tqdm import tqdm
 
 from dist_dcgan.config import Plan
-from dist_dcgan.loggers.base import Logger, Row, warn
+from dist_dcgan.loggers.base import Logger, Row
+from shards.common.messages import tell, warn
 
 
 class ConsoleLogger(Logger):
@@ -42,7 +43,7 @@ class ConsoleLogger(Logger):
         per_step = self._seconds / (step - self._first_step)
         left = tqdm.format_interval((self._plan.total_steps - step) * per_step)
         share = 100 * step / self._plan.total_steps
-        print(f"{share:5.1f}%  step {step}/{self._plan.total_steps}  {text}  ETA {left}", file=sys.stderr, flush=True)
+        tell(f"{share:5.1f}%  step {step}/{self._plan.total_steps}  {text}  ETA {left}")
 
     def alert(self, step: int, text: str) -> None:
         """Show it."""

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from dist_dcgan.loggers.base import Logger, Row, warn
+from dist_dcgan.loggers.base import Logger, Row
 from shards.common.files import open_in_place, publish
+from shards.common.messages import warn
 
 
 class JsonlLogger(Logger):

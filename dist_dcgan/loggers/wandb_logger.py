@@ -9,14 +9,14 @@ import select
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
-from dist_dcgan.loggers.base import Logger, warn
+from dist_dcgan.loggers.base import Logger
 from dist_dcgan.loggers.wandb_process import IMPORTING, UNSENT, Task, holds_rows, picture_times
 from dist_dcgan.loggers.wandb_settings import WandbRun
 from dist_dcgan.run.directory import RunDirectory
 from shards.common.environment import SAFE_DIRECTORY
+from shards.common.messages import tell, warn
 
 _PATHS = (
     *("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "WANDB_IDENTITY_TOKEN_FILE"),
@@ -81,7 +81,7 @@ class WandbLogger(Logger):
         self._process.wait()
         command = sync_command(self._run.path, self._run_id)
         if command is not None:
-            print(f"W&B: to upload what it does not have yet: {command}", file=sys.stderr, flush=True)
+            tell(f"W&B: to upload what it does not have yet: {command}")
 
     def _next_state(self, seconds: float) -> bytes | None:
         """Return what the process reports next, empty if it ends, None if it does neither in time."""

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import yaml
 
 from shards.common.files import disk_space, open_plain, publish, read_plain
-from shards.common.redaction import public_address
+from shards.common.redaction import one_line, public_address
 
 UNSENT = "unsent"
 """Marker file in a segment that is not completely uploaded."""
@@ -77,9 +77,7 @@ def holds_rows(file: Path) -> bool:
 
 def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration without possible passwords: parts of the data set's address, or its command."""
-    path = public_address(str(config["data"]["path"]))
-    path = "pipe:" if path.startswith("pipe:") else path
-    return config | {"data": config["data"] | {"path": path}}
+    return config | {"data": config["data"] | {"path": public_address(str(config["data"]["path"]))}}
 
 
 class Training:
@@ -98,10 +96,8 @@ class Training:
         self._write(1, state)
 
     def warn(self, text: str) -> None:
-        """Print one line of warning, with the API key masked."""
-        key = os.environ.get("WANDB_API_KEY")
-        line = " ".join((text.replace(key, "***") if key else text).split())
-        self._write(2, f"warning: {line}\n".encode())
+        """Print one line of warning."""
+        self._write(2, f"warning: {one_line(' '.join(text.split()))}\n".encode(errors="backslashreplace"))
 
     def ended(self, wait: float | None = 0.0) -> bool:
         """Return whether the run has ended, after waiting up to `wait` seconds for it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -23,6 +22,7 @@ from dist_dcgan.metrics.extractors import Extractor
 from dist_dcgan.random_streams import permutation, stream_seed
 from shards.common.errors import OneRankError, UserError
 from shards.common.files import name_of, open_plain, publish, remove_leftovers
+from shards.common.messages import warn
 
 _ORPHANED_SECONDS = 3600.0  # other runs may be writing the same features
 
@@ -132,7 +132,7 @@ def _read_cache(path: Path | None, shape: tuple[int, int]) -> list[Tensor]:
     except FileNotFoundError:
         return []
     except (OSError, KeyError, SafetensorError) as error:
-        print(f"warning: {path} is extracted anew: {error}", file=sys.stderr, flush=True)
+        warn(f"{path} is extracted anew: {error}")
         return []
     return [features] if features.shape == shape else []
 
@@ -145,4 +145,4 @@ def _write_cache(path: Path | None, features: Tensor) -> None:
         remove_leftovers(path.parent, path.name.__eq__, _ORPHANED_SECONDS)
         publish(path, save({"features": features}))
     except OSError as error:  # a full or read-only home only makes the next score slower
-        print(f"warning: features are not cached: {error}", file=sys.stderr, flush=True)
+        warn(f"features are not cached: {error}")

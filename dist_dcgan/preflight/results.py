@@ -13,6 +13,7 @@ from dist_dcgan.distributed.collectives import gather
 from dist_dcgan.distributed.world import World
 from dist_dcgan.training.train_state import TrainState
 from shards.common.errors import OneRankError, UserError, joined
+from shards.common.redaction import one_line
 
 Level = Literal["ok", "skipped", "warning", "FAILED"]
 
@@ -101,7 +102,7 @@ def attempt(check: Check, subject: Subject) -> Finding | None:
         text = str(error)
     except Exception as error:  # the check exists to find it before training does
         text = f"{type(error).__name__}: {error}"
-    return Finding("FAILED", " ".join(text.split())[:_LONGEST_TEXT])
+    return Finding("FAILED", one_line(" ".join(text.split()))[:_LONGEST_TEXT])
 
 
 def gathered(world: World, value: Any) -> list[Any]:

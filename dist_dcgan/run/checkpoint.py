@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,6 +39,7 @@ from shards.common.files import (
     read_plain,
     sync,
 )
+from shards.common.messages import say, warn
 from shards.common.streams import output_is_optional
 
 FORMAT_VERSION = 3
@@ -131,7 +131,7 @@ def _remove(path: Path) -> bool:
             shutil.rmtree(path)
     except OSError as error:
         reason = error.strerror or error
-        print(f"warning: {path} cannot be removed now: {reason}", file=sys.stderr, flush=True)
+        warn(f"{path} cannot be removed now: {reason}")
         return False
     return True
 
@@ -187,7 +187,7 @@ def load_newest(directory: Path) -> Checkpoint | None:
         try:
             return load_checkpoint(path)
         except ValueError as error:
-            print(f"warning: checkpoint {path} is passed over: {error}", file=sys.stderr, flush=True)
+            warn(f"checkpoint {path} is passed over: {error}")
     if found:
         raise UserError(
             f"none of the {len(found)} checkpoints in {directory} is sound: mend them, or name another --run-dir"
@@ -252,10 +252,10 @@ def _inspect(options: _Folder, found: list[Path]) -> list[Path]:
         try:
             tensors, values = load_checkpoint(path)
         except ValueError as error:
-            print(f"{path.name}: DAMAGED, {error}")
+            say(f"{path.name}: DAMAGED, {error}")
         else:
             size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
-            print(f"{path.name}: sound, step {values['step']}, {len(tensors)} tensors, {size:.1f} MiB")
+            say(f"{path.name}: sound, step {values['step']}, {len(tensors)} tensors, {size:.1f} MiB")
             sound.append(path)
     return sound
 
@@ -276,7 +276,7 @@ def _prune(options: _Prune, found: list[Path]) -> None:
             raise UserError(f"none of the checkpoints of {options.run_dir} is sound: nothing is removed")
         removed = {path: _remove(path) for path in found if path not in kept}
         for path in removed:
-            print(f"{path.name}: {'removed' if removed[path] else 'left'}")
+            say(f"{path.name}: {'removed' if removed[path] else 'left'}")
         if not all(removed.values()):
             raise UserError(f"checkpoints of {options.run_dir} are left: end what reads them, and prune again")
 

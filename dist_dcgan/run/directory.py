@@ -30,6 +30,7 @@ from shards.common.files import (
     require_own_folder,
 )
 from shards.common.locks import Lock
+from shards.common.messages import warn
 from shards.common.plain_yaml import read_yaml
 
 LOGS = "logs"
@@ -165,7 +166,7 @@ def record_saved(run: RunDirectory, step: int) -> None:
     try:
         publish(run.saved, json.dumps({"step": step}).encode())
     except OSError as error:
-        print(f"warning: {run.saved} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)
+        warn(f"{run.saved} cannot be written: {error.strerror or error}")
 
 
 def record_stopped(run: RunDirectory, step: int) -> None:
@@ -241,8 +242,11 @@ def _require_equal(what: str, stored: Config, config: Config) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the run directory of the given flags of training."""
-    print(from_command_line(argv)[0].run_dir)
+    """Print the run directory of the given flags of training, byte for byte, as launchers use it."""
+    path = os.fsencode(from_command_line(argv)[0].run_dir)
+    if min(path) < ord(" "):
+        raise UserError(f"run directory {os.fsdecode(path)} has a control character in it: name another with --run-dir")
+    sys.stdout.buffer.write(path + b"\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
@@ -15,7 +14,6 @@ from dist_dcgan.data.storage.location import DatasetLocation
 from dist_dcgan.distributed.collectives import barrier, broadcast_from_rank_zero, from_rank_zero, require_same
 from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import World, process_group
-from dist_dcgan.loggers.base import warn
 from dist_dcgan.loggers.composite import make_logger
 from dist_dcgan.loggers.pictures import draw_curves
 from dist_dcgan.loggers.wandb_settings import WandbRun, resolve_wandb
@@ -41,6 +39,7 @@ from dist_dcgan.training.stopping import StepAgreement
 from dist_dcgan.training.train_state import TrainState
 from dist_dcgan.training.watchdog import was_skipped
 from shards.common.errors import UserError
+from shards.common.messages import tell, warn
 from shards.manifest import Manifest
 
 
@@ -127,7 +126,7 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
             require_new(run)
         else:
             record_saved(run, found.values["step"])
-            print(f"going on after step {found.values['step']} of {run.path}", file=sys.stderr, flush=True)
+            tell(f"going on after step {found.values['step']} of {run.path}")
         record(run, state.config)
         return None if found is None else found.values, asdict(wandb_run)
 

@@ -12,7 +12,6 @@ from dist_dcgan.config import QualityOptions
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed.collectives import from_rank_zero
 from dist_dcgan.distributed.world import World
-from dist_dcgan.loggers.base import warn
 from dist_dcgan.metrics.extractors import INSTALL, Extractor, load_extractor, missing_packages
 from dist_dcgan.metrics.features import extract, real_features, to_pixels
 from dist_dcgan.metrics.quality import kid_name, quality
@@ -20,6 +19,7 @@ from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import export_generator, is_finite
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.train_state import TrainState
+from shards.common.messages import warn
 
 SHARE_ON_GPU = 0.03
 

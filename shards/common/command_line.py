@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from shards.common.environment import unset_empty_variables
 from shards.common.errors import UserError, joined
-from shards.common.redaction import without_secrets
+from shards.common.messages import tell
+from shards.common.redaction import remember, without_secrets
 from shards.common.streams import guard_streams
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class Options(BaseModel):
@@ -42,7 +45,13 @@ def expand_home(path: Path) -> Path:
     return expanded
 
 
-UserPath = Annotated[Path, AfterValidator(expand_home)]
+def _no_address(path: Any) -> Any:
+    if isinstance(path, str) and _ADDRESS.match(path):
+        raise ValueError("an address where a path on this machine is needed")
+    return path
+
+
+UserPath = Annotated[Path, BeforeValidator(_no_address), AfterValidator(expand_home)]
 """A path that a user gives, in which `~` is home: no shell expands it in `--run-dir=~/runs` or in a file."""
 
 
@@ -68,6 +77,7 @@ def parse_flags(
     `short` maps a short flag to the full one. `--help` prints `about`, by default the model's docstring, and all
     flags, and exits. Raises UserError for an unknown flag or a missing value.
     """
+    remember([*argv])
     source: CliSettingsSource[Any] = CliSettingsSource(
         model,  # type: ignore[arg-type]  # annotated as BaseSettings, but any pydantic model works
         cli_prog_name=prog,
@@ -125,15 +135,10 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         finally:
             sys.stdout.flush()  # here, so that its failure is one of the command
     except UserError as error:
-        print(f"error: {_printable(without_secrets(str(error)))}", file=sys.stderr, flush=True)
+        tell(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _printable(message: str) -> str:
-    """Return `message` with unprintable characters escaped: paths and keys may contain any character."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
 
 
 def _expand(argv: Sequence[str], short: Mapping[str, str]) -> list[str]:
@@ -164,7 +169,7 @@ def _explain_flags(message: str, flags: Iterable[str]) -> str:
     unknown = re.search(r"unrecognized arguments: (--?[^ =]+)", message)
     if unknown:
         return f"unknown option {unknown[1]}{nearest(unknown[1], flags)} (--help lists them all)"
-    return f"{without_secrets(message)} (--help explains)"
+    return f"{message} (--help explains)"
 
 
 def _explain_field(model: type[BaseModel], detail: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from http import HTTPStatus
@@ -25,12 +24,12 @@ from urllib3.util import Retry
 
 from shards.common.command_line import Options
 from shards.common.errors import UserError
-from shards.common.files import check_room, open_in_place, publish, read_plain, remove_leftovers
-from shards.common.files import NotPlainError, check_room, open_plain, publish
+from shards.common.files import NotPlainError, check_room, open_plain, publish, remove_leftovers
 from shards.common.http_request import Guard, get
+from shards.common.messages import tell
 from shards.common.ownership import Ownership
 from shards.common.progress import Progress
-from shards.common.redaction import public_address, without_secrets
+from shards.common.redaction import one_line, public_address
 
 _CONNECT_SECONDS = 15.0
 _LONGEST_WAIT_SECONDS = 60.0
@@ -282,7 +281,7 @@ def _retry_after(response: requests.Response) -> float:
 
 def _wait(error: TransferError, failures: int, name: str, longest: float) -> None:
     seconds = min(max(min(2.0 ** max(failures - 1, 0), _LONGEST_WAIT_SECONDS), error.retry_after), longest)
-    print(f"{name}: {error}; trying again in {seconds:.0f} s", file=sys.stderr, flush=True)
+    tell(f"{name}: {error}; trying again in {seconds:.0f} s")
     sleep(seconds)
 
 
@@ -298,9 +297,7 @@ def _cause(error: BaseException) -> str:
         error = error.__cause__ or error.__context__ or error
     if isinstance(error, IncompleteRead):
         return "the connection was cut"
-    return without_secrets("".join(filter(str.isprintable, str(getattr(error, "strerror", None) or error))))[
-        :_MOST_SHOWN
-    ]
+    return one_line(getattr(error, "strerror", None) or error)[:_MOST_SHOWN]
 
 
 def _content_range(response: requests.Response) -> tuple[int | None, int | None]:

@@ -11,6 +11,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from shards.common.command_line import shortened
 from shards.common.errors import UserError
 from shards.common.files import read_named
+from shards.common.redaction import remember
 
 _MOST_CHARACTERS = 1 << 16
 """Of a file, and of its content with every alias replaced by what it names; a configuration takes about 2,000."""
@@ -48,6 +49,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{where} must hold a mapping of configuration keys, not {type(content).__name__}")
+    remember(content)
     return content
 
 

@@ -7,6 +7,9 @@ import time
 
 from tqdm import tqdm
 
+from shards.common.messages import tell
+from shards.common.redaction import one_line
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -18,12 +21,12 @@ class Progress:
     """
 
     def __init__(self, total: int | None, label: str, unit: str = "img", start: int = 0, shown: bool = True) -> None:
-        self._label, self._done, self._note = label, start, ""
+        self._label, self._done, self._note = one_line(label), start, ""
         self._start = self._last_line = time.monotonic()
         self._live, self._shown = shown and sys.stderr.isatty(), shown
         self._format = {"total": total, "initial": start, "unit": unit, "unit_scale": unit == "B"}
         # nrows: tqdm hides the bar if the terminal reports no height, as in some containers
-        self._bar = tqdm(desc=label, nrows=20, disable=not self._live, **self._format)
+        self._bar = tqdm(desc=self._label, nrows=20, disable=not self._live, **self._format)
 
     def __enter__(self) -> Progress:
         return self
@@ -42,8 +45,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Show `text` next to the count from now on."""
-        self._note = text
-        self._bar.set_postfix_str(text, refresh=False)
+        self._note = one_line(text)
+        self._bar.set_postfix_str(self._note, refresh=False)
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
@@ -51,4 +54,4 @@ class Progress:
         meter = tqdm.format_meter(
             self._done, elapsed=elapsed, ncols=0, prefix=self._label, postfix=note, **self._format
         )
-        print(meter, file=sys.stderr, flush=True)
+        tell(meter)

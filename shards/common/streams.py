@@ -15,6 +15,7 @@ import sys
 from typing import Any, TextIO
 
 from shards.common.errors import UserError
+from shards.common.redaction import printable, without_secrets
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 """Errors of a stream that will never work again: its reader has exited, its terminal was closed."""
@@ -84,6 +85,18 @@ class Stream(io.RawIOBase):
             os.close(nowhere)
 
 
+class Text(io.TextIOWrapper):
+    """Text layer of a stream, through which tracebacks and libraries print, too: redacted and escaped.
+
+    Lines are kept, as here nothing tells one that a name contains from one that is meant: `messages` does.
+    """
+
+    def write(self, text: str, /) -> int:
+        """Write a text, redacted and escaped."""
+        super().write(printable(without_secrets(text), kept="\n\r\t"))
+        return len(text)
+
+
 def _end_without(error: OSError) -> None:
     """End a command whose output is its result, and cannot be written."""
     if error.errno == errno.EPIPE:
@@ -117,4 +130,4 @@ def _guarded(stream: TextIO | None, original: TextIO | None, guarded: Stream) ->
         return stream  # of code that calls commands in its own process
     encoding = stream.encoding if stream is not None else "utf-8"
     # backslashreplace: a path need not be UTF-8
-    return io.TextIOWrapper(io.BufferedWriter(guarded), encoding, errors="backslashreplace", line_buffering=True)
+    return Text(io.BufferedWriter(guarded), encoding, errors="backslashreplace", line_buffering=True)

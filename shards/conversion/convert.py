@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shards.common.errors import UserError
+from shards.common.messages import warn
 from shards.common.progress import Progress
 from shards.common.workers import available_cores, map_in_order
 from shards.conversion.images import decoder_version
@@ -119,7 +119,7 @@ def _write_part(
             progress.note(f"{rejects.count:,} rejected")
             identities.append(report.identity)
     if (line := walk.check_exclusion()) is not None:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        warn(line)
     write_report(out, part.name, _record(sources, settings, walk, identities))
 
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards.common.files import check_room, open_plain, sync, sync_directory
+from shards.common.files import check_room, sync, sync_directory
 from shards.common.progress import Progress
 
 _CHUNK_BYTES = 1 << 20

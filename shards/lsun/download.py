@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shards.common.errors import UserError
-from shards.common.files import open_plain, sync, sync_directory
-from shards.common.http import discard, fetch
-from shards.common.files import file_sha256, sync, sync_directory
+from shards.common.files import file_sha256, open_plain, sync, sync_directory
 from shards.common.http import FetchOptions, discard, fetch
 from shards.common.locks import Lock, NoLocksError
 from shards.lsun.archive import ArchiveError, unpack

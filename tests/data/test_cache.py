@@ -198,7 +198,7 @@ def test_a_server_that_gives_nothing_for_long_is_given_up(
         ("cat {} && exit 3", "the command ends with status"),
         ("sleep 30; cat {}", "the command prints nothing for 0.1 seconds"),
         ("cat {}; exec >&-; sleep 30", "the command does not end"),
-        ("cat", "no {} in pipe:cat: it stands for a file's name"),
+        ("cat", "no {} in pipe:***: it stands for a file's name"),
     ],
 )
 def test_a_command_that_fails_is_named(
@@ -310,5 +310,5 @@ def test_a_manifest_that_does_not_come_at_once_is_asked_for_again(source: Path, 
     (tmp_path / "tried").touch()
     command = f"test -e {tmp_path}/tried && rm {tmp_path}/tried || cat {source}/{{}}"
     assert staged(f"pipe:{command}", tmp_path / "cache", allow_commands=True).manifest == Folder(source).manifest
-    with pytest.raises(OneRankError, match=r"manifest\.json cannot be had from pipe:false {}: the command ends with"):
+    with pytest.raises(OneRankError, match=r"manifest\.json cannot be had from pipe:\*\*\*: the command ends with"):
         staged("pipe:false {}", tmp_path / "cache", allow_commands=True)

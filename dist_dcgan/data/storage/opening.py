@@ -9,6 +9,7 @@ from dist_dcgan.data.storage.cache import Cache
 from dist_dcgan.data.storage.location import DatasetLocation, Folder
 from dist_dcgan.data.storage.remote import Command, OtherFolder, Remote, WebServer
 from shards.common.errors import UserError
+from shards.common.redaction import HIDDEN_COMMAND
 
 
 def open_location(options: LocationOptions, allow_commands: bool = False) -> DatasetLocation:
@@ -48,4 +49,6 @@ def _remote(options: LocationOptions, allow_commands: bool) -> Remote:
         raise UserError(
             f"{options.name} runs a shell command: only --data.allow-commands on the command line allows it"
         )
+    if location == HIDDEN_COMMAND:
+        raise UserError(f"{location} stands for a command, which is not stored: give it with --data pipe:COMMAND")
     return Command(location.removeprefix("pipe:"))

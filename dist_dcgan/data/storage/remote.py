@@ -7,14 +7,16 @@ import os
 import select
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 from urllib.parse import urlsplit
 
 from shards.common.errors import UserError
 from shards.common.files import NotPlainError, open_plain
-from shards.common.redaction import public_address
+from shards.common.messages import tell
+from shards.common.redaction import HIDDEN_COMMAND, public_address
 
 _SILENCE_SECONDS = 5.0
 _ATTEMPTS = 5
@@ -23,6 +25,7 @@ _LONGEST_PAUSE_SECONDS = 8.0
 _LEAST_RATE = 10_000.0
 """Bytes per second; below an image of 64x64 pixels a second, a source is as useless as a silent one."""
 _CHUNK_BYTES = 1 << 20
+_LONGEST_REPORT = 10_000
 
 
 class FailedError(Exception):
@@ -116,16 +119,27 @@ class Command:
         if "\0" in command:
             raise UserError("a command of data with a NUL in it")
         if "{}" not in command:
-            raise UserError(f"no {{}} in pipe:{command}: it stands for a file's name, as in pipe:cat /mnt/data/{{}}")
+            raise UserError(f"no {{}} in {HIDDEN_COMMAND}: it stands for a file's name, as in `cat /mnt/data/{{}}`")
         self._command = command
 
     def __str__(self) -> str:
-        return f"pipe:{self._command}"
+        return HIDDEN_COMMAND
 
     def fetch(self, name: str, path: Path, most_bytes: int) -> None:
-        """Write the command's output."""
+        """Write the command's output; print its standard error, which may repeat its arguments, redacted."""
+        with tempfile.TemporaryFile() as errors:
+            try:
+                self._fetch(name, path, most_bytes, errors)
+            finally:
+                errors.seek(max(0, errors.seek(0, os.SEEK_END) - _LONGEST_REPORT))
+                for line in errors.read().decode(errors="backslashreplace").splitlines():
+                    tell(f"{self}: {line}")
+
+    def _fetch(self, name: str, path: Path, most_bytes: int, errors: IO[bytes]) -> None:
         command = self._command.replace("{}", name)
-        process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)  # user's own
+        process = subprocess.Popen(  # user's own
+            command, shell=True, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )
         assert process.stdout is not None
         written, started = 0, time.monotonic()
         try:

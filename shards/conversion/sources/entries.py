@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from shards.common.errors import UserError
 from shards.common.files import read_named
+from shards.common.redaction import printable
 
 MAX_ENTRY_BYTES = 1 << 28
 """Largest entry in bytes; larger ones are rejected before memory is allocated."""
@@ -156,8 +157,7 @@ class Walk:
 
 def as_text(name: bytes) -> str:
     """Return a key or a file name for a message: what is not UTF-8 or not printable is escaped."""
-    text = name.decode(errors="backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return printable(name.decode(errors="backslashreplace"))
 
 
 def read_keys(path: Path) -> frozenset[bytes]:
