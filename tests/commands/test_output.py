@@ -22,7 +22,7 @@ from dist_dcgan.run import checkpoint, directory
 from dist_dcgan.run.export import export_generator
 from shards.__main__ import main as tools
 from shards.common.command_line import run as run_command
-from tests.support.commands import environment, module, run, succeed, train_command
+from tests.support.commands import environment, module, run, train_command
 from tests.support.http_server import signed_server
 from tests.support.shards_fixtures import numbered, write_files, write_lmdb
 
@@ -255,25 +255,24 @@ COMMAND = f"pipe:T={SENTINEL}-in-command; echo \"> Authorization: Bearer $T\" >&
 
 
 def test_a_run_fed_by_a_command_stores_no_word_of_it_and_goes_on_with_another(
-    demo_shards: Path, tmp_path: Path
+    demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    left, variables = tmp_path / "left", user(tmp_path / "left")
-    data = ["--data", COMMAND % demo_shards, "--data.allow-commands", "--data.cache-dir", left / "cache"]
-    words = [*SMALL, "--wandb", "disabled", "--run-dir", left / "run"]
-    dry = succeed(module("dist_dcgan.train", *words, *data, "--dry-run"), env=variables)
-    assert "path: pipe:***\n" in dry.stdout and "data set:          pipe:***, 96 images" in dry.stdout
-    first = succeed(module("dist_dcgan.train", *words, *data, "--max-steps", 2), env=variables)
-    assert "pipe:***: > Authorization: ***" in first.stderr  # what the command says is shown
-    stored = ["--config", left / "run" / "config.yaml"]
-    lacking = run(module("dist_dcgan.train", *stored, "--data.allow-commands"), env=variables)
-    assert "error: pipe:*** stands for a command, which is not stored: give it with --data" in lacking.stderr
-    other = [word.replace("-in-command", "-renewed") if isinstance(word, str) else word for word in data]
-    second = succeed(module("dist_dcgan.train", *stored, *other, "--max-steps", 4), env=variables)
-    assert "going on after step 2" in second.stderr
-    assert checkpoint.load_checkpoint(left / "run" / "checkpoints" / "step-00000004").values["step"] == 4
-    assert holding(left) == []
-    for done in (dry, first, lacking, second):
-        assert SENTINEL not in done.stdout + done.stderr
+    for name, value in user(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    data = ["--data", COMMAND % demo_shards, "--data.allow-commands", "--data.cache-dir", tmp_path / "cache"]
+    words = [*SMALL, "--wandb", "disabled", "--run-dir", tmp_path / "run", *data]
+    dry = printed(train.main, [*words, "--dry-run"], capfd)
+    assert "path: pipe:***\n" in dry and "data set:          pipe:***, 96 images" in dry
+    first = printed(train.main, [*words, "--max-steps", 2], capfd)
+    assert "pipe:***: > Authorization: ***" in first  # what the command says is shown
+    stored = ["--config", tmp_path / "run" / "config.yaml", "--data.allow-commands", "--max-steps", 4]
+    lacking = printed(train.main, stored, capfd)
+    assert "error: pipe:*** stands for a command, which is not stored: give it with --data" in lacking
+    second = printed(train.main, [*stored, "--data", (COMMAND % demo_shards).replace("-in-command", "-2")], capfd)
+    assert "going on after step 2" in second
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004").values["step"] == 4
+    assert holding(tmp_path) == []
+    assert SENTINEL not in dry + first + lacking + second
 
 
 def test_torchruns_error_file_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
