@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 MASK = "***"
 HIDDEN_COMMAND = f"pipe:{MASK}"
@@ -105,13 +105,14 @@ def remember(value: object) -> None:
 
 
 def _secrets_in(text: str) -> Iterator[str]:
-    """Yield the secrets of an address or a command, also unquoted, as a server may repeat them."""
+    """Yield the secrets of an address or a command, in the forms in which a library or a server may repeat them."""
     _, is_command, command = text.partition("pipe:")
     found = list(_of_command(command)) if is_command and command != MASK else []
     if (parts := _PARTS.search(text)) is not None:
         found += _of_address(parts["user"] or "", parts["query"] or "")
     for secret in found:
-        yield from {secret, unquote(secret), secret.encode("unicode_escape").decode()}
+        plain = unquote(secret)
+        yield from {secret, plain, quote(plain, safe=""), printable(secret)}
 
 
 def _of_address(user: str, query: str) -> Iterator[str]:

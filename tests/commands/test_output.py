@@ -234,6 +234,7 @@ def test_no_mistake_shows_a_secret(
         (tools, ["convert", f"https://me:{SENTINEL}@h/d", "--out", "x"]),
         (tools, ["convert", "x", "--out", f"s3://me:{SENTINEL}@h/d"]),
         (tools, ["download", "bedroom", "--address", f"ftp://me:{SENTINEL}@h/d"]),
+        (tools, ["download", "bedroom", "--address", f"http://me:{SENTINEL}-1@127.0.0.1:9/d?sig={SENTINEL}-2"]),
         (tools, ["download", f"https://me:{SENTINEL}@h/d"]),
         (tools, ["verify", f"https://me:{SENTINEL}@h/d"]),
     ],
@@ -246,6 +247,7 @@ def test_no_command_repeats_a_secret_that_stands_in_a_wrong_place(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shards.common.http.sleep", mock.Mock())
     found = printed(main, words, capfd)
     assert "error: " in found and SENTINEL not in found
     assert holding(tmp_path) == []
