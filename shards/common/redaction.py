@@ -25,8 +25,8 @@ _SHORTEST_UNNAMED = 20
 
 _SECRET_NAME = r"(?:password|passwd|secret|token|signature|credential|api[_-]?key|access[_-]?key|auth[_-]?key)"
 _FORMS = (
-    # A command, to the end of its line; COMMAND is our own help's.
-    (re.compile(r"\bpipe:(?!\*\*\*|COMMAND\b).*"), HIDDEN_COMMAND),
+    # A command, to the end of its line; COMMAND is our own help's. "Broken pipe: reason" is none.
+    (re.compile(r"\bpipe:(?!\*\*\*|COMMAND\b)\S.*", re.IGNORECASE), HIDDEN_COMMAND),
     # An address. One slash: as a Path of an address is printed. A password may have a slash, unless it may be a port.
     (
         re.compile(
@@ -107,7 +107,9 @@ def remember(value: object) -> None:
 def _secrets_in(text: str) -> Iterator[str]:
     """Yield the secrets of an address or a command, in the forms in which a library or a server may repeat them."""
     _, is_command, command = text.partition("pipe:")
-    found = list(_of_command(command)) if is_command and command != MASK else []
+    if not is_command and "{}" in text and " " in text:  # its scheme is misspelt
+        command = text
+    found = list(_of_command(command)) if command != MASK else []
     if (parts := _PARTS.search(text)) is not None:
         found += _of_address(parts["user"] or "", parts["query"] or "")
     for secret in found:

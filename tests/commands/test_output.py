@@ -151,6 +151,8 @@ MISTAKES: list[list[object]] = [
     ["--data", f"https//me:{SENTINEL}-11@h/d?sig={SENTINEL}-12"],
     ["--data", f"https:/me:{SENTINEL}-13@h/d?sig={SENTINEL}-14"],
     ["--data", f"me:{SENTINEL}-15@h:/d"],
+    ["--data", f"PIPE:curl -H 'X: {SENTINEL}-26' {{}}", "--data.cache-dir", "c"],
+    ["--data", f"pip:curl -H 'X: {SENTINEL}-27' {{}}", "--data.cache-dir", "c"],
     ["--data", f"http://[h/d?sig={SENTINEL}-16", "--data.cache-dir", "c"],
     ["--data", f"http://127.0.0.1:9/d?sig={SENTINEL} 17 '&x=y", "--data.cache-dir", "c"],
     ["--run-dir", f"s3://me:{SENTINEL}-18@bucket/run"],

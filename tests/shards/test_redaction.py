@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-import sys
 
 import pytest
 
-from shards.common import redaction
+from shards.common import redaction, streams
 from shards.common.errors import OneRankError, UserError
 from shards.common.messages import say, tell, warn
 from shards.common.redaction import one_line, printable, remember, without_secrets
-from shards.common.streams import Stream, Text
 
 SECRET = "S3nt1nel-w0rd"
 
@@ -32,6 +29,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"https//me:{SECRET}@host/d", "https//***@host/d"),
         (f"no data set at me:{SECRET}@host/d?sig={SECRET}&x=1", "no data set at ***@host/d?sig=***&x=***"),
         (f"got {{'path': 'pipe:curl -H \"Authorization: {SECRET}\" {{}}'}}", "got {'path': 'pipe:***"),
+        (f"no data set at PIPE:curl {SECRET}", "no data set at pipe:***"),
         (f"> Authorization: Basic {SECRET}", "> Authorization: ***"),
         (f"-H 'Proxy-Authorization: {SECRET}' x", "-H 'Proxy-Authorization: ***' x"),
         (f"Bearer {SECRET}", "Bearer ***"),
@@ -53,6 +51,7 @@ def test_secrets_are_known_by_their_form(text: str, shown: str) -> None:
         "http://[::1]:80/data: refused",
         "allow `pipe:COMMAND` as a path",
         "pipe:***: the command ends with status 22",
+        "[Errno 32] Broken pipe: 'x'",
         "its key a0b1 came before, sha256: 0a1b",
         "rank 0: it ended at 12:30:05",
         "runs/a@b/c: sound, step 5, 40 tensors",
@@ -130,10 +129,9 @@ def test_a_message_of_any_length_is_printed_in_short() -> None:
 
 def test_what_libraries_print_loses_secrets_and_controls_too(tmp_path_factory: pytest.TempPathFactory) -> None:
     with (tmp_path_factory.mktemp("out") / "f").open("w+b") as file:
-        text = Text(io.BufferedWriter(Stream(file.fileno(), is_result=True)), "utf-8", line_buffering=True)
+        text = streams._guarded(None, None, streams.Stream(file.fileno(), is_result=True))
         written = text.write(f"\r 5%\x1b[31m\ta\n  b {'https://me:' + SECRET + '@h'}\u202e\n")
         text.flush()
         file.seek(0)
         assert file.read().decode() == "\r 5%\\x1b[31m\ta\n  b https://h\\u202e\n"
         assert written == len(f"\r 5%\x1b[31m\ta\n  b https://me:{SECRET}@h\u202e\n")
-    assert sys.stdout is not text
