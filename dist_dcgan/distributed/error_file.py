@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-import traceback
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
-from shards.common.redaction import one_line, printable, without_secrets
+from shards.common.messages import traceback_of
+from shards.common.redaction import one_line
 
 
 class ErrorFile(ErrorHandler):
@@ -20,7 +20,6 @@ class ErrorFile(ErrorHandler):
         path = self._get_error_file_path()
         if path is None:
             return
-        stack = printable(without_secrets("".join(traceback.format_exception(e))), kept="\n")
-        extra = {"py_callstack": stack, "timestamp": str(int(time.time()))}
+        extra = {"py_callstack": traceback_of(e), "timestamp": str(int(time.time()))}
         content = {"message": {"message": one_line(f"{type(e).__name__}: {e}"), "extraInfo": extra}}
         Path(path).write_text(json.dumps(content))

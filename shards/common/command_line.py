@@ -21,7 +21,7 @@ from pydantic_settings import CliSettingsSource, SettingsError
 
 from shards.common.environment import unset_empty_variables
 from shards.common.errors import UserError, joined
-from shards.common.messages import tell
+from shards.common.messages import tell, tell_traceback
 from shards.common.redaction import remember, without_secrets
 from shards.common.streams import guard_streams
 
@@ -128,6 +128,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     output does, until the command calls `output_is_optional`.
     """
     guard_streams()
+    sys.excepthook = tell_traceback
     unset_empty_variables()
     try:
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import pytest
 
 from shards.common import redaction, streams
+from shards.common.command_line import run
 from shards.common.errors import OneRankError, UserError
 from shards.common.messages import say, tell, warn
 from shards.common.redaction import one_line, printable, remember, without_secrets
@@ -16,6 +18,7 @@ SECRET = "S3nt1nel-w0rd"
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(redaction, "_remembered", set())
 
 
@@ -120,6 +123,23 @@ def test_messages_are_one_clean_line_each(capsys: pytest.CaptureFixture[str]) ->
     lines = [*output.splitlines(), *errors.splitlines()]
     assert len(lines) == 3 and all(line.isprintable() and SECRET not in line for line in lines)
     assert [line[:10] for line in lines] == ["a\\x1b[2J\\x", "a\\x1b[2J\\x", "warning: a"]
+
+
+def test_a_traceback_has_no_secret_and_no_line_that_passes_for_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: object) -> None:
+        try:
+            raise OSError(f"https://me:{SECRET}@h\nerror: the disk is full")
+        except OSError as error:
+            raise RuntimeError(f"{HOSTILE}\nwarning: x") from error
+
+    with pytest.raises(RuntimeError) as raised:
+        run(main, [])
+    sys.excepthook(RuntimeError, raised.value, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.isprintable() for line in lines) and SECRET not in "".join(lines)
+    starts = {line.split(":")[0] for line in lines if line[:1] != " "}
+    assert starts == {"Traceback (most recent call last)", "OSError", "RuntimeError", ""}
+    assert "OSError: https://h" in lines and "  error: the disk is full" in lines and "  warning: x" in lines
 
 
 def test_a_message_of_any_length_is_printed_in_short() -> None:
