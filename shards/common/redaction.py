@@ -26,7 +26,7 @@ _SHORTEST_UNNAMED = 20
 _SECRET_NAME = r"(?:password|passwd|secret|token|signature|credential|api[_-]?key|access[_-]?key|auth[_-]?key)"
 _FORMS = (
     # A command, to the end of its line; COMMAND is our own help's. "Broken pipe: reason" is none.
-    (re.compile(r"\bpipe:(?!\*\*\*|COMMAND\b)\S.*", re.IGNORECASE), HIDDEN_COMMAND),
+    (re.compile(r"\b(?i:pipe):(?!\*\*\*|COMMAND\b)\S.*"), HIDDEN_COMMAND),
     # An address. One slash: as a Path of an address is printed. A password may have a slash, unless it may be a port.
     (
         re.compile(

@@ -32,6 +32,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"https//me:{SECRET}@host/d", "https//***@host/d"),
         (f"no data set at me:{SECRET}@host/d?sig={SECRET}&x=1", "no data set at ***@host/d?sig=***&x=***"),
         (f"got {{'path': 'pipe:curl -H \"Authorization: {SECRET}\" {{}}'}}", "got {'path': 'pipe:***"),
+        (f"no data set at pipe:command curl {SECRET}", "no data set at pipe:***"),
         (f"no data set at PIPE:curl {SECRET}", "no data set at pipe:***"),
         (f"> Authorization: Basic {SECRET}", "> Authorization: ***"),
         (f"-H 'Proxy-Authorization: {SECRET}' x", "-H 'Proxy-Authorization: ***' x"),
