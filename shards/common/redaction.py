@@ -40,7 +40,7 @@ _FORMS = (
     (re.compile(r"(?:(?<![^\s'\"(=])|(?<=//))[^\s/'\"@:*]{1,200}:[^\s/'\"@]{1,200}@(?=[\w.\[-])"), f"{MASK}@"),
     (re.compile(r"([?&][\w.%-]{1,100}=)[^\s&'\"]+"), rf"\1{MASK}"),
     # Headers, and values named as secrets.
-    (re.compile(r"\b((?:proxy-)?authorization['\"]?\s*[:=])[^'\"\n]*", re.IGNORECASE), rf"\1 {MASK}"),
+    (re.compile(r"\b((?:proxy-)?authorization['\"]?\s*[:=]\s*['\"]?)[^'\"\n]*", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(r"\b(bearer )\s*[\w.~+/=-]{6,}", re.IGNORECASE), rf"\1{MASK}"),
     (
         re.compile(rf"(?<![\w.-])([\w.-]{{0,64}}?{_SECRET_NAME}[\w-]{{0,64}}['\"]?\s*[:=]\s*['\"]?)[^\s'\"&,;]+", re.I),
@@ -50,6 +50,11 @@ _FORMS = (
     (re.compile(r"\b(?:hf_|gh[opsur]_|github_pat_|glpat-|xox[abprs]-|wandb_v1_|sk-)[\w-]{16,}"), MASK),
     (re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"), MASK),
 )
+_NAMED_WORD = re.compile(
+    rf"(?:{_SECRET_NAME}|authorization|bearer|--user|-u)[\w-]*['\"]?[\s:=]+['\"]?(?:(?:bearer|basic|token)\s+)?([^\s'\"]+)",
+    re.IGNORECASE,
+)
+"""A word of a command after a name."""
 _LOCATION = re.compile(r"[a-z][a-z0-9+.-]*://?", re.IGNORECASE)
 _PARTS = re.compile(r"://?(?:(?P<user>.*)@)?[^?#]*(?:[?#](?P<query>.*))?", re.DOTALL)
 _VARIABLE = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASS|PAT|AUTH|CREDENTIALS?|CONNECTION_STRING)$")
@@ -133,11 +138,14 @@ def _of_address(user: str, query: str) -> Iterator[str]:
 
 
 def _of_command(command: str) -> Iterator[str]:
-    """Yield a command, and the words of it that do not look like names, options and paths."""
+    """Yield a command, and the words of it that look like passwords and tokens, or follow a name that says so."""
     yield from (part.strip() for part in (command, *command.split("{}")) if len(part.strip()) >= _SHORTEST_UNNAMED)
+    for match in _NAMED_WORD.finditer(command):
+        yield from (word for word in (match[1], match[1].partition(":")[2]) if len(word) >= _SHORTEST)
     for word in re.split(r"[\s'\"=:,;|&<>()@]+", command):
-        is_name = re.fullmatch(r"[a-zA-Z]+|[-/.~].*|.*\{\}.*", word)
-        if len(word) >= 8 and not is_name and re.search(r"\d|[a-z][A-Z]|[_-]", word):
+        is_path = re.fullmatch(r"[-/.~].*|.*\{\}.*", word)
+        is_mixed = len(word) >= 8 and all(re.search(kind, word) for kind in (r"\d", "[a-z]", "[A-Z]"))
+        if not is_path and (is_mixed or (len(word) >= _SHORTEST_UNNAMED and re.search(r"\d", word))):
             yield word
 
 

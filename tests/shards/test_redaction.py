@@ -38,6 +38,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"-H 'Proxy-Authorization: {SECRET}' x", "-H 'Proxy-Authorization: ***' x"),
         (f"Bearer {SECRET}", "Bearer ***"),
         (f"AWS_SECRET_ACCESS_KEY={SECRET} aws", "AWS_SECRET_ACCESS_KEY=*** aws"),
+        ("{'Authorization': 'Basic abc==', 'a': 1}", "{'Authorization': '***', 'a': 1}"),
         (f'{{"api_key": "{SECRET}", "a": 1}}', '{"api_key": "***", "a": 1}'),
         ("token hf_abcdefghijklmnopqrstuv is refused", "token *** is refused"),
         ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl", "***"),
@@ -72,6 +73,7 @@ def test_what_is_no_secret_stays(text: str) -> None:
         (f"https://me:{SECRET} 1@h/d", f"401 for {SECRET} 1", "401 for ***"),
         (f"https://{SECRET * 2}@h/d", f"user {SECRET * 2}", "user ***"),
         (f"pipe:curl -H 'X-Mine: {SECRET}' https://h/{{}}", f"> X-Mine: {SECRET}", "> X-Mine: ***"),
+        ("pipe:curl --user me:hunter2 -H 'Authorization: Basic abcdef=' {}", "for hunter2, abcdef=", "for ***, ***"),
         ({"data": [{"path": f"https://h/d?{SECRET * 2}"}]}, SECRET * 2, "***"),
     ],
 )
@@ -95,7 +97,8 @@ def test_secrets_of_the_environment_are_known_by_their_value(monkeypatch: pytest
 
 def test_an_ordinary_location_hides_no_word_of_a_message() -> None:
     remember(["--data", "https://host/bedroom_train?versionId=latest", "--data", "pipe:aws s3 cp s3://bucket/d/{} -"])
-    text = "no bedroom_train, latest, in bucket: aws s3 cp failed"
+    remember("pipe:ssh gpu-node-12 cat /mnt/bedroom_64/{}")
+    text = "no bedroom_train, latest, in bucket: aws s3 cp failed on gpu-node-12: /mnt/bedroom_64/manifest.json: Bearer"
     assert without_secrets(text) == text
 
 
