@@ -30,7 +30,7 @@ _FORMS = (
     # An address. One slash: as a Path of an address is printed. A password may have a slash, unless it may be a port.
     (
         re.compile(
-            r"\b([a-z][a-z0-9+.-]*://?)(?:[^\s/?#]*@|[^\s/?#@:]*:(?!\d*(?:[/?#\s]|$))[^\s@]{0,2000}@)?"
+            r"\b([a-z][a-z0-9+.-]{0,30}://?)(?:[^\s/?#]*@|[^\s/?#@:]*:(?!\d*(?:[/?#\s]|$))[^\s@]{0,2000}@)?"
             r"([^\s?#'\"]*)(?:[?#][^\s'\"]*)?",
             re.IGNORECASE,
         ),
