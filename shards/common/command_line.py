@@ -47,7 +47,7 @@ def expand_home(path: Path) -> Path:
 
 def _no_address(path: Any) -> Any:
     if isinstance(path, str) and _ADDRESS.match(path):
-        raise ValueError("an address where a path on this machine is needed")
+        raise ValueError("a path on this machine is needed, not an address")
     return path
 
 

@@ -137,5 +137,5 @@ def test_a_command_that_takes_folders_does_not_show_it_either(capsys: pytest.Cap
     with pytest.raises(SystemExit):
         run(tools, ["verify", SIGNED])
     found = capsys.readouterr().err
-    assert found.startswith("error: directory: an address where a path on this machine is needed, got 'https://example")
+    assert found.startswith("error: directory: a path on this machine is needed, not an address, got 'https://example")
     assert SECRET not in found
