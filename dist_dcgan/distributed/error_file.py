@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
-from shards.common.messages import traceback_of
+from shards.common.files import publish
+from shards.common.messages import traceback_of, warn
 from shards.common.redaction import one_line
 
 
@@ -22,4 +23,7 @@ class ErrorFile(ErrorHandler):
             return
         extra = {"py_callstack": traceback_of(e), "timestamp": str(int(time.time()))}
         content = {"message": {"message": one_line(f"{type(e).__name__}: {e}"), "extraInfo": extra}}
-        Path(path).write_text(json.dumps(content))
+        try:
+            publish(Path(path), json.dumps(content).encode())
+        except OSError as error:  # the exception itself, which is raised next, matters more
+            warn(f"torchrun's error file cannot be written: {error}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from dist_dcgan.distributed.launch import Launch
 from shards.common.errors import UserError
+from shards.common.files import is_private, make_private
 from shards.common.locks import Lock
 
 _ORPHANED_SECONDS = 60.0
@@ -30,10 +30,7 @@ class PrivateFolder:
 
     def __init__(self, path: Path) -> None:
         """Make or join the folder; raises OSError, also if it is not one of this user alone."""
-        with suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        if not _is_private(path):
-            raise PermissionError(f"{path} is not a folder of this user alone")
+        make_private(path)
         self.path = path
         self._lock = Lock(path)
         self._lock.take(shared=True)
@@ -75,12 +72,7 @@ def private_folder(launch: Launch) -> Iterator[PrivateFolder | None]:
 
 
 def _prefix() -> str:
-    return f"dist_dcgan-{os.getuid()}-"
-
-
-def _is_private(path: Path) -> bool:
-    status = path.lstat()
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o077
+    return f"dist_dcgan-{os.geteuid()}-"
 
 
 def _remove_orphans(place: Path) -> None:
@@ -88,7 +80,7 @@ def _remove_orphans(place: Path) -> None:
     for path in place.glob(f"{_prefix()}*"):
         with suppress(OSError):  # just removed by another
             aged = time.time() - path.lstat().st_mtime > _ORPHANED_SECONDS  # one that was just made will be locked
-            if aged and _is_private(path):
+            if aged and is_private(path):
                 with Lock(path) as lock:
                     if lock.take():
                         shutil.rmtree(path)

@@ -7,7 +7,6 @@ come between, so they are checked then: Linux lists for each connection the user
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from dist_dcgan.distributed.launch import Launch
 from shards.common.errors import OneRankError
+from shards.common.messages import warn
 
 _ESTABLISHED = "01"  # proc_pid_net(5), tcp
 _FIRST_PERSON = 1000
@@ -50,11 +50,9 @@ def warn_of_open_agent(launch: Launch) -> None:
         return
     others = other_users()
     if others:
-        print(
-            f"warning: processes of user {others[0]} run on this machine, and whoever reaches torchrun's port can run "
-            "code as you: start with `bash launch/torchrun.sh FLAGS`, which opens none",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"processes of user {others[0]} run on this machine, and whoever reaches torchrun's port can run code as "
+            "you: start with `bash launch/torchrun.sh FLAGS`, which opens none"
         )
 
 

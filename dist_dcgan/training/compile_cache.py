@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import stat
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from shards.common.errors import OneRankError
+from shards.common.files import make_private
 
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -23,12 +22,10 @@ def use_own_cache() -> None:
     if os.environ.get(_VARIABLE):
         return
     folder = Path(tempfile.gettempdir(), f"dist_dcgan-compile-{os.geteuid()}")
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+    try:
+        make_private(folder)
+    except OSError as error:
         raise OneRankError(
-            f"torch.compile's cache {folder} can be written to by others: remove it, or name a folder of your own with "
-            f"{_VARIABLE}"
-        )
+            f"torch.compile has no cache: {error}: remove it, or name a folder of your own with {_VARIABLE}"
+        ) from None
     os.environ[_VARIABLE] = str(folder)

@@ -136,6 +136,20 @@ def _require_own(path: Path, status: os.stat_result) -> None:
         raise ForeignLinkError(errno.ELOOP, "a link of another user: name what it leads to, or remove it", str(path))
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder that only this user can enter, if it does not exist; raises OSError if others may have made it."""
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if not is_private(folder):
+        raise PermissionError(f"{folder} is not a folder of this user alone")
+
+
+def is_private(folder: Path) -> bool:
+    """Return whether this is a folder, not a link to one, that belongs to this user and that nobody else can enter."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not stat.S_IMODE(status.st_mode) & 0o077
+
+
 class NotPlainError(OSError):
     """The path is a FIFO, device, socket or folder, or a link that is not followed, not a regular file."""
 

@@ -24,7 +24,7 @@ from urllib3.util import Retry
 
 from shards.common.command_line import Options
 from shards.common.errors import UserError
-from shards.common.files import NotPlainError, check_room, open_plain, publish, remove_leftovers
+from shards.common.files import NotPlainError, check_room, open_in_place, open_plain, publish, remove_leftovers
 from shards.common.http_request import Guard, get
 from shards.common.messages import tell
 from shards.common.ownership import Ownership
@@ -243,11 +243,11 @@ def _write(
 
 def _open(part: Path) -> BinaryIO:
     """Open `part` to append to it, and let only this user write; raises OSError if it is a link."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(part, flags, 0o644)
+    file = open_in_place(part)
     with suppress(OSError):  # file systems without permissions
-        os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~0o022)
-    return os.fdopen(descriptor, "ab")
+        os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode) & ~0o022)
+    file.seek(0, os.SEEK_END)
+    return file
 
 
 def _require_room(part: Path, done: int, total: int | None, options: FetchOptions) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from shards.common.errors import UserError
 from shards.common.files import file_sha256, open_plain, sync, sync_directory
 from shards.common.http import FetchOptions, discard, fetch
 from shards.common.locks import Lock, NoLocksError
+from shards.common.messages import tell
 from shards.lsun.archive import ArchiveError, unpack
 from shards.lsun.catalog import ADDRESS, ARCHIVES, MOST_TEST_BYTES
 
@@ -63,12 +63,12 @@ def _authenticate(archive: Path, name: str) -> None:
     if not archive.is_file():
         raise ArchiveError("it is no plain file")
     if published is None:
-        print(f"{name}: no checksum of it is published, so only its form is checked", file=sys.stderr, flush=True)
+        tell(f"{name}: no checksum of it is published, so only its form is checked")
         return
     size = archive.stat().st_size
     if size != published.bytes:
         raise ArchiveError(f"it has {size:,} bytes, LSUN's archive {published.bytes:,}")
-    print(f"{name}: checking its SHA-256", file=sys.stderr, flush=True)  # minutes for the largest
+    tell(f"{name}: checking its SHA-256")  # minutes for the largest
     found = file_sha256(archive)
     if found != published.sha256:
         raise ArchiveError(f"its SHA-256 is {found}, that of LSUN's archive {published.sha256}")

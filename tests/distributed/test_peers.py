@@ -170,7 +170,7 @@ def test_reports_of_strangers_are_ignored_and_kill_nobody() -> None:
     zero = Peers(store, 0, 2, key=b"a secret")
     for key in (b"", b"guessed"):
         Peers(store, 1, 2, key=key).report("a lie")
-    store.append("ends", "[1, nonsense")
+    store.append("ends", "[1, nonsense")  # type: ignore[attr-defined]
     assert zero.cause() == "rank 1 has not come"
 
 

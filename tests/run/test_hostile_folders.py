@@ -121,8 +121,9 @@ def test_a_folder_of_a_run_may_be_this_users_link_and_not_anothers(
 
 
 def _stored(run: RunDirectory) -> Any:
-    from dist_dcgan.config import Config, read_yaml
+    from dist_dcgan.config import Config
     from shards.common.command_line import build
+    from shards.common.plain_yaml import read_yaml
 
     return build(Config, read_yaml(run.config))
 

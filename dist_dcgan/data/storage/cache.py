@@ -17,7 +17,7 @@ from typing import TypeVar
 from dist_dcgan.data.storage.location import ShardFile, checked, read_ahead, state_at
 from dist_dcgan.data.storage.remote import FailedError, Remote, copy
 from shards.common.errors import OneRankError, UserError
-from shards.common.files import check_room, file_sha256, link_or_rename
+from shards.common.files import check_room, file_sha256, link_or_rename, open_folder
 from shards.common.locks import Lock, NoLocksError
 from shards.common.ownership import Ownership
 from shards.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, Manifest, ShardEntry, read_manifest
@@ -146,7 +146,7 @@ class Cache:
                 if _status(path) is not None:
                     copy(path, part, entry.bytes)
                     return _sound(part, entry)
-        _remove(part)
+            _remove(part)
         return None
 
     def _publish(self, part: Path, file: ShardFile, entry: ShardEntry) -> ShardFile:
@@ -244,7 +244,7 @@ def _folder_of_parts(owner: object, folder: Path, ownership: Ownership) -> Path:
     """
     parts = Path(tempfile.mkdtemp(prefix=_PARTS, dir=folder))
     lock = Lock(parts)
-    descriptor = os.open(parts, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = open_folder(parts)
     weakref.finalize(owner, _remove_parts, parts, descriptor, lock)
     status = os.fstat(descriptor)
     if status.st_uid != ownership.owner or status.st_mode & ownership.forbidden:
@@ -264,8 +264,7 @@ def _remove_orphans(folder: Path, ownership: Ownership) -> None:
             if time.time() - status.st_mtime > _ORPHANED_SECONDS:  # one that was just made is about to be locked
                 with Lock(parts) as lock:
                     if lock.take():
-                        descriptor = os.open(parts, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                        _empty(parts, descriptor)
+                        _empty(parts, open_folder(parts))
 
 
 def _empty(parts: Path, descriptor: int) -> None:

@@ -59,7 +59,7 @@ class OtherFolder:
 def copy(source: Path, path: Path, most_bytes: int) -> None:
     """Copy a regular file to the new file `path`, not more than `most_bytes` of it; raises as `Remote.fetch` does."""
     try:
-        with open_plain(source) as file, path.open("wb") as out:
+        with open_plain(source) as file, path.open("xb") as out:
             if os.fstat(file.fileno()).st_size > most_bytes:
                 raise FailedError(f"it has more than {most_bytes:,} bytes")
             while most_bytes and (chunk := file.read(min(_CHUNK_BYTES, most_bytes))):  # it may grow meanwhile
