@@ -18,6 +18,7 @@ from dist_dcgan.data.prefetch import shards_at_a_time
 from dist_dcgan.data.storage.cache import staged
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.world import world_size_of_launch
+from dist_dcgan.loggers.wandb_settings import resolve_wandb
 from dist_dcgan.models.networks import Discriminator, Generator, count_parameters, require_image_size
 from dist_dcgan.preflight.results import Finding, Subject, counted
 from dist_dcgan.run.checkpoint import load_newest
@@ -111,6 +112,7 @@ def run_directory(subject: Subject) -> Finding:
     if hasattr(subject, "plan"):  # else the check of the data set or of the plan has failed
         digest = subject.location.manifest.digest()
         require_same_run(run, subject.config, subject.plan.global_batch, digest, newest.values)
+    resolve_wandb(subject.config, newest.values["wandb_run_id"])  # WANDB_RUN_ID may name another run
     return Finding("ok", f"{run.path} holds this run, which goes on from step {newest.values['step']:,}")
 
 

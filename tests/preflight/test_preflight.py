@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_dcgan.config import Config, Invocation, make_plan
+from dist_dcgan.config import Config, Invocation, WandbOptions, make_plan
 from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.preflight import distributed_checks, machine, storage
@@ -388,13 +388,23 @@ def test_another_number_of_ranks_than_expected_fails(demo_shards: Path) -> None:
     assert "this is one process without torchrun" in failure(storage.plan, of)
 
 
-def test_a_run_that_is_there_is_looked_at_and_not_touched(demo_shards: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_there_is_looked_at_and_not_touched(
+    demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = ["--width", 4, "--global-batch", 12, "--wandb", "disabled", "--max-steps", 2, "--ema.statistics-images", 32]
     succeed(train_command(1, *flags, "--data", demo_shards, "--run-dir", tmp_path))
     before = contents(tmp_path)
     of, other = (with_data(demo_shards, run_dir=tmp_path, seed=seed, ema={"statistics_images": 32}) for seed in (0, 1))
     assert storage.run_directory(of) == Finding("ok", f"{tmp_path} holds this run, which goes on from step 2")
     assert "holds a run of another configuration (seed: 0 -> 1)" in failure(storage.run_directory, other)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("WANDB_RUN_ID", "another")
+        found = storage.load_newest(tmp_path / "checkpoints")
+        assert found is not None
+        found.values["wandb_run_id"] = "this"
+        elsewhere.setattr(storage, "load_newest", lambda _: found)
+        of.config = of.config.model_copy(update={"wandb": WandbOptions(mode="offline")})
+        assert "is W&B's run this, but WANDB_RUN_ID is another" in failure(storage.run_directory, of)
     with Lock(tmp_path / "run.lock") as lock:
         assert lock.take()
         holder = (tmp_path / "run.holder.json").read_text()
