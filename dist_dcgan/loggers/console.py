@@ -46,8 +46,11 @@ class ConsoleLogger(Logger):
         tell(f"{share:5.1f}%  step {step}/{self._plan.total_steps}  {text}  ETA {left}")
 
     def alert(self, step: int, text: str) -> None:
-        """Show it."""
-        warn(text)
+        """Show its lines."""
+        first, *others = text.splitlines()
+        warn(first)
+        for line in others:
+            tell(line)
 
     def close(self) -> None:
         """Leave the last line."""

@@ -125,10 +125,10 @@ def _remove(path: Path) -> bool:
     Of a link only the link is removed.
     """
     try:
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        elif path.exists():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
         warn(f"{path} cannot be removed now: {reason}")

@@ -127,7 +127,7 @@ def open_folder(path: Path) -> int:
 
 def require_own_folder(path: Path) -> None:
     """Raise ForeignLinkError if `path` is a link of another user; it need not exist."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         _require_own(path, os.lstat(path))
 
 

@@ -33,8 +33,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """Return the mapping in a YAML text; `where` names it in errors."""
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is not None:
             _expanded_size(node, {})
@@ -43,8 +43,6 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is not plain YAML of a configuration: it is nested too deeply") from None
     except Exception as error:  # yaml's constructors raise any, as AttributeError for `!!timestamp x`
         raise UserError(f"{where} is not plain YAML: {shortened(' '.join(str(error).split()))}") from None
-    finally:
-        loader.dispose()
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -58,14 +58,16 @@ def seal(path: Path, changes: Mapping[str, object]) -> None:
 
 def test_a_checkpoint_of_others_cannot_speak_for_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / HOSTILE
-    for step in (1, 2):
+    for step in (1, 2, 3):
         tensors = {"a": torch.zeros(1)}
         checkpoint.save_checkpoint(run_dir / "checkpoints", tensors, {"step": step}, checkpoint.Retention(5))
     seal(run_dir / "checkpoints" / "step-00000001" / "values.json", {"values": {"step": HOSTILE}})
+    seal(run_dir / "checkpoints" / "step-00000003" / "values.json", {"values": {"step": 3, HOSTILE: HOSTILE}})
     seal(run_dir / "checkpoints" / "step-00000002" / "values.json", {"format_version": HOSTILE})
     for command in ("inspect", "verify", "prune"):
         found = printed(checkpoint.main, [command, run_dir], capfd)
-        assert "step-00000001: sound, step x\\r\\nerror: the disk is full\\x1b[2J" in found
+        assert "step-00000001: DAMAGED, values.json has no step" in found
+        assert "step-00000003: sound, step 3" in found
         assert "step-00000002: DAMAGED, format version x\\r\\nerror: the disk is full" in found
 
 
@@ -81,7 +83,7 @@ def test_a_generator_of_others_cannot_speak_for_the_command(tmp_path: Path, capf
     description = json.loads(path.with_suffix(".json").read_text()) | {"step": HOSTILE}
     path.with_suffix(".json").write_text(json.dumps(description))
     found = printed(sample.main, [path.parent, "--num", 1, "--out", tmp_path / f"{HOSTILE}.png"], capfd)
-    assert "1 images of step x\\r\\nerror: the disk is full\\x1b[2J" in found
+    assert "step: input should be a valid integer, got 'x\\r\\nerror: the disk is full\\x1b[2J" in found
     evaluate.show({"kid": 0.5}, {"generator": f"run, step {HOSTILE}", "data": HOSTILE}, as_json=False)
     evaluate.show({"kid": 0.5}, {"generator": f"run, step {HOSTILE}", "data": HOSTILE}, as_json=True)
     *table, line = capfd.readouterr().out.splitlines()
@@ -119,7 +121,7 @@ def test_a_run_of_others_and_the_doctor(tmp_path: Path, capfd: pytest.CaptureFix
     with directory.locked(run_dir):
         (run_dir / "run.holder.json").write_text(HOSTILE)
         found = printed(lambda _: directory.require_unclaimed(directory.RunDirectory(run_dir)), [], capfd)
-    assert "is in use by x\\nerror: the disk is full" in found
+    assert "is in use by x\\r\\nerror: the disk is full" in found
     printed(lambda _: doctor.show("data set", Finding("ok", f"{HOSTILE} fine")), [], capfd)
 
 

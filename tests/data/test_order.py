@@ -27,7 +27,7 @@ from tests.support.ranks import run_ranks
 def manifest(counts: list[int], order_version: int = 1) -> Manifest:
     layout = Layout(64)
     shards = tuple(
-        ShardEntry(name=shard_name(i), samples=count, bytes=layout.shard_bytes(count), sha256="0" * 64)
+        ShardEntry(name=shard_name(i), samples=count, bytes=layout.shard_bytes(count), sha256=f"{i:064x}")
         for i, count in enumerate(counts)
     )
     return Manifest(

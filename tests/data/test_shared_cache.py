@@ -45,7 +45,7 @@ def cache(source: Path, tmp_path: Path) -> Path:
 
 
 def staged(location: Path | str, folder: Path, **options: Any) -> DatasetLocation:
-    return open_location(DataOptions(path=location, cache_dir=folder, **options))
+    return open_location(DataOptions(path=location, cache_dir=folder, **options), allow_commands=True)
 
 
 def all_pixels(place: DatasetLocation) -> np.ndarray:
@@ -285,11 +285,11 @@ def test_a_command_that_drips_is_given_up(source: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr("dist_dcgan.data.storage.cache._ATTEMPTS", 1)
     drip = "while echo -n X; do sleep 0.05; done; :"
     with pytest.raises(OneRankError, match="the command prints less than 10,000 bytes a second"):
-        staged(f"pipe:{drip} {{}}", tmp_path / "cache", allow_commands=True)
+        staged(f"pipe:{drip} {{}}", tmp_path / "cache")
 
 
 def test_a_command_that_prints_for_ever_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_dcgan.data.storage.cache._ATTEMPTS", 1)
     with pytest.raises(OneRankError, match="the command prints more than 16,777,216 bytes"):
-        staged("pipe:cat /dev/zero; : {}", tmp_path / "cache", allow_commands=True)
+        staged("pipe:cat /dev/zero; : {}", tmp_path / "cache")
     assert list((tmp_path / "cache").rglob("*.json")) == []

@@ -28,7 +28,7 @@ from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.preflight import distributed_checks, machine, storage
 from dist_dcgan.preflight.results import Check, Finding, Subject, agree, attempt, examine_all
 from dist_dcgan.preflight.run_checks import checks, examine
-from dist_dcgan.run.checkpoint import Retention, save_checkpoint
+from dist_dcgan.run.checkpoint import Retention, load_newest, save_checkpoint
 from dist_dcgan.run.export import export_generator
 from dist_dcgan.training import steps
 from dist_dcgan.training.train_state import TrainState
@@ -399,7 +399,7 @@ def test_a_run_that_is_there_is_looked_at_and_not_touched(
     assert "holds a run of another configuration (seed: 0 -> 1)" in failure(storage.run_directory, other)
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("WANDB_RUN_ID", "another")
-        found = storage.load_newest(tmp_path / "checkpoints")
+        found = load_newest(tmp_path / "checkpoints")
         assert found is not None
         found.values["wandb_run_id"] = "this"
         elsewhere.setattr(storage, "load_newest", lambda _: found)
