@@ -31,7 +31,8 @@ private=
 if [ "${NODES:-1}" = 1 ]; then
   private=$(mktemp -d "${TMPDIR:-/tmp}/dist_dcgan-torchrun.XXXXXXXX")
   meeting=(--rdzv-backend=c10d --rdzv-endpoint="$private/store" --rdzv-conf=store_type=file --local-addr=localhost)
-  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+  DIST_DCGAN_SECRET=$(od -An -tx1 -N16 /dev/urandom | tr -d ' \n') # so that others cannot foretell where its ranks meet
+  export DIST_DCGAN_SECRET TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 else
   [[ ${HEAD:-} =~ ^.+:[0-9]+$ ]] || fail "NODES=$NODES, HEAD=${HEAD:-}: they meet at HEAD=HOST:PORT"
   meeting=(--nnodes="$NODES" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${JOB:-dist_dcgan}")

@@ -36,7 +36,7 @@ def node_store(world: World) -> NodeStore:
     """
     if world.world_size == 1:
         return NodeStore()
-    name = from_rank_zero(lambda: f"node {secrets.token_hex(8)}")  # a new one for each run in this process
+    name = from_rank_zero(lambda: f"node-{secrets.token_hex(8)}")  # a new one for each run in this process
     if world.folder is None:
         return NodeStore()
     size = launched().ranks_of_node

@@ -221,7 +221,7 @@ class Peers:
         thread.join(2 * _SECONDS_TO_ASK)
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return an identifier of the machine and the PID namespace, empty if there is none."""
     try:
         started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -244,12 +244,12 @@ def _name(rank: int, process: RankProcess) -> str:
 
 
 def _is_here(process: RankProcess) -> bool:
-    return process.machine != "" and process.machine == _machine()
+    return process.machine != "" and process.machine == machine()
 
 
 def _this_process(local_rank: int, gpus: int) -> RankProcess:
     pid = os.getpid()
-    return RankProcess(socket.gethostname(), pid, _started(pid), _machine(), local_rank, gpus)
+    return RankProcess(socket.gethostname(), pid, _started(pid), machine(), local_rank, gpus)
 
 
 def _has_ended(process: RankProcess) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_dcgan.distributed.launch import Launch
+from dist_dcgan.distributed.peers import machine
 from shards.common.errors import UserError
 from shards.common.files import is_private, make_private
 from shards.common.locks import Lock
@@ -37,6 +39,7 @@ class PrivateFolder:
 
     def store(self, name: str, ranks: int) -> Any:
         """Return a store of torch.distributed in the file `name`, for `ranks` processes."""
+        assert re.fullmatch(r"ranks|node-[0-9a-f]{16}", name), name
         return dist.FileStore(str(self.path / name), ranks)  # type: ignore[attr-defined]
 
     def leave(self) -> None:
@@ -51,20 +54,24 @@ def private_folder(launch: Launch) -> Iterator[PrivateFolder | None]:
     """Join the folder of this start of the ranks on this machine; None if torchrun did not start them.
 
     It is named by the file in which torchrun expects the errors of this rank: its folder belongs to one start by one
-    torchrun. Raises UserError if there can be none in the system's temporary folder.
+    torchrun. A secret of the launcher keeps others from making it first, if that file is where they can see it. Raises
+    UserError if there can be none in the system's temporary folder.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not launch.by_torchrun or error_file is None:
         yield None
         return
-    start = hashlib.sha256(os.fsencode(Path(error_file).parent.parent)).hexdigest()[:32]
+    start = f"{os.environ.get('DIST_DCGAN_SECRET', '')} {Path(error_file).parent.parent}"
+    name = hashlib.sha256(os.fsencode(start)).hexdigest()[:32]
     place = Path(tempfile.gettempdir())
     try:
         if launch.local_rank == 0:
             _remove_orphans(place)
-        folder = PrivateFolder(place / f"{_prefix()}{start}")
+        folder = PrivateFolder(place / f"{_prefix()}{name}")
     except OSError as error:
-        raise UserError(f"the ranks cannot meet in {place}: {error}: set TMPDIR to a folder of your own") from None
+        raise UserError(
+            f"the ranks cannot meet in {place}: {error}: set TMPDIR to a folder of your own on a local disk"
+        ) from None
     try:
         yield folder
     finally:
@@ -72,7 +79,7 @@ def private_folder(launch: Launch) -> Iterator[PrivateFolder | None]:
 
 
 def _prefix() -> str:
-    return f"dist_dcgan-{os.geteuid()}-"
+    return f"dist_dcgan-{os.geteuid()}-{machine()}-"  # machines may share the place, but not its locks
 
 
 def _remove_orphans(place: Path) -> None:

@@ -22,6 +22,11 @@ _FIRST_PERSON = 1000
 _NOBODY = (65534, 65535)
 
 
+_LOOPBACK = "7F"
+_MAPPED = "0000000000000000FFFF0000"
+"""Precedes an IPv4 address in the table of IPv6."""
+
+
 class _Row(NamedTuple):
     local: str
     remote: str
@@ -30,18 +35,34 @@ class _Row(NamedTuple):
     inode: str
 
 
-def require_no_strangers() -> None:
-    """Raise OneRankError if a connection of this process leads to a process of another user on this machine."""
-    rows = list(_rows())
-    ours = _sockets()
+def require_no_strangers(before: frozenset[str]) -> None:
+    """Raise OneRankError if a connection of this process, of those made since `before`, is with another user here.
+
+    `before` are the sockets of this process (`own_sockets`) before it connected to the other ranks. A connection over
+    the loopback interface of which the other end is not listed is one of nobody knows whom.
+    """
+    rows, ours = list(_rows()), own_sockets() - before
     users = {(row.local, row.remote): row.user for row in rows}
     for row in rows:
-        user = users.get((row.remote, row.local))
-        if row.state == _ESTABLISHED and row.inode in ours and user not in (None, os.getuid()):
-            raise OneRankError(
-                f"a process of user {user} on this machine has connected in the place of a rank: start again, and tell "
-                "your administrator"
-            )
+        if row.state == _ESTABLISHED and row.inode in ours:
+            user = users.get((row.remote, row.local))
+            if user not in (None, os.geteuid()) or (user is None and _is_loopback(row.local)):
+                raise OneRankError(
+                    f"a process of {'an unknown user' if user is None else f'user {user}'} on this machine has connected "
+                    "in the place of a rank: start again, and tell your administrator"
+                )
+
+
+def own_sockets() -> frozenset[str]:
+    """Return the sockets of this process."""
+    found = set()
+    with suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):  # closed meanwhile
+                link = os.readlink(f"/proc/self/fd/{name}")
+                if link.startswith("socket:["):
+                    found.add(link[len("socket:[") : -1])
+    return frozenset(found)
 
 
 def warn_of_open_agent(launch: Launch) -> None:
@@ -51,8 +72,8 @@ def warn_of_open_agent(launch: Launch) -> None:
     others = other_users()
     if others:
         warn(
-            f"processes of user {others[0]} run on this machine, and whoever reaches torchrun's port can run code as "
-            "you: start with `bash launch/torchrun.sh FLAGS`, which opens none"
+            f"processes of user {others[0]} run on this machine, and torchrun's port is open to them: they could end this "
+            "run, or run code as you: start with `bash launch/torchrun.sh FLAGS`, which opens none"
         )
 
 
@@ -68,21 +89,15 @@ def other_users() -> list[int]:
 
 
 def _rows() -> Iterator[_Row]:
-    """Yield the TCP sockets of this machine; none where the system does not list them."""
+    """Yield the TCP sockets of this machine; none if the system does not list them."""
     for table in ("tcp", "tcp6"):
         with suppress(OSError):
             for line in Path("/proc/self/net", table).read_text().splitlines()[1:]:
                 words = line.split()
-                yield _Row(words[1], words[2], words[3], int(words[7]), words[9])
+                yield _Row(
+                    words[1].removeprefix(_MAPPED), words[2].removeprefix(_MAPPED), words[3], int(words[7]), words[9]
+                )
 
 
-def _sockets() -> frozenset[str]:
-    """Return the inodes of this process's sockets."""
-    found = set()
-    with suppress(OSError):
-        for name in os.listdir("/proc/self/fd"):
-            with suppress(OSError):  # closed meanwhile
-                link = os.readlink(f"/proc/self/fd/{name}")
-                if link.startswith("socket:["):
-                    found.add(link[len("socket:[") : -1])
-    return frozenset(found)
+def _is_loopback(address: str) -> bool:
+    return len(address.partition(":")[0]) == 8 and address[6:8] == _LOOPBACK  # the bytes of an IPv4 address, last first

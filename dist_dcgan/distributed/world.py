@@ -31,7 +31,7 @@ from dist_dcgan.distributed.failures import cannot_go_on, explained, first_sente
 from dist_dcgan.distributed.launch import Launch, launched
 from dist_dcgan.distributed.peers import Peers, rendezvous
 from dist_dcgan.distributed.private import PrivateFolder, private_folder
-from dist_dcgan.distributed.strangers import require_no_strangers, warn_of_open_agent
+from dist_dcgan.distributed.strangers import own_sockets, require_no_strangers, warn_of_open_agent
 from dist_dcgan.distributed.watch import Watch
 from shards.common.command_line import run
 from shards.common.errors import OneRankError, UserError
@@ -108,6 +108,7 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
             warn_of_open_agent(launch)
         if alone is not None:
             os.environ |= {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK}
+        others = own_sockets()
         store = _meeting_point(launch, alone, max(timeout_seconds, MEETING_SECONDS))
         rank, world_size = launch.rank, launch.world_size
         key = os.environ.get("DIST_DCGAN_SECRET", "").encode() or None if alone is None else b""
@@ -120,7 +121,7 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
                 require_connected(store, launch.node, launch.nodes, leads=launch.local_rank == 0)
             _init(dist.PrefixStore("group", store), peers, device, timeout_seconds)  # type: ignore[attr-defined]
             slow_group = _slow_group(timeout_seconds)
-            require_no_strangers()
+            require_no_strangers(others)
             yield World(rank, launch.local_rank, world_size, device, slow_group, folder)
 
 

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from dist_dcgan.distributed import strangers
 from dist_dcgan.distributed.launch import Launch
+from dist_dcgan.distributed.peers import machine
 from dist_dcgan.distributed.private import private_folder
-from dist_dcgan.distributed.strangers import other_users, require_no_strangers, warn_of_open_agent
+from dist_dcgan.distributed.strangers import other_users, own_sockets, require_no_strangers, warn_of_open_agent
 from shards.common.errors import OneRankError, UserError
 from tests.support.commands import environment, metrics, train_command
 
@@ -134,20 +136,33 @@ def test_words_of_a_stranger_change_nothing(demo_shards: Path, tmp_path: Path) -
     assert all(bool((weights["fuzzed"][name] == tensor).all()) for name, tensor in weights["alone"].items())
 
 
-def connect(port: int) -> None:
-    socket.create_connection(("127.0.0.1", port)).recv(1)
+def connect(host: str, port: int) -> None:
+    socket.create_connection((host, port)).recv(1)
 
 
 @pytest.mark.system
-def test_a_connection_of_another_user_in_the_place_of_a_rank_is_found() -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "::ffff:127.0.0.1"])
+def test_a_connection_of_another_user_in_the_place_of_a_rank_is_found(host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)), server.accept()[0]:
-            require_no_strangers()
-        stranger = as_stranger(connect, port)
-        with server.accept()[0], pytest.raises(OneRankError, match=f"a process of user {STRANGER} on this machine has"):
-            require_no_strangers()
+            require_no_strangers(frozenset())
+        stranger = as_stranger(connect, host, port)
+        with server.accept()[0]:
+            with pytest.raises(OneRankError, match=f"a process of user {STRANGER} on this machine has connected"):
+                require_no_strangers(frozenset())
+            require_no_strangers(own_sockets())  # a connection of before is not one of a rank
         stranger.join()
+
+
+def test_a_connection_of_which_the_other_end_is_hidden_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()), server.accept()[0]:
+            seen = [row for row in strangers._rows() if row.local.endswith(f":{server.getsockname()[1]:04X}")]
+            require_no_strangers(frozenset())
+            monkeypatch.setattr(strangers, "_rows", lambda: iter(seen))
+            with pytest.raises(OneRankError, match="a process of an unknown user on this machine has connected"):
+                require_no_strangers(frozenset())
 
 
 @pytest.fixture
@@ -176,7 +191,7 @@ def test_ranks_meet_in_a_folder_of_their_own_which_the_last_one_removes(
 def test_folders_of_killed_ranks_are_removed_and_those_in_use_stay(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left, other = (place / f"dist_dcgan-{os.getuid()}-{name}" for name in ("left", "open to others"))
+    left, other = (place / f"dist_dcgan-{os.geteuid()}-{machine()}-{name}" for name in ("left", "open to others"))
     with private_folder(RANK_OF_TWO) as used:
         assert used
         left.mkdir(mode=0o700)
@@ -215,8 +230,8 @@ def test_other_users_are_warned_of_where_torchrun_is_open(
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", store)
         warn_of_open_agent(RANK_OF_TWO)
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: processes of user {STRANGER} run on this machine, and whoever reaches torchrun's port can run code "
-        "as you: start with `bash launch/torchrun.sh FLAGS`, which opens none"
+        f"warning: processes of user {STRANGER} run on this machine, and torchrun's port is open to them: they could "
+        "end this run, or run code as you: start with `bash launch/torchrun.sh FLAGS`, which opens none"
     ]
 
 
