@@ -47,9 +47,10 @@ def require_no_strangers(before: frozenset[str]) -> None:
         if row.state == _ESTABLISHED and row.inode in ours:
             user = users.get((row.remote, row.local))
             if user not in (None, os.geteuid()) or (user is None and _is_loopback(row.local)):
+                who = "an unknown user" if user is None else f"user {user}"
                 raise OneRankError(
-                    f"a process of {'an unknown user' if user is None else f'user {user}'} on this machine has connected "
-                    "in the place of a rank: start again, and tell your administrator"
+                    f"a process of {who} on this machine has connected in the place of a rank: start again, and tell your "
+                    "administrator"
                 )
 
 
@@ -72,8 +73,8 @@ def warn_of_open_agent(launch: Launch) -> None:
     others = other_users()
     if others:
         warn(
-            f"processes of user {others[0]} run on this machine, and torchrun's port is open to them: they could end this "
-            "run, or run code as you: start with `bash launch/torchrun.sh FLAGS`, which opens none"
+            f"processes of user {others[0]} run on this machine, and torchrun's port is open to them: they could end "
+            "this run, or run code as you: start with `bash launch/torchrun.sh FLAGS`, which opens none"
         )
 
 

@@ -156,13 +156,13 @@ def test_a_connection_of_another_user_in_the_place_of_a_rank_is_found(host: str)
 
 
 def test_a_connection_of_which_the_other_end_is_hidden_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        with socket.create_connection(server.getsockname()), server.accept()[0]:
-            seen = [row for row in strangers._rows() if row.local.endswith(f":{server.getsockname()[1]:04X}")]
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, socket.create_connection(server.getsockname()), server.accept()[0]:
+        seen = [row for row in strangers._rows() if row.local.endswith(f":{server.getsockname()[1]:04X}")]
+        require_no_strangers(frozenset())
+        monkeypatch.setattr(strangers, "_rows", lambda: iter(seen))
+        with pytest.raises(OneRankError, match="a process of an unknown user on this machine has connected"):
             require_no_strangers(frozenset())
-            monkeypatch.setattr(strangers, "_rows", lambda: iter(seen))
-            with pytest.raises(OneRankError, match="a process of an unknown user on this machine has connected"):
-                require_no_strangers(frozenset())
 
 
 @pytest.fixture
