@@ -49,8 +49,8 @@ def require_no_strangers(before: frozenset[str]) -> None:
             if user not in (None, os.geteuid()) or (user is None and _is_loopback(row.local)):
                 who = "an unknown user" if user is None else f"user {user}"
                 raise OneRankError(
-                    f"a process of {who} on this machine has connected in the place of a rank: start again, and tell your "
-                    "administrator"
+                    f"a process of {who} on this machine has connected in the place of a rank: start again, and tell "
+                    "your administrator"
                 )
 
 
