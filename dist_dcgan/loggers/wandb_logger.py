@@ -9,11 +9,12 @@ import select
 import shlex
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 from dist_dcgan.loggers.base import Logger
 from dist_dcgan.loggers.wandb_process import IMPORTING, UNSENT, Task, holds_rows, picture_times
-from dist_dcgan.loggers.wandb_settings import WandbRun
+from dist_dcgan.loggers.wandb_settings import WandbRun, has_home
 from dist_dcgan.run.directory import RunDirectory
 from shards.common.environment import SAFE_DIRECTORY
 from shards.common.messages import tell, warn
@@ -52,10 +53,13 @@ class WandbLogger(Logger):
             offset=run.metrics.stat().st_size if run.metrics.exists() else 0,
             pictures_since=max(picture_times(run.samples).values(), default=0),
         )
+        # wandb fails without a home, and obeys the settings in one: no folder that may come from others can be it.
+        self._home = None if has_home() else tempfile.TemporaryDirectory(prefix="wandb-", ignore_cleanup_errors=True)
+        home = {} if self._home is None else {"HOME": self._home.name}
         self._process = subprocess.Popen(
             task.command(),
             cwd=SAFE_DIRECTORY,
-            env=os.environ | _absolute_paths(),
+            env=os.environ | _absolute_paths() | home,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -79,6 +83,8 @@ class WandbLogger(Logger):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        if self._home is not None:
+            self._home.cleanup()
         command = sync_command(self._run.path, self._run_id)
         if command is not None:
             tell(f"W&B: to upload what it does not have yet: {command}")
@@ -93,7 +99,9 @@ class WandbLogger(Logger):
 
 def _absolute_paths() -> dict[str, str]:
     """Return the variables of _PATHS for a process with another working directory."""
-    return {name: os.path.abspath(os.path.expanduser(os.environ[name])) for name in _PATHS if os.environ.get(name)}
+    given = {name: os.path.expanduser(os.environ[name]) for name in _PATHS if os.environ.get(name)}
+    # Without a home, `~` is left to the process, which has one.
+    return {name: os.path.abspath(path) for name, path in given.items() if has_home() or not path.startswith("~")}
 
 
 def sync_command(run_dir: Path, run_id: str) -> str | None:

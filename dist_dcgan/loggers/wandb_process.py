@@ -14,6 +14,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import select
 import signal
 import stat
@@ -39,6 +40,7 @@ _INIT_SECONDS = 60.0  # for the server to accept the run, during training
 _LAST_INIT_SECONDS = 1.5  # the same, once training has ended
 _LOOK_SECONDS = 1.0  # between checks for new rows and pictures
 _HEADER_BYTES = 7  # of a .wandb file
+_PICTURE = re.compile(r"step-[0-9]{1,18}\.png")
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ class Feed:
 
 
 def picture_times(folder: Path) -> dict[Path, int]:
-    """Return the sample grids in a folder and their modification times in ns; a link is none of ours."""
-    found = {path: path.lstat() for path in folder.glob("step-*.png")}
+    """Return the sample grids in a folder and their modification times in ns, of no link and no other name."""
+    found = {path: path.lstat() for path in folder.glob("step-*.png") if _PICTURE.fullmatch(path.name)}
     return {path: status.st_mtime_ns for path, status in found.items() if stat.S_ISREG(status.st_mode)}
 
 
@@ -273,8 +275,6 @@ def prepare_environment(task: Task) -> None:
     os.environ["WANDB_MODE"] = task.client_mode
     os.environ["WANDB_PROJECT"], os.environ["WANDB_RUN_ID"] = task.project, task.run_id
     os.environ["WANDB_SILENT"] = "true"  # else it asks the server for the user's name, to print it
-    if os.path.expanduser("~") == "~":  # no HOME and no passwd entry: wandb fails without a home
-        os.environ["HOME"] = str(Path(task.run_dir, "wandb"))
 
 
 def main() -> None:

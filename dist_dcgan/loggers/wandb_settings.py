@@ -94,6 +94,11 @@ def client_setting(name: str) -> str | None:
     return os.environ.get(f"WANDB_{name.upper()}") or _user_settings().get("default", name, fallback="") or None
 
 
+def has_home() -> bool:
+    """Return whether this user has a home: without HOME and an entry in the list of users, `~` would be any folder."""
+    return os.path.expanduser("~") != "~"
+
+
 def source_of_key() -> str | None:
     """Return where W&B finds a key, None if nowhere; in W&B's order: environment, settings, .netrc."""
     for variable in ("WANDB_IDENTITY_TOKEN_FILE", "WANDB_API_KEY"):
@@ -106,7 +111,7 @@ def source_of_key() -> str | None:
     for name in [named] if named else ["~/.netrc", "~/_netrc"]:
         path = Path(os.path.expanduser(name))  # unlike Path.expanduser, it does not fail without a home
         try:
-            if path.is_file() and netrc.netrc(path).authenticators(str(urlsplit(server).hostname)):
+            if _is_known(path) and path.is_file() and netrc.netrc(path).authenticators(str(urlsplit(server).hostname)):
                 return str(path)
         except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
             continue
@@ -134,6 +139,8 @@ def _run_id(run_dir: Path, stored: str | None) -> str:
     asked = client_setting("run_id")
     if asked and (asked != asked.strip() or set(asked) & set(_NOT_IN_IDS)):
         raise UserError(f"WANDB_RUN_ID {asked!r} must not begin or end with a space, nor contain any of {_NOT_IN_IDS}")
+    if stored is not None and (not isinstance(stored, str) or not stored.strip() or set(stored) & set(_NOT_IN_IDS)):
+        raise UserError(f"run directory {run_dir} holds {stored!r}, which is no id of W&B: give --wandb disabled")
     if asked and stored and asked != stored:
         raise UserError(
             f"run directory {run_dir} is W&B's run {stored}, but WANDB_RUN_ID is {asked}: unset it, "
@@ -157,7 +164,12 @@ def _require_supported() -> None:
 
 def _user_settings() -> configparser.ConfigParser:
     folder = os.path.expanduser(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
-    return _settings(Path(folder, "settings"))
+    return _settings(Path(folder, "settings")) if _is_known(Path(folder)) else configparser.ConfigParser()
+
+
+def _is_known(path: Path) -> bool:
+    """Return whether a path is not one in the home of a user without one, which the working directory could hold."""
+    return has_home() or not str(path).startswith("~")
 
 
 def _offline_here() -> str | None:

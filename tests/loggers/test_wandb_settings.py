@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pwd
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +16,15 @@ import pytest
 from dist_dcgan import train
 from dist_dcgan.config import Config, Invocation
 from dist_dcgan.distributed.world import World
-from dist_dcgan.loggers.wandb_logger import sync_command
+from dist_dcgan.loggers.wandb_logger import WandbLogger, sync_command
 from dist_dcgan.loggers.wandb_process import Task, prepare_environment
-from dist_dcgan.loggers.wandb_settings import client_setting, resolve_wandb, source_of_key
+from dist_dcgan.loggers.wandb_settings import WandbRun, client_setting, resolve_wandb, source_of_key
 from dist_dcgan.preflight import machine
 from dist_dcgan.preflight.results import Subject
 from dist_dcgan.run.checkpoint import load_newest
+from dist_dcgan.run.directory import RunDirectory
 from shards.common.errors import UserError
+from shards.common.files import is_private
 from tests.support.wandb_fixtures import read_records
 
 KEY = "5ec2e7ab1e5ec2e7ab1e5ec2e7ab1e5ec2e7ab1e"
@@ -194,17 +198,43 @@ def test_the_clients_variables_agree_with_the_task(tmp_path: Path, variables: Va
         os.environ.update(before)
 
 
-def test_without_a_home_the_run_directory_is_one_and_the_doctor_does_not_fail(
+def test_without_a_home_none_is_looked_for_in_the_working_directory_and_the_doctor_does_not_fail(
     tmp_path: Path, homeless: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert source_of_key() is None
     alone = World.__new__(World)
     for mode in ("auto", "online", "offline", "disabled"):
         assert machine.wandb(Subject(config(mode=mode), Invocation(), alone)).level != "FAILED"
-    for name in ("HOME", "WANDB_MODE", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_SILENT", "WANDB_TAGS"):
-        monkeypatch.delenv(name, raising=False)  # so that they are restored
-    prepare_environment(task(tmp_path))
-    assert os.environ["HOME"] == str(tmp_path / "wandb")
+    settings_file(tmp_path / "~" / ".config" / "wandb", project="theirs", base_url="http://theirs", api_key=KEY)
+    (tmp_path / "~" / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    assert (client_setting("project"), client_setting("base_url"), source_of_key()) == (None, None, None)
+
+
+_SHOW = "import os; print(*map(os.environ.get, {}), sep='\\n', file=open({!r}, 'w')); os.stat(os.environ['HOME'])"
+
+
+def test_without_a_home_the_client_gets_an_empty_one_of_its_own(
+    tmp_path: Path, homeless: None, variables: Variables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run directory may come from somebody: the settings of a home name the server that gets the key."""
+    settings_file(tmp_path / "run" / "wandb" / ".config" / "wandb", base_url="http://theirs")
+    variables(TMPDIR=str(tmp_path), WANDB_CONFIG_DIR="~/mine", WANDB_CACHE_DIR="cache")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    shown = tmp_path / "shown"
+    code = _SHOW.format(("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"), str(shown))
+    monkeypatch.setattr(Task, "command", lambda _: [sys.executable, "-c", code])
+    before = {*tmp_path.iterdir(), shown}
+    logger = WandbLogger(RunDirectory(tmp_path / "run"), WandbRun("online", "p", "n", "abc", "allow"))
+    (home,) = [path for path in tmp_path.iterdir() if path not in before]
+    assert is_private(home) and not any(home.iterdir())
+    logger.close()
+    assert shown.read_text().splitlines() == [str(home), "~/mine", str(tmp_path / "cache")]
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("stored", ["../../x", "a/b", "", " ", 3, ["a"]])
+def test_a_checkpoint_that_holds_no_id_of_wandb_is_refused(stored: Any) -> None:
+    assert refusal(config(), stored).endswith("which is no id of W&B: give --wandb disabled")
 
 
 def test_the_command_names_the_segments_of_the_id_alone(tmp_path: Path) -> None:

@@ -346,6 +346,8 @@ def test_a_link_is_no_picture_of_this_run(tmp_path: Path) -> None:
     (tmp_path / "step-00000001.png").touch()
     (tmp_path / "step-00000002.png").symlink_to(secret(tmp_path))
     os.mkfifo(tmp_path / "step-00000003.png")
+    for name in ("step-evil.png", "step-.png", "step--1.png", "step-\u0661.png", f"step-{'1' * 100}.png"):
+        (tmp_path / name).touch()
     assert [path.name for path in picture_times(tmp_path)] == ["step-00000001.png"]
 
 
