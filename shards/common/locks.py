@@ -26,17 +26,19 @@ class Lock:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path`, and create it as a file with mode 0600 if it does not exist.
+        """Open `path`, and create it as a file if it does not exist.
 
-        Raises OSError for a link, a FIFO or a device.
+        It is then of this user and, if the umask lets the group write, of the group: who can only read a file could
+        hold its lock for ever, too. Raises OSError for a link, a FIFO or a device.
         """
-        flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
         self._path, self._taken = path, False
-        self._descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-        kind = os.fstat(self._descriptor).st_mode
-        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        self._descriptor, self._is_writable = _opened(path)
+        status = os.fstat(self._descriptor)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             os.close(self._descriptor)
             raise NotPlainError(errno.EINVAL, "not a plain file", str(path))
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+            _keep_from_strangers(self._descriptor, stat.S_IMODE(status.st_mode))
 
     def take(self, *, shared: bool = False) -> bool:
         """Lock, or change the kind of the lock; return False if another holds it in a way that excludes this.
@@ -49,6 +51,8 @@ class Lock:
         except BlockingIOError:
             return False
         except OSError as error:
+            if error.errno == errno.EBADF and not self._is_writable and not shared:  # NFS
+                raise self._not_writable() from None
             if is_unsupported(error) or error.errno == errno.ENOLCK:
                 raise NoLocksError(error.errno, "the file system has no locks", str(self._path)) from None
             raise
@@ -72,9 +76,16 @@ class Lock:
         return os.pread(self._descriptor, _MOST_BYTES, 0).decode(errors="replace")
 
     def write(self, content: str) -> None:
-        """Replace the content of the locked file."""
+        """Replace the content of the locked file; raises PermissionError if only reading it is allowed."""
+        if self.read() == content:
+            return
+        if not self._is_writable:
+            raise self._not_writable()
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, content.encode(), 0)
+
+    def _not_writable(self) -> PermissionError:
+        return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._path))
 
     def __enter__(self) -> Lock:
         return self
@@ -83,3 +94,24 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _opened(path: Path) -> tuple[int, bool]:
+    """Return a descriptor, and whether it can be written to: to lock what another user made, reading is enough."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    if path.is_dir():
+        return os.open(path, os.O_RDONLY | flags), False
+    try:  # without O_CREAT, by which Linux refuses files of others in some folders
+        return os.open(path, os.O_RDWR | flags), True
+    except FileNotFoundError:  # nobody can only read it: 0600, or 0620 by the umask of a group
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o620), True
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | flags), False
+
+
+def _keep_from_strangers(descriptor: int, mode: int) -> None:
+    """Let only those open a lock file of this user that may write to it: the user, and the group if it is trusted."""
+    wanted = 0o660 if mode & stat.S_IWGRP else 0o600
+    if mode != wanted:
+        with contextlib.suppress(OSError):  # the file system keeps no permissions
+            os.fchmod(descriptor, wanted)

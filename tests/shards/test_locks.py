@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import multiprocessing
+import os
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
@@ -84,9 +88,84 @@ def test_a_shared_lock_admits_shared_ones_only(tmp_path: Path) -> None:
             assert lock.take()
 
 
-def test_a_lock_file_is_its_users_only_and_no_link_is_followed(tmp_path: Path) -> None:
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    """Sets the umask, which is as before afterwards."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o600), (0o077, 0o600), (0o002, 0o660), (0o000, 0o660)])
+def test_nobody_can_open_a_lock_file_to_hold_it_who_may_not_write_to_it(
+    mask: int, mode: int, tmp_path: Path, umask: Callable[[int], int]
+) -> None:
+    path = tmp_path / "lock"
+    umask(mask)
+    for older in (None, 0o644 & ~mask | mode & 0o020):
+        if older is not None:
+            path.chmod(older)
+        with Lock(path):
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def _lock_as(user: int, group: int, path: Path, content: str, pipe: Connection) -> None:
+    """Lock and write as a user of one group, say what became of it, and hold the lock until told to end."""
+    os.setgroups([])
+    os.setgid(group)
+    os.setuid(user)
+    os.umask(0o002)
+    try:
+        with Lock(path) as lock:
+            taken, before = lock.take(), lock.read()
+            if taken:
+                lock.write(content)
+            pipe.send(f"{taken} {before}")
+            pipe.recv()
+    except OSError as error:
+        pipe.send(str(error))
+
+
+@contextmanager
+def member(user: int, group: int, path: Path, content: str) -> Iterator[str]:
+    """Have another user hold the lock and write to it; yields what he says."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=_lock_as, args=(user, group, path, content, theirs))
+    process.start()
+    yield ours.recv()
+    ours.send("end")
+    process.join()
+
+
+@pytest.mark.system
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_the_members_of_a_group_share_a_lock_and_strangers_cannot_hold_it() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name, "of the group")
+        folder.mkdir()
+        os.chown(folder, -1, 40_000)
+        folder.chmod(0o2775)
+        Path(name).chmod(0o755)
+        path = folder / "lock"
+        with member(40_001, 40_000, path, "one") as said:
+            assert said == "True "
+            with member(40_002, 40_000, path, "two") as second:
+                assert second == "False one"
+        with member(40_002, 40_000, path, "two") as said:
+            assert said == "True one"
+        with member(40_003, 40_003, path, "three") as said:
+            assert "Permission denied" in said
+        path.chmod(0o644)  # of an older version, with another umask: reading it is enough to lock it
+        with member(40_002, 40_000, path, "two") as said:
+            assert said == "True two"
+        with member(40_002, 40_000, path, "other") as said:
+            assert "Permission denied" in said
+
+
+def test_a_lock_file_is_read_and_written_and_no_link_is_followed(tmp_path: Path) -> None:
     with Lock(tmp_path / "lock") as lock:
-        assert stat.S_IMODE((tmp_path / "lock").stat().st_mode) == 0o600
         lock.write("longer")
         lock.write("12")
         assert lock.read() == (tmp_path / "lock").read_text() == "12"
