@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from enum import IntEnum
 from types import TracebackType
 from typing import Any, ClassVar
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -26,6 +27,25 @@ class RedirectError(ValueError):
     """A redirect that is not followed; the message says why, without the target, which may be signed."""
 
 
+class Reach(IntEnum):
+    """From where a server can be reached, the nearest first."""
+
+    MACHINE = 0
+    """From this machine or link: a loopback or link-local address, or one of this machine's own."""
+    PRIVATE = 1
+    PUBLIC = 2
+
+    @classmethod
+    def of(cls, peer: str, own: str) -> Reach:
+        """Return the reach of the server at the IP address `peer`, connected to from `own`."""
+        address = ipaddress.ip_address(peer.partition("%")[0])
+        if isinstance(address, ipaddress.IPv6Address):
+            address = address.ipv4_mapped or address
+        if peer == own or address.is_loopback or address.is_link_local:
+            return cls.MACHINE
+        return cls.PUBLIC if address.is_global else cls.PRIVATE
+
+
 class Guard:
     """Context manager that ends the connections of a request at a deadline, and refuses those that it must not make.
 
@@ -38,7 +58,7 @@ class Guard:
         self._deadline = time.monotonic() + seconds
         self._least_bytes, self._window_seconds, self._bytes = 0.0, seconds, 0
         self._connections: list[socket.socket] = []
-        self._remote = False
+        self._furthest = Reach.MACHINE
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="deadline of a request", daemon=True)
 
@@ -59,15 +79,16 @@ class Guard:
             self.allow(self._window_seconds)
 
     def admit(self, connection: socket.socket) -> None:
-        """Watch a new connection; raises RedirectError if a remote server sends this machine to itself.
+        """Watch a new connection; raises RedirectError if a server sends this machine to what it may not reach itself.
 
-        Services on the loopback and link-local addresses often trust whoever reaches them. The address of the
+        Services of this machine and of a private network often trust whoever reaches them. The address of the
         connection counts, not its name.
         """
-        if not is_local(connection.getpeername()[0]):
-            self._remote = True
-        elif self._remote:
-            raise RedirectError("it redirects to a service of this machine")
+        reach = Reach.of(connection.getpeername()[0], connection.getsockname()[0])
+        if reach < self._furthest:
+            where = "this machine" if reach == Reach.MACHINE else "a private network, which it is not in"
+            raise RedirectError(f"it redirects to a service of {where}")
+        self._furthest = reach
         self.watch(connection)
 
     def watch(self, connection: socket.socket) -> None:
@@ -99,13 +120,6 @@ class Guard:
         self._thread.join()
         for connection in self._connections:
             connection.close()
-
-
-def is_local(host: str) -> bool:
-    """Return whether an IP address is one of this machine or link: loopback or link-local."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback or (mapped or address).is_link_local
 
 
 class _GuardedConnection(HTTPConnection):

@@ -49,7 +49,7 @@ def unpack(archive: Path, name: str, folder: Path) -> None:
             total = sum(member.file_size for member in members)
             if total > _MOST_EXPANSION * archive.stat().st_size + _FREE_EXPANSION_BYTES:
                 raise ArchiveError(f"it expands to {total:,} bytes, which no archive of photographs does")
-            check_room(folder.parent, total, f"the images of {archive.name} take")
+            check_room(folder.parent, total, f"the images of {name}.zip take")
             folder.mkdir()
             with Progress(total, f"unzip {name}", unit="B") as progress:
                 for member in members:

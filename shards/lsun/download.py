@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from shards.common.errors import UserError
-from shards.common.files import file_sha256, open_plain, sync, sync_directory
+from shards.common.files import NotPlainError, content_sha256, name_of, open_plain, sync, sync_directory
 from shards.common.http import FetchOptions, discard, fetch
 from shards.common.locks import Lock, NoLocksError
 from shards.common.messages import tell
+from shards.common.ownership import Ownership
 from shards.lsun.archive import ArchiveError, unpack
 from shards.lsun.catalog import ADDRESS, ARCHIVES, MOST_TEST_BYTES
 
@@ -45,8 +48,9 @@ def _bring(folder: Path, address: str, keep_zip: bool) -> None:
     if archive == part:
         fetch(address, part, FetchOptions(published.bytes if published else MOST_TEST_BYTES))
     try:
-        _authenticate(archive, folder.name)
-        unpack(archive, folder.name, _temporary(folder))
+        with _opened(archive) as file:  # once: the name may be that of another file by now
+            _authenticate(file, folder.name)
+            unpack(Path(name_of(file)), folder.name, _temporary(folder))
     except ArchiveError as error:
         raise UserError(_damaged(archive, address, error)) from None
     if keep_zip and archive == part:
@@ -57,19 +61,32 @@ def _bring(folder: Path, address: str, keep_zip: bool) -> None:
     sync_directory(folder.parent)
 
 
-def _authenticate(archive: Path, name: str) -> None:
+def _opened(archive: Path) -> BinaryIO:
+    """Open an archive; raises UserError if others can change it after it is checked, ArchiveError if it is no file."""
+    try:
+        file = open_plain(archive)
+    except NotPlainError:
+        raise ArchiveError("it is no plain file") from None
+    if not Ownership.on_disk_of(archive.parent).protects(os.fstat(file.fileno())):
+        file.close()
+        raise UserError(
+            f"{archive} belongs to another user or can be written by others, who could change it after it is checked: "
+            f"make it yours alone (`chmod go-w`, or a copy), or remove it, and the same command downloads it"
+        )
+    return file
+
+
+def _authenticate(archive: BinaryIO, name: str) -> None:
     """Raise ArchiveError if `archive` is not the one that LSUN published; the server's line may be tapped."""
     published = ARCHIVES.get(name)
-    if not archive.is_file():
-        raise ArchiveError("it is no plain file")
     if published is None:
         tell(f"{name}: no checksum of it is published, so only its form is checked")
         return
-    size = archive.stat().st_size
+    size = os.fstat(archive.fileno()).st_size
     if size != published.bytes:
         raise ArchiveError(f"it has {size:,} bytes, LSUN's archive {published.bytes:,}")
     tell(f"{name}: checking its SHA-256")  # minutes for the largest
-    found = file_sha256(archive)
+    found = content_sha256(archive)
     if found != published.sha256:
         raise ArchiveError(f"its SHA-256 is {found}, that of LSUN's archive {published.sha256}")
 

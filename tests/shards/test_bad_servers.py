@@ -18,8 +18,9 @@ import pytest
 
 from shards.common import http_request
 from shards.common.errors import UserError
+from shards.common.files import file_sha256
 from shards.common.http import FetchOptions, fetch
-from shards.common.http_request import RedirectError, _redirected, is_local
+from shards.common.http_request import Reach, RedirectError, _redirected
 from shards.lsun import download as lsun
 from shards.lsun.archive import ArchiveError, unpack
 from shards.lsun.catalog import ARCHIVES, Published, lmdb_names
@@ -228,28 +229,44 @@ def test_other_redirects_are_followed(location: str, target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "local"),
+    ("host", "reach"),
     [
-        *((host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "169.254.169.254", "fe80::1%eth0")),
-        *((host, True) for host in ("::ffff:127.0.0.1", "::ffff:169.254.1.1")),
-        *((host, False) for host in ("10.0.0.1", "192.0.2.1", "2001:db8::1", "::ffff:10.0.0.1")),
+        *((host, Reach.MACHINE) for host in ("127.0.0.1", "127.9.9.9", "::1", "169.254.169.254", "fe80::1%eth0")),
+        *((host, Reach.MACHINE) for host in ("::ffff:127.0.0.1", "::ffff:169.254.1.1", "10.0.0.7", "8.8.8.7")),
+        *((host, Reach.PRIVATE) for host in ("10.0.0.1", "172.16.0.1", "192.168.0.1", "100.64.0.1")),
+        *((host, Reach.PRIVATE) for host in ("fd00::1", "::ffff:10.0.0.1")),
+        *((host, Reach.PUBLIC) for host in ("8.8.8.8", "2606:4700::1", "::ffff:8.8.8.8")),
     ],
 )
-def test_addresses_of_this_machine_and_link(host: str, local: bool) -> None:
-    assert is_local(host) is local
+def test_from_where_a_server_can_be_reached(host: str, reach: Reach) -> None:
+    own = host if host.endswith(".7") else "10.0.0.7"
+    assert Reach.of(host, own) == reach
 
 
-def test_a_remote_server_cannot_send_the_client_to_services_of_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("servers", "reason"),
+    [
+        ((Reach.PUBLIC, Reach.MACHINE), "it redirects to a service of this machine"),
+        ((Reach.PRIVATE, Reach.MACHINE), "it redirects to a service of this machine"),
+        ((Reach.PUBLIC, Reach.PRIVATE), "it redirects to a service of a private network, which it is not in"),
+        ((Reach.MACHINE, Reach.PUBLIC), None),
+        ((Reach.PRIVATE, Reach.PRIVATE), None),
+    ],
+)
+def test_a_server_cannot_send_the_client_to_what_is_nearer_to_it(
+    servers: tuple[Reach, Reach], reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with raw_server(says(OK + b"\r\nsecret")) as inner, raw_server(says(moved(inner.address))) as server:
         fetch(server.address, tmp_path / "x.part", LIMITS)  # both are this machine's
         assert len(inner.requests) == 1
-        answers = iter([False, True])
-        monkeypatch.setattr(http_request, "is_local", lambda _: next(answers))
-        line = refusal(server.address, tmp_path / "y.part")
-    assert "it redirects to a service of this machine" in line
-    assert len(list(filter(None, inner.requests))) == 1  # the second connection was closed before a byte was sent
+        answers = iter(servers)
+        monkeypatch.setattr(Reach, "of", lambda *_: next(answers))
+        if reason is None:
+            fetch(server.address, tmp_path / "y.part", LIMITS)
+        else:
+            assert reason in refusal(server.address, tmp_path / "y.part")
+    seen = 1 if reason else 2  # a connection that is refused is closed before a byte is sent
+    assert len(list(filter(None, inner.requests))) == seen
 
 
 def test_credentials_go_to_the_server_they_were_given_for(tmp_path: Path) -> None:
@@ -338,6 +355,47 @@ def test_a_fifo_in_place_of_a_kept_archive_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "test_lmdb.zip")
     with pytest.raises(UserError, match=r"test_lmdb\.zip cannot be used: it is no plain file"):
         lsun.download("test_lmdb", tmp_path, "http://127.0.0.1:1/")
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o606])
+def test_a_kept_archive_that_others_can_change_is_refused(mode: int, tmp_path: Path) -> None:
+    kept = tmp_path / "test_lmdb.zip"
+    bomb(kept, 0, b"x")
+    kept.chmod(mode)
+    with pytest.raises(
+        UserError, match=rf"{kept} belongs to another user or can be written by others.*chmod go-w"
+    ) as e:
+        lsun.download("test_lmdb", tmp_path, "http://127.0.0.1:1/")
+    assert "\n" not in str(e.value)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [kept.name]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_kept_archive_of_another_user_is_refused(tmp_path: Path) -> None:
+    bomb(tmp_path / "test_lmdb.zip", 0, b"x")
+    os.chown(tmp_path / "test_lmdb.zip", 65534, 65534)
+    with pytest.raises(UserError, match="belongs to another user"):
+        lsun.download("test_lmdb", tmp_path, "http://127.0.0.1:1/")
+
+
+def test_the_archive_that_is_unzipped_is_the_one_that_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, other = tmp_path / "x_lmdb.zip", tmp_path / "other.zip"
+    bomb(kept, 0, b"checked")
+    kept.chmod(0o644)
+    bomb(other, 0, b"another")
+    published = Published(kept.stat().st_size, file_sha256(kept))
+    monkeypatch.setitem(ARCHIVES, "x_lmdb", published)
+    check = lsun._authenticate
+
+    def exchanged(archive: Any, name: str) -> None:
+        check(archive, name)
+        other.replace(kept)
+
+    monkeypatch.setattr(lsun, "_authenticate", exchanged)
+    assert lsun.download("x_lmdb", tmp_path, "http://127.0.0.1:1/")
+    assert (tmp_path / "x_lmdb" / "data.mdb").read_bytes() == b"checked"
 
 
 def bomb(path: Path, members: int, content: bytes) -> None:

@@ -284,7 +284,7 @@ def test_room_is_checked_again_before_unzipping(tmp_path: Path, monkeypatch: pyt
     free = shutil.disk_usage(tmp_path)._replace(free=(1 << 20) - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)
     _, line = refused(tmp_path, Answer(zeros))
-    assert line == (f"no room at {tmp_path}: the images of {NAME}.zip.part take 1,048,576 bytes, 1,048,575 are free")
+    assert line == (f"no room at {tmp_path}: the images of {NAME}.zip take 1,048,576 bytes, 1,048,575 are free")
     assert part(tmp_path).read_bytes() == zeros
 
 
