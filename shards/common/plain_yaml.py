@@ -15,6 +15,8 @@ from shards.common.redaction import remember
 
 _MOST_CHARACTERS = 1 << 16
 """Of a file, and of its content with every alias replaced by what it names; a configuration takes about 2,000."""
+_LOCATIONS = "data"
+"""Key of a configuration under which addresses and commands are, which may have secrets in them."""
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _LONGEST_NUMBER = 40
 """Digits. Without a limit, time and memory for a number can grow with the square of its digits."""
@@ -26,9 +28,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises UserError if it cannot be read, is no plain YAML, or is larger than any configuration.
     """
     try:
-        return parse_yaml(read_named(path, _MOST_CHARACTERS).decode(), str(path))
+        content = parse_yaml(read_named(path, _MOST_CHARACTERS).decode(), str(path))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"cannot read configuration {path}: {error}") from None
+    remember(content.get(_LOCATIONS), from_user=False)
+    return content
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -47,7 +51,6 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{where} must hold a mapping of configuration keys, not {type(content).__name__}")
-    remember(content)
     return content
 
 

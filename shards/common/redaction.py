@@ -3,7 +3,8 @@ r"""Text of any origin as it may be printed and stored: `without_secrets`, and `
 Secrets are known in two ways. By their form: user, password, query and fragment of an address, a command after `pipe:`,
 an authorization header, `password=...`, the tokens of well-known services. And by their value: those in environment
 variables, and those in a command line or a configuration (`remember`), which are masked wherever they turn up, such as
-in an error message of a library.
+in an error message of a library. A configuration may come from others, who must not choose which words of our messages
+are masked: of it only what looks random counts.
 """
 
 from __future__ import annotations
@@ -97,16 +98,19 @@ def public_address(location: str) -> str:
     return without_secrets(re.split(r"[?#]", location, maxsplit=1)[0])
 
 
-def remember(value: object) -> None:
-    """Have the secrets in a word of the command line, or in the strings of a configuration, masked from now on."""
+def remember(value: object, from_user: bool = True) -> None:
+    """Have the secrets in all strings of a value masked from now on; if it is not `from_user`, those that look random.
+
+    The user's are the words of the command line, not the content of a file.
+    """
     if isinstance(value, str):
-        _remembered.update(_secrets_in(value))
+        _remembered.update(secret for secret in _secrets_in(value) if from_user or _looks_random(secret))
     elif isinstance(value, Mapping):
         for item in value.values():
-            remember(item)
+            remember(item, from_user)
     elif isinstance(value, list | tuple):
         for item in value:
-            remember(item)
+            remember(item, from_user)
 
 
 def _secrets_in(text: str) -> Iterator[str]:
@@ -144,9 +148,15 @@ def _of_command(command: str) -> Iterator[str]:
         yield from (word for word in (match[1], match[1].partition(":")[2]) if len(word) >= _SHORTEST)
     for word in re.split(r"[\s'\"=:,;|&<>()@]+", command):
         is_path = re.fullmatch(r"[-/.~].*|.*\{\}.*", word)
-        is_mixed = len(word) >= 8 and all(re.search(kind, word) for kind in (r"\d", "[a-z]", "[A-Z]"))
-        if not is_path and (is_mixed or (len(word) >= _SHORTEST_UNNAMED and re.search(r"\d", word))):
+        if not is_path and _looks_random(word):
             yield word
+
+
+def _looks_random(word: str) -> bool:
+    """Return whether a word is none of a language: letters of both cases and digits, or long and with a digit."""
+    is_mixed = len(word) >= 8 and all(re.search(kind, word) for kind in (r"\d", "[a-z]", "[A-Z]"))
+    is_long = len(word) >= _SHORTEST_UNNAMED and re.search(r"\d", word) is not None
+    return (is_mixed or is_long) and re.search(r"\s", word) is None
 
 
 def _of_environment() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 
@@ -11,6 +12,7 @@ from shards.common import redaction, streams
 from shards.common.command_line import run
 from shards.common.errors import OneRankError, UserError
 from shards.common.messages import say, tell, warn
+from shards.common.plain_yaml import read_yaml
 from shards.common.redaction import one_line, printable, remember, without_secrets
 
 SECRET = "S3nt1nel-w0rd"
@@ -80,6 +82,37 @@ def test_what_is_no_secret_stays(text: str) -> None:
 def test_what_was_given_as_a_secret_is_known_by_its_value(given: object, message: str, shown: str) -> None:
     remember(given)
     assert without_secrets(message) == shown
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"name": f"a://u:{SECRET}@h"}, f"warning: {SECRET}"),  # no location of data
+        ({"data": {"path": "a://u:warning:@h"}}, "warning: the disk is full"),
+        ({"data": {"path": "a://u:step-00000005@h"}}, "remove step-00000005"),
+        ({"data": {"path": "a://h?sig=SHA-256"}}, "its SHA-256 is 0"),
+        ({"data": {"path": "a://u:its SHA-256 is of another archive@h"}}, "its SHA-256 is of another archive"),
+        ({"data": {"path": "pipe:W&B is turned off since step 1"}}, "W&B is turned off since step 1"),
+        ({"data": {"path": "pipe:curl --user warning:warning {}"}}, "warning: x"),
+    ],
+)
+def test_a_configuration_of_others_masks_no_word_of_its_choice(
+    content: object, message: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
+    file.write_text(json.dumps(content))
+    assert read_yaml(file) == content
+    assert without_secrets(message) == message
+
+
+@pytest.mark.parametrize(
+    "path", [f"https://h/d?sig={SECRET}", f"https://me:{SECRET}@h", f"pipe:get --as {SECRET} {{}}"]
+)
+def test_a_secret_in_a_configuration_is_known_by_its_value(path: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
+    file.write_text(json.dumps({"data": {"path": path}}))
+    read_yaml(file)
+    assert without_secrets(f"refused: {SECRET}") == "refused: ***"
 
 
 def test_secrets_of_the_environment_are_known_by_their_value(monkeypatch: pytest.MonkeyPatch) -> None:
