@@ -32,12 +32,13 @@ class Lock:
         hold its lock for ever, too. Raises OSError for a link, a FIFO or a device.
         """
         self._path, self._taken = path, False
-        self._descriptor, self._is_writable = _opened(path)
+        self._descriptor, self._is_read_only = _opened(path)
         status = os.fstat(self._descriptor)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             os.close(self._descriptor)
             raise NotPlainError(errno.EINVAL, "not a plain file", str(path))
-        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+        is_own = status.st_uid == os.geteuid() and status.st_nlink == 1  # and no other file that was linked here
+        if stat.S_ISREG(status.st_mode) and is_own:
             _keep_from_strangers(self._descriptor, stat.S_IMODE(status.st_mode))
 
     def take(self, *, shared: bool = False) -> bool:
@@ -51,7 +52,9 @@ class Lock:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno == errno.EBADF and not self._is_writable and not shared:  # NFS
+            if (
+                error.errno == errno.EBADF and self._is_read_only
+            ):  # on NFS an exclusive lock needs a file that can be written
                 raise self._not_writable() from None
             if is_unsupported(error) or error.errno == errno.ENOLCK:
                 raise NoLocksError(error.errno, "the file system has no locks", str(self._path)) from None
@@ -79,7 +82,7 @@ class Lock:
         """Replace the content of the locked file; raises PermissionError if only reading it is allowed."""
         if self.read() == content:
             return
-        if not self._is_writable:
+        if self._is_read_only:
             raise self._not_writable()
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, content.encode(), 0)
@@ -97,16 +100,16 @@ class Lock:
 
 
 def _opened(path: Path) -> tuple[int, bool]:
-    """Return a descriptor, and whether it can be written to: to lock what another user made, reading is enough."""
+    """Return a descriptor, and whether this is a file that may only be read, which is enough to lock it."""
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     if path.is_dir():
         return os.open(path, os.O_RDONLY | flags), False
     try:  # without O_CREAT, by which Linux refuses files of others in some folders
-        return os.open(path, os.O_RDWR | flags), True
+        return os.open(path, os.O_RDWR | flags), False
     except FileNotFoundError:  # nobody can only read it: 0600, or 0620 by the umask of a group
-        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o620), True
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o620), False
     except PermissionError:
-        return os.open(path, os.O_RDONLY | flags), False
+        return os.open(path, os.O_RDONLY | flags), True
 
 
 def _keep_from_strangers(descriptor: int, mode: int) -> None:

@@ -139,6 +139,40 @@ def member(user: int, group: int, path: Path, content: str) -> Iterator[str]:
     process.join()
 
 
+def test_a_lock_file_that_may_only_be_read_is_not_taken_for_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS refuses an exclusive lock on it; a conversion goes on if there are no locks."""
+    (tmp_path / "lock").write_text("1")
+    opened = os.open
+
+    def refused(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "refused", str(path))
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refused)
+    with Lock(tmp_path / "lock") as lock:
+        assert lock.take()
+        lock.write("1")
+        with pytest.raises(PermissionError, match="lock"):
+            lock.write("2")
+    with Lock(tmp_path / "lock") as lock:
+        monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.EBADF, "refused")))
+        with pytest.raises(PermissionError, match="lock"):
+            lock.take()
+    with Lock(tmp_path) as lock, pytest.raises(NoLocksError):
+        lock.take()
+
+
+def test_another_file_that_is_linked_as_a_lock_keeps_its_permissions(tmp_path: Path) -> None:
+    (tmp_path / "other").touch(0o644)
+    (tmp_path / "lock").hardlink_to(tmp_path / "other")
+    mode = (tmp_path / "other").stat().st_mode
+    with Lock(tmp_path / "lock"):
+        assert (tmp_path / "other").stat().st_mode == mode
+
+
 @pytest.mark.system
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_the_members_of_a_group_share_a_lock_and_strangers_cannot_hold_it() -> None:
