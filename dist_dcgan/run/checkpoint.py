@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +33,11 @@ from shards.common.files import (
     content_sha256,
     file_sha256,
     name_of,
-    open_folder,
     open_plain,
+    opened_folder,
     publish,
     read_plain,
-    sync,
+    sync_directory,
 )
 from shards.common.messages import say, warn
 from shards.common.streams import output_is_optional
@@ -73,40 +73,40 @@ def save_checkpoint(
     It gets its name only after it is complete, on disk and read back. If it cannot be written, raises UserError and
     removes partial files; what cannot be removed afterwards is a warning, and the next call tries again.
     """
-    final = directory / f"step-{values['step']:08d}"
-    temporary = final.with_name(f"{final.name}.{secrets.token_hex(8)}.tmp")  # a new folder, not one that is there
-    damaged = final.with_name(final.name + ".damaged.tmp")
+    name = f"step-{values['step']:08d}"
     try:
         with suppress(FileExistsError):
             directory.mkdir(parents=True)
-        with _opened(directory) as folder:
-            outdated = _outdated({*list_checkpoints(directory), final}, final, retention)
-            for left in directory.glob("step-*.tmp"):  # of a killed process
-                _remove(left)
-            temporary.mkdir()
-            _write(temporary, tensors, values)
-            if os.path.lexists(final):  # damaged, else this process would have resumed from it
-                os.rename(final.name, damaged.name, src_dir_fd=folder, dst_dir_fd=folder)
-            os.rename(temporary.name, final.name, src_dir_fd=folder, dst_dir_fd=folder)
-            sync(folder)
+        with opened_folder(directory) as folder:
+            outdated = _outdated({*list_checkpoints(folder), folder / name}, folder / name, retention)
+            for left in folder.glob("step-*.tmp"):  # of a killed process
+                _remove(left, directory)
+            damaged = _publish(folder / name, tensors, values)
+            for old in (damaged, *outdated):
+                _remove(old, directory)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"checkpoint {final} cannot be written: {error.strerror or error}: mend that, and the same command goes on "
-            "from the newest one"
+            f"checkpoint {directory / name} cannot be written: {error.strerror or error}: mend that, and the same "
+            "command goes on from the newest one"
         ) from None
-    for old in (damaged, *outdated):
-        _remove(old)
-    return final
+    return directory / name
 
 
-@contextmanager
-def _opened(directory: Path) -> Iterator[int]:
-    folder = open_folder(directory)
+def _publish(final: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
+    """Write a checkpoint, and return what a damaged one of its name, if there was one, is called now."""
+    temporary = final.with_name(f"{final.name}.{secrets.token_hex(8)}.tmp")  # a new folder, not one that is there
+    damaged = final.with_name(final.name + ".damaged.tmp")
     try:
-        yield folder
-    finally:
-        os.close(folder)
+        temporary.mkdir()
+        _write(temporary, tensors, values)
+        if os.path.lexists(final):  # damaged, else this process would have resumed from it
+            final.rename(damaged)
+        temporary.rename(final)
+        sync_directory(final.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return damaged
 
 
 def _outdated(found: set[Path], newest: Path, retention: Retention) -> list[Path]:
@@ -119,10 +119,10 @@ def _outdated(found: set[Path], newest: Path, retention: Retention) -> list[Path
     ]
 
 
-def _remove(path: Path) -> bool:
+def _remove(path: Path, directory: Path) -> bool:
     """Remove a folder, if it exists; if that fails, as while another machine reads it over NFS, warn, return False.
 
-    Of a link only the link is removed.
+    Of a link only the link is removed. `directory` is what the user calls the folder of `path`.
     """
     try:
         if path.is_dir() and not path.is_symlink():
@@ -131,7 +131,7 @@ def _remove(path: Path) -> bool:
             path.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        warn(f"{path} cannot be removed now: {reason}")
+        warn(f"{directory / path.name} cannot be removed now: {reason}")
         return False
     return True
 
@@ -270,15 +270,28 @@ def _verify(options: _Folder, found: list[Path]) -> None:
 def _prune(options: _Prune, found: list[Path]) -> None:
     """Remove all except the newest sound ones."""
     output_is_optional()
-    with locked(options.run_dir):
-        kept = _inspect(options, found)[-options.keep :]
+    directory = found[0].parent
+    with locked(options.run_dir), _opened(directory) as folder:
+        kept = _inspect(options, [folder / path.name for path in found])[-options.keep :]
         if not kept:
             raise UserError(f"none of the checkpoints of {options.run_dir} is sound: nothing is removed")
-        removed = {path: _remove(path) for path in found if path not in kept}
-        for path in removed:
-            say(f"{path.name}: {'removed' if removed[path] else 'left'}")
+        removed = {
+            path.name: _remove(folder / path.name, directory) for path in found if folder / path.name not in kept
+        }
+        for name in removed:
+            say(f"{name}: {'removed' if removed[name] else 'left'}")
         if not all(removed.values()):
             raise UserError(f"checkpoints of {options.run_dir} are left: end what reads them, and prune again")
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[Path]:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(opened_folder(directory))
+        except OSError as error:
+            raise UserError(f"{directory} cannot be used: {error.strerror or error}") from None
+        yield folder
 
 
 if __name__ == "__main__":

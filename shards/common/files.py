@@ -89,14 +89,15 @@ def final_name(name: str) -> str:
 def remove_leftovers(folder: Path, ours: Callable[[str], object], seconds: float = 0.0) -> None:
     """Remove temporary files of killed processes that are older than `seconds`, if `ours` is true of the final name.
 
-    Call it while nobody else writes such files, as under a lock. What cannot be removed stays.
+    Call it while nobody else writes such files, as under a lock. What cannot be removed stays; raises OSError, as
+    `open_folder` does, if the folder exists.
     """
-    with suppress(FileNotFoundError):
-        for name in os.listdir(folder):
+    with suppress(FileNotFoundError), opened_folder(folder) as opened:
+        for name in os.listdir(opened):
             if name != final_name(name) and ours(final_name(name)):
                 with suppress(OSError):
-                    if time.time() - os.lstat(folder / name).st_mtime >= seconds:
-                        os.unlink(folder / name)
+                    if time.time() - os.lstat(opened / name).st_mtime >= seconds:
+                        os.unlink(opened / name)
 
 
 class ForeignLinkError(OSError):
@@ -123,6 +124,16 @@ def open_folder(path: Path) -> int:
         os.close(folder)
         raise ForeignLinkError(errno.ELOOP, "a link that changes", str(path))
     return folder
+
+
+@contextmanager
+def opened_folder(path: Path) -> Iterator[Path]:
+    """Open a folder as `open_folder` does, and yield a path of it that stays, whatever `path` leads to by then."""
+    folder = open_folder(path)
+    try:
+        yield Path(f"/dev/fd/{folder}")
+    finally:
+        os.close(folder)
 
 
 def require_own_folder(path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from dist_dcgan import sample, train
 from dist_dcgan.loggers.jsonl import JsonlLogger
 from dist_dcgan.loggers.wandb_process import picture_times
+from dist_dcgan.run import checkpoint
 from dist_dcgan.run.checkpoint import Retention, load_newest, save_checkpoint
 from dist_dcgan.run.directory import RunDirectory, locked, record_stopped, require_fitting
 from dist_dcgan.run.export import load_generator
@@ -383,3 +384,73 @@ def test_a_cache_of_the_compiler_that_others_may_have_made_is_refused(
     with pytest.raises(UserError, match=r"name a folder of your own with TORCHINDUCTOR_CACHE_DIR$"):
         use_own_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == ""
+
+
+def exchange(path: Path, other: Path) -> None:
+    """What the owner of a folder can do at any time to what is in it."""
+    path.rename(path.with_name("moved"))
+    path.symlink_to(other)
+
+
+def test_checkpoints_of_another_run_stay_though_the_folder_becomes_a_link_to_them_during_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, mine = tmp_path / "theirs" / "checkpoints", tmp_path / "mine"
+    for folder in (theirs, mine):
+        save_one(folder, 1)
+        (folder / "step-00000002").mkdir()  # damaged
+    before = contents(mine)
+
+    def late(*arguments: Any) -> None:
+        write(*arguments)
+        exchange(theirs, mine)
+
+    write = checkpoint._write
+    monkeypatch.setattr(checkpoint, "_write", late)
+    save_one(theirs, 2)
+    assert (contents(mine), names(mine)) == (before, ["step-00000001", "step-00000002"])
+    assert names(theirs.with_name("moved")) == ["step-00000002"]
+    assert load_newest(theirs.with_name("moved")).values["step"] == 2  # type: ignore[union-attr]
+
+
+def test_a_failed_save_removes_its_parts_though_the_folder_becomes_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, mine = tmp_path / "theirs", tmp_path / "mine"
+
+    def fail(folder: Path, *_: object) -> None:
+        (mine / folder.name).mkdir(parents=True)
+        exchange(theirs, mine)
+        raise OSError("full")
+
+    monkeypatch.setattr(checkpoint, "_write", fail)
+    with pytest.raises(UserError, match="cannot be written: full"):
+        save_one(theirs, 2)
+    assert len(names(mine)) == 1 and names(tmp_path / "moved") == []
+
+
+def test_prune_removes_nothing_through_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, mine = tmp_path / "theirs" / "checkpoints", tmp_path / "mine"
+    for step in (1, 2):
+        save_checkpoint(mine, {"a": torch.tensor(step)}, {"step": step}, Retention(2))
+    shutil.copytree(mine, theirs)
+    before = contents(mine)
+
+    def late(*arguments: Any) -> list[Path]:
+        try:
+            return inspect(*arguments)
+        finally:
+            exchange(theirs, mine)
+
+    inspect = checkpoint._inspect
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_inspect", late)
+        checkpoint.main(["prune", str(theirs.parent)])
+    assert capsys.readouterr().out.endswith("step-00000001: removed\n")
+    assert (contents(mine), names(theirs.with_name("moved"))) == (before, ["step-00000002"])
+    theirs.unlink()
+    foreign_link(theirs, mine, monkeypatch)
+    assert refusal(checkpoint.main, "prune", theirs.parent).startswith(f"{theirs} cannot be used: a link of another")
+    assert contents(mine) == before

@@ -118,6 +118,28 @@ def test_leftovers_are_removed_by_their_final_names_and_age(tmp_path: Path) -> N
     )
 
 
+def test_leftovers_are_not_removed_through_a_link_that_takes_the_place_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for path in (folder, other):
+        path.mkdir()
+        (path / "name.tmp").write_bytes(b"this user's own")
+
+    def late(name: str) -> bool:
+        folder.rename(tmp_path / "moved")
+        folder.symlink_to(other)
+        return name == "name"
+
+    remove_leftovers(folder, late)
+    assert (contents(tmp_path / "moved"), contents(other)) == ({}, {"name.tmp": b"this user's own"})
+    folder.unlink()
+    link = foreign_link(folder, other, monkeypatch)
+    with pytest.raises(ForeignLinkError):
+        remove_leftovers(link, "name".__eq__)
+    assert contents(other) == {"name.tmp": b"this user's own"}
+
+
 def test_a_folder_to_write_to_may_be_ones_own_link_but_not_anothers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
