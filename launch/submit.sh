@@ -31,7 +31,13 @@ done
 launch=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 quoted() { local escaped=${1//\'/\'\\\'\'} && printf "'%s'" "$escaped"; } # for sh, which does not know all of %q
 
-python "$launch/run_module.py" dist_dcgan.run.directory ${training[@]+"${training[@]}"} >/dev/null # reports invalid arguments before the conversion
+# Reports invalid arguments, and a run directory of somebody else, before the conversion.
+python "$launch/run_module.py" dist_dcgan.run.directory --data "$data" --run-dir "$run_dir" ${training[@]+"${training[@]}"} >/dev/null
+scores=$run_dir/evaluation.txt # SLURM appends to it, also through a link
+if [ -L "$scores" ] || { [ -e "$scores" ] && [ ! -f "$scores" ]; }; then
+  echo "error: $scores, to which scores are appended, is a link or no plain file: remove it" >&2
+  exit 2
+fi
 
 # Submits a job and sets `job` to its number; $1 is the name shown in its place with --dry-run.
 submit() {
@@ -64,5 +70,5 @@ fi
 submit train ${after[@]+"${after[@]}"} ${TRAIN:-} "$launch/train.sbatch" --data "$data" --run-dir "$run_dir" \
   ${training[@]+"${training[@]}"}
 # shellcheck disable=SC2086
-submit evaluate --dependency="afterok:$job" --output="$run_dir/evaluation.txt" ${EVALUATE:-} \
+submit evaluate --dependency="afterok:$job" --output="$scores" ${EVALUATE:-} \
   "$launch/evaluate.sbatch" "$run_dir" --data "$data" ${scoring[@]+"${scoring[@]}"}

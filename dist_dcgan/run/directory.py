@@ -1,6 +1,7 @@
 """The folder of a run: its files, its lock, and whether a configuration may continue in it.
 
-python -m dist_dcgan.run.directory FLAGS OF TRAINING: print its path, for launchers.
+python -m dist_dcgan.run.directory FLAGS OF TRAINING         for launchers: prints its path, if they may write in it
+python -m dist_dcgan.run.directory logs FLAGS OF TRAINING    the same, after making its folder of logs
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import re
 import socket
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -136,15 +138,42 @@ def _require_safe(run: RunDirectory) -> None:
     """
     if os.path.lexists(run.metrics) and (run.metrics.is_symlink() or not run.metrics.is_file()):
         raise UserError(f"{run.metrics}, to which rows are appended, is a link or no plain file: remove it")
-    try:
-        for folder in (run.path, *run.folders):
-            require_own_folder(folder)
-    except ForeignLinkError as error:
-        raise UserError(f"{error.filename} is {error.strerror}") from None
+    _require_own_links(run.path, *run.folders)
     for folder in run.folders:
         other = RunDirectory(Path(os.path.realpath(folder)).parent)
         if other.path != Path(os.path.realpath(run.path)) and other.config.exists():
             raise UserError(f"{folder} leads into another run, {other.path}: remove the link")
+
+
+def _require_own_links(*folders: Path) -> None:
+    try:
+        for folder in folders:
+            require_own_folder(folder)
+    except ForeignLinkError as error:
+        raise UserError(f"{error.filename} is {error.strerror}") from None
+
+
+def _require_own_logs(run: RunDirectory) -> None:
+    """Raise UserError if others could exchange folders below which launchers write, as they follow links.
+
+    Root, and a group to which the user lets the folders be written, are trusted.
+    """
+    logs = run.path / LOGS
+    _require_own_links(run.path, logs)
+    for folder in filter(Path.exists, (run.path, logs)):
+        status = folder.stat()
+        if status.st_uid not in (os.geteuid(), 0):
+            raise UserError(
+                f"{folder} belongs to another user, who could lead the job's output away: copy the run with "
+                "cp -r, and name the copy with --run-dir"
+            )
+        if status.st_mode & stat.S_IWOTH:
+            raise UserError(
+                f"{folder} can be written by all users, who could lead the job's output elsewhere: chmod o-w"
+            )
+    for parent in {parent for folder in (run.path, logs) for parent in Path(os.path.realpath(folder)).parents}:
+        if parent.exists() and parent.stat().st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+            raise UserError(f"{parent} can be written by all users, who could exchange {run.path}: chmod o-w, or +t")
 
 
 def require_unclaimed(run: RunDirectory) -> None:
@@ -243,9 +272,16 @@ def _require_equal(what: str, stored: Config, config: Config) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Print the run directory of the given flags of training, byte for byte, as launchers use it."""
-    path = os.fsencode(from_command_line(argv)[0].run_dir)
+    makes_logs = argv[:1] == [LOGS]
+    run = RunDirectory(from_command_line(argv[makes_logs:])[0].run_dir)
+    path = os.fsencode(run.path)
     if min(path) < ord(" "):
-        raise UserError(f"run directory {os.fsdecode(path)} has a control character in it: name another with --run-dir")
+        raise UserError(f"run directory {run.path} has a control character in it: name another with --run-dir")
+    with _errors(run.path):
+        _require_own_logs(run)
+        if makes_logs:
+            (run.path / LOGS).mkdir(parents=True, exist_ok=True)
+            _require_own_logs(run)  # others may have made them since
     sys.stdout.buffer.write(path + b"\n")
 
 

@@ -13,6 +13,11 @@ NOBODY = 65534
 def foreign_link(path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a link of another user: root can give it away, others can be taken for somebody else."""
     path.symlink_to(target)
+    return foreign(path, monkeypatch)
+
+
+def foreign(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make what is at `path` another user's: root can give it away, others can be taken for somebody else."""
     if os.geteuid() == 0:
         os.lchown(path, NOBODY, NOBODY)
     else:
