@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_dcgan.run.directory import locked
-from dist_dcgan.run.tensor_file import serialised
+from dist_dcgan.run.tensor_file import require_size, serialised
 from shards.common.command_line import Options, build, nearest, parse_flags, run
 from shards.common.errors import UserError
 from shards.common.files import (
@@ -45,6 +45,8 @@ from shards.common.streams import output_is_optional
 FORMAT_VERSION = 3
 _TENSORS = "tensors.safetensors"
 _VALUES = "values.json"
+_MOST_VALUES_BYTES = 1 << 24
+_MOST_TENSORS_BYTES = 1 << 36
 _UNSOUND = (OSError, AttributeError, KeyError, TypeError, RecursionError, MemoryError, OverflowError, SafetensorError)
 """Exceptions by which files that are no checkpoint of this program's make themselves known, beside ValueError."""
 _NAME = re.compile(r"step-([0-9]{8,18})")
@@ -153,10 +155,10 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any
         raise OSError("what was written is not what is read")
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Return the checkpoint at `path`; raises ValueError with the reason if it is not sound."""
+def load_checkpoint(path: Path, most_bytes: int = _MOST_TENSORS_BYTES) -> Checkpoint:
+    """Return the checkpoint at `path`; raises ValueError with the reason if it is not sound, or larger."""
     try:
-        content = json.loads(read_plain(path / _VALUES))
+        content = json.loads(read_plain(path / _VALUES, _MOST_VALUES_BYTES))
         if content.pop("sha256", None) != _json_sha256(content):
             raise ValueError(f"{_VALUES} does not match its checksum")
         if content["format_version"] != FORMAT_VERSION:
@@ -164,28 +166,30 @@ def load_checkpoint(path: Path) -> Checkpoint:
         values = content["values"]
         if not (isinstance(values, dict) and isinstance(values["step"], int)):
             raise ValueError(f"{_VALUES} has no step")
-        return Checkpoint(_read_tensors(path / _TENSORS, content["tensors_sha256"]), values)
+        return Checkpoint(_read_tensors(path / _TENSORS, content["tensors_sha256"], most_bytes), values)
     except _UNSOUND as error:
         raise ValueError(f"incomplete or foreign: {error!r}") from None
 
 
-def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; raises ValueError if it does not match its checksum."""
+def _read_tensors(path: Path, sha256: str, most_bytes: int) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; raises ValueError if it does not match its checksum, or is larger."""
     with open_plain(path) as file:
+        require_size(file, most_bytes)
         if content_sha256(file) != sha256:
             raise ValueError(f"{_TENSORS} does not match its checksum")
         return load_file(name_of(file))
 
 
-def load_newest(directory: Path) -> Checkpoint | None:
+def load_newest(directory: Path, most_bytes: int = _MOST_TENSORS_BYTES) -> Checkpoint | None:
     """Return the newest sound checkpoint in `directory`, None if there are no checkpoints.
 
-    Warns of each damaged one that it skips; raises UserError if none is sound, so that a run does not begin again.
+    Warns of each damaged or larger one that it skips; raises UserError if none is sound, so that a run does not begin
+    again.
     """
     found = list_checkpoints(directory)
     for path in reversed(found):
         try:
-            return load_checkpoint(path)
+            return load_checkpoint(path, most_bytes)
         except ValueError as error:
             warn(f"checkpoint {path} is passed over: {error}")
     if found:

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from dist_dcgan.config import Config, ModelOptions
 from dist_dcgan.models.networks import Generator
+from dist_dcgan.run.tensor_file import require_size
 from shards.common.command_line import build
 from shards.common.errors import UserError
 from shards.common.files import atomic_file, content_sha256, name_of, open_plain, read_plain, sync
 
+_MOST_DESCRIPTION_BYTES = 1 << 20
+_MOST_WEIGHTS_BYTES = 1 << 33
 _UNUSABLE = (UserError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError, SafetensorError)
 """Exceptions for files that are no export: from reading them, and from a generator of other sizes."""
 
@@ -81,11 +84,15 @@ def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"no exported generator at {path}: it is written at the end of a run and when it is stopped")
     try:
-        description = build(_Description, dict(json.loads(read_plain(path.with_suffix(".json")))))
+        content = read_plain(path.with_suffix(".json"), _MOST_DESCRIPTION_BYTES)
+        description = build(_Description, dict(json.loads(content)))
         with open_plain(path) as file:
+            require_size(file, _MOST_WEIGHTS_BYTES)
+            _require_shapes(description.architecture, name_of(file))
             if description.sha256 != content_sha256(file):
                 raise ValueError("the weights do not match their checksum")
-            generator = _build(description.architecture, name_of(file))
+            generator = Generator(**description.architecture.model_dump())
+            generator.load_state_dict(load_file(name_of(file)))
         if not is_finite(generator):
             raise ValueError("its weights are not finite")
     except _UNUSABLE as error:
@@ -93,17 +100,14 @@ def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return generator.eval().requires_grad_(False), description.model_dump()
 
 
-def _build(architecture: _Architecture, weights: str) -> Generator:
-    """Return the generator with the weights in the file of that name, compared before memory is taken for either."""
+def _require_shapes(architecture: _Architecture, weights: str) -> None:
+    """Raise ValueError unless a file holds the weights of a generator, before memory or time is taken for either."""
     with torch.device("meta"):
         expected = Generator(**architecture.model_dump()).state_dict()
     with safe_open(weights, "pt") as file:
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
     if found != {name: list(tensor.shape) for name, tensor in expected.items()}:
         raise ValueError("the weights are not of the architecture that it describes")
-    generator = Generator(**architecture.model_dump())
-    generator.load_state_dict(load_file(weights))
-    return generator
 
 
 def is_finite(network: nn.Module) -> bool:

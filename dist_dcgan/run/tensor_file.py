@@ -7,7 +7,9 @@ which would stop training. Here each part is small, and writing or hashing it re
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ _DTYPES = {
 """Names of the types, in the order of their tensors in the format: larger elements first."""
 _ALIGNMENT = 8  # of the first tensor's bytes
 _PART = 1 << 20
+_MOST_HEADER_BYTES = 1 << 24
 
 
 def serialised(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -53,3 +56,25 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def require_size(file: BinaryIO, most_bytes: int) -> None:
+    """Raise ValueError unless the size of a file that may come from anybody is what its header says, and no more.
+
+    Terabytes of zeros take no room on a disk, and days to read. The file is read from its beginning afterwards.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size > most_bytes:
+        raise ValueError(f"{size:,} bytes of tensors, more than {most_bytes:,}")
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size, _MOST_HEADER_BYTES):
+        raise ValueError(f"no safetensors file: a header of {length:,} bytes")
+    try:
+        tensors = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (AttributeError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"no safetensors file: {error!r}") from None
+    if size != expected:
+        raise ValueError(f"{size:,} bytes, {expected:,} by the header")
+    file.seek(0)

@@ -115,7 +115,8 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
     """
 
     def read() -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        found = load_newest(run.checkpoints)
+        size = sum(tensor.nbytes for tensor in state.tensors().values())
+        found = load_newest(run.checkpoints, 2 * size + (1 << 20))  # it may come from anybody
         with foreign_content(run):
             wandb_run = resolve_wandb(state.config, None if found is None else found.values["wandb_run_id"])
             if found is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from dist_dcgan.run.directory import RunDirectory, locked, record_stopped, requi
 from dist_dcgan.run.export import load_generator
 from dist_dcgan.training.compile_cache import use_own_cache
 from shards.common.errors import UserError
+from shards.common.files import content_sha256
 from tests.run.test_disks import command, finished, names, run_dir
 from tests.run.test_disks import save as save_one
 from tests.support.hostile import foreign_link, secret
@@ -242,9 +244,79 @@ def test_older_checkpoints_are_tried_whatever_the_newest_holds(
 def test_a_description_without_end_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (1, 2):
         save_checkpoint(tmp_path, {"a": torch.tensor(step)}, {"step": step}, Retention(2))
-    os.truncate(tmp_path / "step-00000002" / "values.json", 1 << 40)
+    os.truncate(tmp_path / "step-00000002" / "values.json", 17 << 20)
     assert load_newest(tmp_path).values["step"] == 1  # type: ignore[union-attr]
-    assert "larger than 268,435,456 bytes" in capsys.readouterr().err
+    assert "larger than 16,777,216 bytes" in capsys.readouterr().err
+
+
+def stretch(path: Path, size: int) -> None:
+    """Have the header of a safetensors file say that a tensor of zeros, which take no room, fills it to `size`."""
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: os.truncate(path, 1 << 43), "8,796,093,022,208 bytes of tensors, more than 68,719,476,736"),
+        (lambda path: os.truncate(path, 1 << 35), r"34,359,738,368 bytes, \d\d by the header"),
+        (lambda path: stretch(path, 1 << 40), "more than 68,719,476,736"),
+        (lambda path: path.write_bytes(b"\xff" * 100), "a header of 18,446,744,073,709,551,615 bytes"),
+        (lambda path: path.write_bytes(b"\x02" + b"\0" * 7 + b"[]"), "no safetensors file: AttributeError"),
+        (lambda path: path.write_bytes(b"\x08" + b"\0" * 7 + b'{"a":{}}'), "no safetensors file: KeyError"),
+        (lambda path: path.write_bytes(b"\x02"), "a header of 2 bytes"),
+        (lambda path: path.write_bytes(b""), "0 bytes|no safetensors|Expecting value"),
+    ],
+)
+def test_tensors_without_end_are_not_read(
+    change: Callable[[Path], object],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"a": torch.tensor(step)}, {"step": step}, Retention(2))
+    change(tmp_path / "step-00000002" / "tensors.safetensors")
+    monkeypatch.setattr(
+        checkpoint, "content_sha256", lambda file: content_sha256(file) if "1/" in path_of(file) else never()
+    )
+    assert load_newest(tmp_path).values["step"] == 1  # type: ignore[union-attr]
+    assert re.search(message, capsys.readouterr().err)
+
+
+def path_of(file: BinaryIO) -> str:
+    return os.readlink(f"/proc/self/fd/{file.fileno()}")
+
+
+def never(*_: object) -> NoReturn:
+    pytest.fail("it is read")
+
+
+def test_a_run_reads_no_more_than_its_state_may_take(
+    demo_shards: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stretch(run_dir / "checkpoints" / "step-00000002" / "tensors.safetensors", 1 << 30)
+    monkeypatch.setattr(checkpoint, "content_sha256", never)
+    message = refusal(train.main, *command(demo_shards, run_dir, 4))
+    assert message.startswith(f"none of the 1 checkpoints in {run_dir}/checkpoints is sound")
+    assert re.search(r"passed over: 1,073,741,\d+ bytes of tensors, more than \d,\d+,\d+\n", capsys.readouterr().err)
+
+
+def test_a_generator_without_end_is_not_read(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = run_dir / "generator_ema.safetensors"
+    size = path.stat().st_size
+    monkeypatch.setattr("dist_dcgan.run.export.content_sha256", never)
+    for change, message in (
+        (lambda: os.truncate(path, 1 << 32), f"4,294,967,296 bytes, {size:,} by the header"),
+        (lambda: os.truncate(path, 1 << 43), "8,796,093,022,208 bytes of tensors, more than 8,589,934,592"),
+        (lambda: stretch(path, 1 << 32), "the weights are not of the architecture that it describes"),
+        (lambda: os.truncate(path.with_suffix(".json"), 1 << 21), "larger than 1,048,576 bytes"),
+    ):
+        change()
+        with pytest.raises(UserError, match=message):
+            load_generator(path)
 
 
 @pytest.mark.parametrize(
