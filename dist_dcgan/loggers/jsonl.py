@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from dist_dcgan.loggers.base import Logger, Row
-from shards.common.files import open_in_place, publish
+from shards.common.files import atomic_file, open_in_place
 from shards.common.messages import warn
+
+MOST_BYTES = 1 << 32
+"""Largest log that is read."""
+_MOST_LINE_BYTES = 1 << 20
 
 
 class JsonlLogger(Logger):
@@ -78,15 +83,33 @@ class JsonlLogger(Logger):
 
 
 def _cut(path: Path, step: int) -> int:
-    """Remove the rows after `step` from a log, and return its size; it needs no room unless a line is incomplete."""
+    """Remove the rows after `step` from a log, and return its size; it needs no room unless a line is incomplete.
+
+    The log may come from anybody: it takes the memory of a line, and the time to read `MOST_BYTES`. Raises OSError.
+    """
     with open_in_place(path) as file:
-        lines = file.read()
-        kept = b"".join(line + b"\n" for line in lines.splitlines() if _step_of(line) <= step)
-        if lines.startswith(kept):
-            os.ftruncate(file.fileno(), len(kept))
-    if not lines.startswith(kept):
-        publish(path, kept)
-    return len(kept)
+        found = os.fstat(file.fileno()).st_size
+        if found > MOST_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {MOST_BYTES:,} bytes", str(path))
+        size, is_beginning = 0, True
+        for position, line in _rows(file, step):
+            is_beginning = is_beginning and position == size
+            size += len(line)
+        if is_beginning and size <= found:
+            os.ftruncate(file.fileno(), size)
+        else:
+            with atomic_file(path) as rows:
+                rows.writelines(line for _, line in _rows(file, step))
+    return size
+
+
+def _rows(file: BinaryIO, step: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the rows up to `step`, each with its position; no row is longer than `_MOST_LINE_BYTES`."""
+    position = file.seek(0)
+    while line := file.readline(_MOST_LINE_BYTES):
+        if _step_of(line) <= step:
+            yield position, line if line.endswith(b"\n") else line + b"\n"
+        position += len(line)
 
 
 def _step_of(line: bytes) -> float:

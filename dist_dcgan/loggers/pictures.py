@@ -12,9 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_dcgan.loggers.base import Logger, reported
+from dist_dcgan.loggers.jsonl import MOST_BYTES
 from shards.common.environment import in_safe_directory
 from shards.common.errors import UserError
-from shards.common.files import atomic_file, open_plain
+from shards.common.files import atomic_file, read_plain
 
 
 class SampleFiles(Logger):
@@ -72,8 +73,8 @@ def draw_curves(metrics: Path, path: Path) -> None:
         import_matplotlib()
         from matplotlib.figure import Figure  # not pyplot: it looks for a screen and takes a second
 
-        with open_plain(metrics) as file:
-            rows = [row for line in file.read().splitlines() if "images_seen" in (row := json.loads(line))]
+        lines = read_plain(metrics, MOST_BYTES).splitlines()
+        rows = [row for line in lines if "images_seen" in (row := json.loads(line))]
         groups = ("loss", "score", "logit", "grad_norm", "diversity", "quality/kid")
         found = [group for group in groups if any(key.startswith(group) for row in rows for key in row)]
         figure = Figure(figsize=(9, 2.2 * len(found)), dpi=110)

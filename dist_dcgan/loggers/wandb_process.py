@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from shards.common.files import disk_space, open_plain, publish, read_plain
+from shards.common.files import MOST_BYTES, disk_space, open_plain, publish, read_plain
 from shards.common.redaction import one_line, public_address
 
 UNSENT = "unsent"
@@ -138,7 +138,7 @@ class Feed:
             return
         with open_plain(path) as file:
             file.seek(self._offset)
-            whole = file.read().rpartition(b"\n")[0]
+            whole = file.read(MOST_BYTES).rpartition(b"\n")[0]
         if whole:
             self._offset += len(whole) + 1
             yield from map(json.loads, whole.splitlines())

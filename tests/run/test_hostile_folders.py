@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -18,6 +19,7 @@ from safetensors.torch import save
 
 from dist_dcgan import sample, train
 from dist_dcgan.loggers.jsonl import JsonlLogger
+from dist_dcgan.loggers.pictures import draw_curves
 from dist_dcgan.loggers.wandb_process import picture_times
 from dist_dcgan.run import checkpoint
 from dist_dcgan.run.checkpoint import Retention, load_newest, save_checkpoint
@@ -102,6 +104,30 @@ def test_a_link_that_is_laid_while_rows_are_written_is_not_followed(tmp_path: Pa
     logger.close()
     assert file.read_bytes() == b"this user's own"
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_log_of_others_takes_no_more_memory_than_a_line_and_no_more_time_than_its_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, rows = tmp_path / "metrics.jsonl", b'{"step": 1}\n{"step": 2}\n'
+    for content, expected in (
+        (rows + b'{"step": 3}\n' + b"\0" * (32 << 20), rows),
+        (b"\0" * (32 << 20) + b"\n" + rows, rows),
+        ((row := b'{"step": 1}' + b" " * 100_000 + b"\n") * 300, row * 300),
+    ):
+        path.write_bytes(content)
+        tracemalloc.start()
+        try:
+            JsonlLogger(path, 2).close()
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        finally:
+            tracemalloc.stop()
+        assert path.read_bytes() == expected
+    os.truncate(path, 1 << 40)
+    with within(20), pytest.raises(OSError, match="larger than 4,294,967,296 bytes"):
+        JsonlLogger(path, 2)
+    draw_curves(path, tmp_path / "curves.png")
+    assert "larger than 4,294,967,296 bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "samples", "logs", "wandb"])
