@@ -107,6 +107,10 @@ def test_a_job_in_a_run_directory_of_another_user_starts_and_submits_nothing(tmp
         done = _slurm(tmp_path, *words)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {run}{THEIRS}\n")
     assert not (tmp_path / "called").exists() and list(run.iterdir()) == []
+    os.chown(run, os.geteuid(), os.getegid())
+    assert _slurm(tmp_path, "launch/train.sbatch", *FLAGS, run).returncode == 0
+    assert (tmp_path / "called").read_text().split() == ["scontrol", "srun"]
+    assert [path.name for path in run.iterdir()] == ["logs"]
 
 
 @pytest.mark.parametrize("make", [lambda path, file: path.symlink_to(file), lambda path, file: os.mkfifo(path)])
