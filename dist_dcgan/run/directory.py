@@ -156,7 +156,8 @@ def _require_own_links(*folders: Path) -> None:
 def _require_own_logs(run: RunDirectory) -> None:
     """Raise UserError if others could exchange folders below which launchers write, as they follow links.
 
-    Root, and a group to which the user lets the folders be written, are trusted.
+    Root, and a group to which the user lets the folders be written, are trusted. A folder above, which may be the
+    system's and not for the user to change, is only warned of.
     """
     logs = run.path / LOGS
     _require_own_links(run.path, logs)
@@ -173,7 +174,7 @@ def _require_own_logs(run: RunDirectory) -> None:
             )
     for parent in {parent for folder in (run.path, logs) for parent in Path(os.path.realpath(folder)).parents}:
         if parent.exists() and parent.stat().st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
-            raise UserError(f"{parent} can be written by all users, who could exchange {run.path}: chmod o-w, or +t")
+            warn(f"{parent} can be written by all users, who could exchange {run.path} there: chmod o-w, or +t")
 
 
 def require_unclaimed(run: RunDirectory) -> None:
