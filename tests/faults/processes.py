@@ -22,6 +22,7 @@ from tests.faults.harness import CHECKPOINT_EVERY, Flags, Outcome, golden, launc
 from tests.faults.rank import Fault
 from tests.faults.scenario import Bench, Scenario
 from tests.support.forks import status_of
+from tests.support.shards_fixtures import place_of
 
 STOPS = ("SIGTERM to a rank", "SIGUSR1 to a rank", "SIGTERM to torchrun", "SIGUSR1 to torchrun")
 SHORT_TIMEOUT = 5
@@ -103,8 +104,7 @@ def save_until_killed(folder: Path, operation: int) -> None:
     def hook(event: str, arguments: Sequence[object]) -> None:
         nonlocal operations
         if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
-            names = [os.fsdecode(name) for name in arguments if isinstance(name, (str, bytes, os.PathLike))]
-            operations += any(str(folder) in name for name in names)
+            operations += any(str(folder) in place_of(argument) for argument in arguments)
             if operations == operation:
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -136,7 +136,7 @@ def killed_at(operation: int, folder: Path, words: Sequence[str]) -> None:
     def hook(event: str, arguments: Sequence[object]) -> None:
         nonlocal operations
         if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
-            operations += any(str(folder) in _place(argument) for argument in arguments)
+            operations += any(str(folder) in place_of(argument) for argument in arguments)
             if operations == operation:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -144,10 +144,10 @@ def killed_at(operation: int, folder: Path, words: Sequence[str]) -> None:
     main(words)
 
 
-def _place(argument: object) -> str:
+def place_of(argument: object) -> str:
     """Return the path that an operation was given, or that of the folder whose descriptor it was given."""
     if isinstance(argument, (str, bytes, os.PathLike)):
-        return os.fsdecode(argument)
+        return os.path.realpath(os.fsdecode(argument))  # may be one of an open folder, /dev/fd/N/NAME
     is_descriptor = isinstance(argument, int) and os.path.lexists(f"/proc/self/fd/{argument}")
     return os.readlink(f"/proc/self/fd/{argument}") if is_descriptor else ""
 
