@@ -20,8 +20,6 @@ _ESTABLISHED = "01"  # proc_pid_net(5), tcp
 _FIRST_PERSON = 1000
 """The smallest user number of a person; smaller ones are the system's."""
 _NOBODY = (65534, 65535)
-
-
 _LOOPBACK = "7F"
 _MAPPED = "0000000000000000FFFF0000"
 """Precedes an IPv4 address in the table of IPv6."""

@@ -13,17 +13,20 @@ from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from safetensors.torch import load_file
 
-from dist_dcgan.distributed import strangers
+from dist_dcgan.distributed import strangers, world
+from dist_dcgan.distributed.collectives import gather
 from dist_dcgan.distributed.launch import Launch
 from dist_dcgan.distributed.peers import machine
 from dist_dcgan.distributed.private import private_folder
 from dist_dcgan.distributed.strangers import other_users, own_sockets, require_no_strangers, warn_of_open_agent
 from shards.common.errors import OneRankError, UserError
 from tests.support.commands import environment, metrics, train_command
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 STRANGER = 4321
@@ -163,6 +166,31 @@ def test_a_connection_of_which_the_other_end_is_hidden_is_found(monkeypatch: pyt
         monkeypatch.setattr(strangers, "_rows", lambda: iter(seen))
         with pytest.raises(OneRankError, match="a process of an unknown user on this machine has connected"):
             require_no_strangers(frozenset())
+
+
+def gathered() -> list[str]:
+    with world.process_group(60, "cpu"):
+        return gather(os.environ["NCCL_SOCKET_IFNAME"])
+
+
+def test_ranks_of_one_machine_use_the_loopback_interface_whatever_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's name, or a variable meant for several machines, leads elsewhere."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
+    assert run_ranks(2, gathered) == [["lo", "lo"]] * 2
+
+
+def refused_among_strangers() -> str:
+    """What a rank is told if somebody has connected in the place of another."""
+    with mock.patch.object(world, "require_no_strangers", side_effect=OneRankError("a stranger")):
+        try:
+            with world.process_group(60, "cpu"):
+                return "trains"
+        except OneRankError as error:
+            return str(error)
+
+
+def test_ranks_look_for_strangers_before_they_train() -> None:
+    assert run_ranks(2, refused_among_strangers) == ["a stranger"] * 2
 
 
 @pytest.fixture
