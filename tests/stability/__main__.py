@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("phase", nargs="?", choices=sorted(PHASES))
     parser.add_argument("--photos", type=Path, default=Path("data/photos"), help="shards of photographs")
     parser.add_argument("--rooms", type=Path, default=Path("data/demo_train"), help="shards of rendered bedrooms")
+    parser.add_argument("--photos32", type=Path, default=Path("data/photos32"), help="photographs at 32x32")
+    parser.add_argument("--cifar", type=Path, default=Path("data/cifar"), help="shards of CIFAR-10")
     parser.add_argument("--work", type=Path, default=Path("runs/stability"), help="folder of the trials")
     parser.add_argument("--minutes", type=float, default=40, help="of training, for each run of the evidence")
     parser.add_argument("--data", choices=["photos", "rooms"], default="photos", help="of the long runs")
@@ -93,7 +95,7 @@ def start(trial: Trial, options: argparse.Namespace) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tests.stability", "run", options.phase, "--trial", trial.name]
-    command += ["--photos", options.photos, "--rooms", options.rooms, "--work", options.work]
+    command += ["--work", options.work, f"--{trial.data}", getattr(options, trial.data)]
     with (folder / "output.txt").open("a") as output:
         code = subprocess.run(command, stdout=output, stderr=output).returncode
     print(f"{time.strftime('%H:%M:%S')} {trial.name}: {'done' if code == 0 else f'exit {code}'}", flush=True)
@@ -104,7 +106,7 @@ def run_locked(trial: Trial, options: argparse.Namespace) -> None:
     folder = options.work / trial.name
     with Lock(folder / "lock") as lock:
         if lock.take():
-            run_trial(trial, options.photos if trial.data == "photos" else options.rooms, folder)
+            run_trial(trial, getattr(options, trial.data), folder)
         else:
             print(f"{trial.name} is being run by another process")
 

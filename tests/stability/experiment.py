@@ -24,10 +24,9 @@ from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.train_state import TrainState
 from shards.common.files import publish
 from tests.stability.recipes import RECIPES, Recipe, Trial
-from tests.stability.steps import Row, scale_rates, study_step, use_differentiable_batchnorm
+from tests.stability.steps import Row, scale_rates, study_step, use_differentiable_batchnorm, use_spectral_norm
 from tests.support.rows import read_rows
 
-SCORE_EVERY = 100
 LAYERS_EVERY = 10
 FAKES, REALS = 1000, 2000
 DEAD_GRADIENT, DEAD_STEPS = 1e-3, 40
@@ -44,8 +43,10 @@ def run_trial(trial: Trial, data: Path, folder: Path) -> None:
     with process_group(600, "cpu") as world:
         state = TrainState(config, plan, world, manifest.image_size)
         scale_rates(state, recipe)
-        if recipe.r1:
+        if recipe.r1 or recipe.r2:
             use_differentiable_batchnorm(state)
+        if recipe.spectral:
+            use_spectral_norm(state)
         resume(state, folder)
         rows = (folder / "rows.jsonl").open("a", buffering=1)
         if state.step == 0:
@@ -60,7 +61,7 @@ def run_trial(trial: Trial, data: Path, folder: Path) -> None:
                 norm = row.get("grad_norm/g", math.inf)
                 dead = dead + 1 if norm < DEAD_GRADIENT or math.isnan(norm) else 0
                 last = state.step == trial.steps or dead >= DEAD_STEPS
-                scored = last or state.step % SCORE_EVERY == 0
+                scored = last or state.step % trial.score_every == 0
                 write(rows, row | (score(state, reader, world, folder) if scored else {}))
                 if scored:
                     save_checkpoint(folder / "checkpoints", state.tensors(), state.values(), Retention(1))
@@ -81,7 +82,7 @@ def configuration(recipe: Recipe, trial: Trial, data: Path) -> Config:
             "precision": trial.precision,
             "loss": recipe.loss if recipe.loss in ("logits", "sigmoid_bce") else "logits",
             "noise": {"sigma": recipe.sigma},
-            "optimizer": {"lr_g": recipe.lr_g, "lr_d": recipe.lr_d},
+            "optimizer": {"lr_g": recipe.lr_g, "lr_d": recipe.lr_d, "beta2": recipe.beta2},
         }
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-Loss = Literal["sigmoid_bce", "logits", "hinge", "lsgan"]
+Loss = Literal["sigmoid_bce", "logits", "hinge", "lsgan", "paired"]
+"""`paired` compares each real image with a generated one (arXiv 1807.00734, and R3GAN, arXiv 2501.05441)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,17 @@ class Recipe:
     """Update D and G on alternating mini-batches, as in the paper's code."""
     r1: float = 0.0
     """Weight of the gradient penalty on real images (Mescheder et al. 2018, gamma)."""
+    r2: float = 0.0
+    """The same on generated images."""
+    beta2: float = 0.999
+    fade: Literal["", "linear", "cosine"] = ""
+    """How both rates fall to 0 over the trial."""
+    spectral: bool = False
+    """Divide each weight of D by its largest singular value (arXiv 1802.05957)."""
+    flip: bool = False
+    """Mirror real images with probability 1/2."""
+    augment: bool = False
+    """Change colours, place and a square of every image that D sees (DiffAugment, arXiv 2006.10738)."""
 
 
 PLAIN = Recipe(loss="sigmoid_bce")
@@ -63,6 +76,43 @@ SURVIVORS = ("logits", "noise 0.1", "rate of D's last layer / 10")
 SEEDS = (0, 1, 2)
 
 
+class Factor(NamedTuple):
+    """A change of today's default that could pay over a long run, and what was expected of it before it was tried."""
+
+    change: Mapping[str, Any]
+    expected: str
+    batch: int = 32
+
+
+FACTORS = {
+    "default": Factor({}, "full width ahead by a tenth from 80,000 images on, as in one long run"),
+    "beta2 0.99": Factor({"beta2": 0.99}, "faster: steps follow gradients that shrink by an order of magnitude"),
+    "D's rate 1e-4": Factor({"lr_d": 1e-4}, "better: D wins less, so G's gradient has more to say"),
+    "G's rate 4e-4": Factor({"lr_g": 4e-4}, "as D's rate 1e-4, and faster"),
+    "DiffAugment": Factor({"augment": True}, "slower early; better on the photographs from some 30 passes on"),
+    "spectral norm": Factor({"spectral": True}, "slower early, better late: D's gradient stays bounded"),
+    "batch 128": Factor({}, "much slower by images: a quarter of the updates", 128),
+    "rates fall linearly": Factor({"fade": "linear"}, "better in the last third, more so at full width"),
+    "rates 1e-4": Factor({"lr_g": 1e-4, "lr_d": 1e-4}, "slower early, level or better at the end at full width only"),
+    "rates 4e-4": Factor({"lr_g": 4e-4, "lr_d": 4e-4}, "better at half the width, worse at full width"),
+    "paired, R1 and R2 1": Factor({"loss": "paired", "r1": 1.0, "r2": 1.0}, "the best late, at three times the cost"),
+    "batch 16": Factor({}, "faster early; noisier, so level or worse at the end", 16),
+    "R1 1": Factor({"r1": 1.0}, "better late at full width, at twice the cost"),
+    "batch 64": Factor({}, "slower by images early, level at the end", 64),
+    "mirrored": Factor({"flip": True}, "no difference before 100 passes over the photographs, none on CIFAR-10"),
+    "D's rate 5e-5": Factor({"lr_d": 5e-5}, "worse: D cannot follow G, diversity falls"),
+    "G's rate 5e-5": Factor({"lr_g": 5e-5}, "worse: G cannot follow D"),
+    "rates fall by a cosine": Factor({"fade": "cosine"}, "as linearly"),
+    "rates by fan-in": Factor({"lr_by_fan_in": "gd"}, "full width slower early and better late"),
+}
+WIDTHS = (128, 64)
+RECIPES |= {
+    f"{name} at {width}": replace(LOGITS, width=width, **factor.change)
+    for name, factor in FACTORS.items()
+    for width in WIDTHS
+}
+
+
 class Trial(NamedTuple):
     """One run of the study."""
 
@@ -72,6 +122,8 @@ class Trial(NamedTuple):
     batch: int
     steps: int
     precision: Literal["fp32", "bf16"] = "fp32"
+    score_every: int = 100
+    """Steps between scores."""
 
     @property
     def name(self) -> str:
@@ -103,4 +155,23 @@ def prove() -> list[Trial]:
     return [Trial(SURVIVORS[0], data, 0, 32, 2000, "bf16") for data in ("photos", "rooms")]
 
 
-PHASES = {"screen": screen, "compare": compare, "batches": batches, "prove": prove}
+FACTOR_IMAGES, FACTOR_SCORES = 102_400, 5
+
+
+def factors() -> list[Trial]:
+    """What could make full width worth its price, on images of 32x32, for long; the most telling trials first."""
+    trials = [factor_trial("default", width, "photos32", 0) for width in WIDTHS]
+    trials += [factor_trial(name, 64, "photos32", 0) for name in FACTORS if name not in ("default", "rates by fan-in")]
+    trials += [factor_trial("default", 64, "photos32", seed) for seed in SEEDS[1:]]
+    trials += [factor_trial(name, 128, "photos32", 0) for name in FACTORS if name != "default"]
+    return trials + [factor_trial(name, width, "cifar", 0) for name in FACTORS for width in WIDTHS]
+
+
+def factor_trial(name: str, width: int, data: str, seed: int) -> Trial:
+    """Return the trial of a factor: in float32, as not every processor computes in bf16."""
+    batch = FACTORS[name].batch
+    steps = FACTOR_IMAGES // batch
+    return Trial(f"{name} at {width}", data, seed, batch, steps, score_every=steps // FACTOR_SCORES)
+
+
+PHASES = {"screen": screen, "compare": compare, "batches": batches, "prove": prove, "factors": factors}
