@@ -2,6 +2,7 @@
 
 run PHASE    train the trials of a phase, some at once, one thread each: one that was killed goes on, one that is done
              is left; then gather their results
+gather PHASE write the results of those trials of a phase that are done so far
 long         train the paper's width and half of it on many images, as people do, with the command itself
 evidence     train the usual loop and this project at both widths, 40 minutes each, by turns
 jump         measure how far one update of D moves its logit
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.stability", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "long", "evidence", "jump", "report"])
+    parser.add_argument("command", choices=["run", "gather", "long", "evidence", "jump", "report"])
     parser.add_argument("phase", nargs="?", choices=sorted(PHASES))
     parser.add_argument("--photos", type=Path, default=Path("data/photos"), help="shards of photographs")
     parser.add_argument("--rooms", type=Path, default=Path("data/demo_train"), help="shards of rendered bedrooms")
@@ -65,8 +66,9 @@ def main() -> None:
     elif options.trial is not None:
         run_locked(next(trial for trial in PHASES[options.phase]() if trial.name == options.trial), options)
     else:
-        with ThreadPoolExecutor(options.at_once) as pool:
-            list(pool.map(lambda trial: start(trial, options), PHASES[options.phase]()))
+        if options.command == "run":
+            with ThreadPoolExecutor(options.at_once) as pool:
+                list(pool.map(lambda trial: start(trial, options), PHASES[options.phase]()))
         grids = results.gather(options.phase, options.work)
         report.show_grids(grids, report.PLOTS / f"{options.phase}_grids.jpg")
         print(f"{len(grids)} trials gathered")

@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
@@ -15,12 +16,14 @@ from tests.benchmarks.figures import figure
 from tests.stability import long
 from tests.stability.evidence import TURNS
 from tests.stability.jump import BATCH, WIDTHS
-from tests.stability.recipes import PHASES
+from tests.stability.recipes import FACTORS, PHASES
+from tests.stability.recipes import WIDTHS as FACTOR_WIDTHS
 from tests.stability.results import FOLDER, Result, read
 from tests.support.rows import read_rows
 
 README = Path(__file__).parent / "README.md"
 PLOTS = Path(__file__).parent / "plots"
+TRIAL_PHASES = [phase for phase in PHASES if phase != "factors"]
 LAST = 50
 """Steps at the end of a trial that medians are taken over."""
 
@@ -28,7 +31,7 @@ LAST = 50
 def main() -> None:
     """Write everything that there are results for."""
     PLOTS.mkdir(exist_ok=True)
-    for phase in PHASES:
+    for phase in TRIAL_PHASES:
         results = read(phase)
         if results:
             plot_kid(results, PLOTS / f"{phase}_kid.png")
@@ -43,8 +46,8 @@ def main() -> None:
 
 def with_tables(text: str) -> str:
     """Return the page with the tables that belong to the results."""
-    contents = {phase: trial_table(read(phase)) for phase in PHASES}
-    contents |= {"long": long_table(), "jump": jump_table(), "evidence": evidence_table()}
+    contents = {phase: trial_table(read(phase)) for phase in TRIAL_PHASES}
+    contents |= {"factors": factor_table(), "long": long_table(), "jump": jump_table(), "evidence": evidence_table()}
     for name, content in contents.items():
         text = tables.put(text, f"<!-- {name} -->\n", f"<!-- end of {name} -->", content)
     return text
@@ -67,6 +70,28 @@ def trial_table(results: Sequence[Result]) -> str:
         )
         rows.append([trial.recipe, trial.data, str(trial.seed), str(trial.batch), named, kid, *medians])
     return tables.table(head, rows)
+
+
+def factor_table() -> str:
+    """Return a row per factor and data set: what was expected, and 1000 KID by images at both widths."""
+    found: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for line in read_rows(FOLDER / "factors.jsonl"):
+        trial = line["trial"]
+        name, _, width = trial["recipe"].rpartition(" at ")
+        found[trial["data"], name, trial["seed"]][int(width)] = line
+    if not found:
+        return ""
+    head = ["factor", "expected", "data", "seed", *(f"width {width}" for width in FACTOR_WIDTHS), "watchdog"]
+    rows = []
+    for (data, name, seed), lines in found.items():
+        named = "; ".join(f"{width}: {word}" for width, line in lines.items() for word in line["named"]) or "-"
+        cells = [_scores(lines[width]) if width in lines else "" for width in FACTOR_WIDTHS]
+        rows.append([name, FACTORS[name].expected, data, str(seed), *cells, named])
+    return tables.table(head, rows)
+
+
+def _scores(line: dict[str, Any]) -> str:
+    return ", ".join(f"{1000 * kid:.0f}" for images, kid in line["kid"] if images)
 
 
 def median(result: Result, value: Callable[[dict[str, float]], float]) -> float:

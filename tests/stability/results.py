@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,16 @@ from tests.stability.recipes import PHASES, Trial
 from tests.support.rows import read_rows
 
 FOLDER = Path(__file__).parent / "results"
+MEDIANS = (
+    "loss/d",
+    "loss/g",
+    "score/real",
+    "score/fake",
+    "grad_norm/d",
+    "grad_norm/g",
+    "diversity/fake",
+    "diversity/real",
+)
 LAYERS_EVERY = 50
 """Steps between norms and ratios of single layers."""
 
@@ -52,13 +64,41 @@ def gather(phase: str, work: Path) -> dict[str, Path]:
     """Write the results of the finished trials of a phase; return their last grids by what each is."""
     finished = [trial for trial in PHASES[phase]() if (work / trial.name / "done").exists()]
     FOLDER.mkdir(exist_ok=True)
-    lines = [json.dumps({"trial": trial._asdict()} | _columns(work / trial.name)) for trial in finished]
-    (FOLDER / f"{phase}.jsonl").write_text("".join(line + "\n" for line in lines))
+    if phase == "factors":
+        lines = _with_earlier(finished, work)
+    else:
+        lines = [{"trial": trial._asdict()} | _columns(work / trial.name) for trial in finished]
+    (FOLDER / f"{phase}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {
         f"{trial.recipe}\n{trial.data}, seed {trial.seed}, batch {trial.batch}": max(
             (work / trial.name).glob("step-*.png")
         )
         for trial in finished
+    }
+
+
+def _with_earlier(finished: list[Trial], work: Path) -> list[dict[str, Any]]:
+    """Return a short result per trial of the factors, which take many hours: also those gathered from elsewhere."""
+    found = {tuple(line["trial"].values()): line for line in read_rows(FOLDER / "factors.jsonl")}
+    found |= {tuple(trial): _summary(trial, read_rows(work / trial.name / "rows.jsonl")) for trial in finished}
+    return [found[tuple(trial)] for trial in PHASES["factors"]() if tuple(trial) in found]
+
+
+def _summary(trial: Trial, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return scores by images seen, what the watchdog names, and the last tenth's medians of a trial."""
+    last: dict[str, float] = {}
+    steps = []
+    for row in rows:
+        last |= {key: math.nan if value is None else value for key, value in row.items()}
+        steps += [dict(last)] if "loss/g" in last else []
+    collapses = Watchdog().observe(steps)
+    tail = steps[-len(steps) // 10 :]
+    return {
+        "trial": trial._asdict(),
+        "kid": [[trial.batch * row["step"], row["kid"]] for row in rows if "kid" in row],
+        "named": [f"{collapse.rule.mode} since {collapse.since}" for collapse in collapses],
+        "medians": {key: statistics.median(row[key] for row in tail) for key in MEDIANS},
+        "images_per_second": trial.batch / statistics.median(row["seconds"] for row in rows if "seconds" in row),
     }
 
 
