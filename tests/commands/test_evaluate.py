@@ -33,7 +33,7 @@ from tests.support.mistakes import refusal
 from tests.support.shards_fixtures import data_set
 
 COMMAND = "dist_dcgan.evaluate"
-FAKES, REALS, NEAREST = 24, 48, 3
+FAKES, REALS, NEAREST = 12, 24, 3
 SCORES = ("fd_efficientnet_lite0", "kid_efficientnet_lite0", "kid_efficientnet_lite0_std", "precision", "recall")
 
 

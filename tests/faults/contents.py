@@ -17,7 +17,7 @@ from tests.support.rows import read_rows
 
 def numbers() -> Iterator[Scenario]:
     """Yield a gradient that is not finite on one rank."""
-    yield Scenario("NaN gradient on one rank", "NaN gradient, rank 1, D step 6", skips, by_default=True)
+    yield Scenario("NaN gradient on one rank", "NaN gradient, rank 1, D step 6", skips)
 
 
 def skips(bench: Bench, folder: Path) -> str:
@@ -38,7 +38,7 @@ def skips(bench: Bench, folder: Path) -> str:
 def shapes() -> Iterator[Scenario]:
     """Yield runs whose ranks change, or do not fit."""
     yield Scenario("another number of ranks", "1, 2, 4, 1 ranks in float64", elastic)
-    yield Scenario("another number of ranks", "3 ranks for a batch of 8", does_not_divide, by_default=True)
+    yield Scenario("another number of ranks", "3 ranks for a batch of 8", does_not_divide)
     yield Scenario("fewer shards than ranks, N mod B not 0", "2 ranks, 1 shard, over an epoch's end", few_shards)
 
 

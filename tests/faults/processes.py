@@ -34,7 +34,7 @@ def kills() -> Iterator[Scenario]:
     """Yield deaths of ranks, of torchrun and of all, each at a step."""
     for place, step, rank in [("before step", 1, 1), ("D step", 6, 1), ("G step", 6, 0), ("save", 8, 0)]:
         fault = Fault("kill -9 of a rank", place, step, rank)
-        yield Scenario(fault.act, str(fault), partial(restarted, fault=fault), by_default=place == "D step")
+        yield Scenario(fault.act, str(fault), partial(restarted, fault=fault))
     for act, place, step in [
         ("kill -9 of torchrun", "D step", 6),
         ("kill -9 of torchrun", "save", 8),
@@ -151,8 +151,8 @@ def stopped(bench: Bench, folder: Path, faults: Sequence[Fault]) -> str:
 
 def hangs() -> Iterator[Scenario]:
     """Yield a rank that stops answering, and one that raises."""
-    yield Scenario("exception in one rank", "exception, rank 1, D step 6", raises, by_default=True)
-    yield Scenario("SIGSTOP of one rank", "SIGSTOP, rank 1, G step 6", hangs_at_a_step, by_default=True)
+    yield Scenario("exception in one rank", "exception, rank 1, D step 6", raises)
+    yield Scenario("SIGSTOP of one rank", "SIGSTOP, rank 1, G step 6", hangs_at_a_step)
     yield Scenario("SIGSTOP of one rank", "SIGSTOP, rank 0, save 8", restarts_after_a_hang)
     yield Scenario("torchrun hangs", "SIGSTOP of torchrun whose ranks have ended", torchrun_hangs)
 

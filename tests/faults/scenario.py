@@ -31,4 +31,4 @@ class Scenario:
     always: bool = True
     """Whether it belongs to the short part."""
     by_default: bool = False
-    """Whether the default test run holds it: the cheapest of each kind; other tests of the short part are slow."""
+    """Whether the default test run holds it; other tests of the short part are slow."""

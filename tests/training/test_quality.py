@@ -11,8 +11,8 @@ import pytest
 from tests.support.commands import environment, metrics, run, succeed, train_command
 from tests.support.commands import module as python
 
-SCORED = ["--quality.every-images", 160, "--quality.fakes", 20, "--quality.reals", 24, "--wandb", "disabled"]
-DEBUG = ["--preset", "debug", *SCORED]
+SCORED = ["--quality.every-images", 320, "--quality.fakes", 8, "--quality.reals", 12, "--wandb", "disabled"]
+DEBUG = ["--preset", "debug", "--width", 4, *SCORED]
 KID = "quality/kid_efficientnet_lite0"
 GENERATOR_WINS = ["--optimizer.lr-d", 1e-9, "--optimizer.lr-g", 1e-2, "--quality.extractor", "none", "--max-steps", 60]
 
@@ -31,8 +31,8 @@ def test_the_loop_scores_and_keeps_the_best_generator(demo_shards: Path, tmp_pat
     flags = [*DEBUG, "--data", demo_shards, "--run-dir", tmp_path / "run", "--max-steps", 40, "--ema.ramp-up", 0.5]
     done = succeed(train_command(1, *flags), env=cache)
     rows = scores(tmp_path / "run")
-    assert [row["step"] for row in rows] == [10, 20, 30, 40]
-    assert all(row["quality/fakes"] == 20 and row["quality/reals"] == 24 for row in rows)
+    assert [row["step"] for row in rows] == [20, 40]
+    assert all(row["quality/fakes"] == 8 and row["quality/reals"] == 12 for row in rows)
     assert "kid_efficientnet_lite0 " in done.stderr
     best = min(rows, key=lambda row: row[KID])
     description = json.loads((tmp_path / "run" / "generator_best.json").read_text())
