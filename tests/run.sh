@@ -21,8 +21,10 @@ fi
 
 echo "== install"
 "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/pip" install --quiet --disable-pip-version-check ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} -e ".[test,eval]"
+"$venv/bin/pip" install --quiet --disable-pip-version-check --no-compile ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} \
+  -e ".[test,eval]"
 export PATH="$venv/bin:$PATH"
+python -m compileall -q -j 0 "$venv/lib" >/dev/null || true # on all cores; packages hold files that are not for this Python
 
 echo "== lint"
 ruff check .

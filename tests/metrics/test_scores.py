@@ -78,7 +78,7 @@ def scored_steps(data: Path, folder: Path, seconds_per_step: tuple[float, float]
         return scored
 
 
-@pytest.mark.parametrize("other", [0.0, 1000.0])
+@pytest.mark.parametrize("other", [pytest.param(0.0, marks=pytest.mark.slow), 1000.0])
 def test_ranks_leave_out_the_same_scores_whatever_their_clocks_say(
     other: float, demo_shards: Path, tmp_path: Path
 ) -> None:

@@ -56,9 +56,9 @@ def test_four_ranks_that_save_by_the_clock_end_bit_identical_after_a_kill(
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_on_all_ranks(demo_shards: Path, tmp_path: Path) -> None:
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
-    flags = ["--data", demo_shards, *FLAGS, "--max-steps", 10_000, "--checkpoint.every-steps", 50, "--run-dir", run_dir]
-    process = start(train_command(2, *flags))
-    wait_until((run_dir / "checkpoints" / "step-00000050").is_dir, process)
+    flags = ["--data", demo_shards, *FLAGS, "--width", 4, "--global-batch", 8, "--max-steps", 10_000]
+    process = start(train_command(2, *flags, "--checkpoint.every-steps", 30, "--run-dir", run_dir))
+    wait_until((run_dir / "checkpoints" / "step-00000030").is_dir, process)
     time.sleep(0.3)  # its writing ends, and the next has not begun
     (run_dir / "checkpoints").rename(moved)
     (run_dir / "checkpoints").touch()

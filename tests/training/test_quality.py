@@ -46,7 +46,7 @@ def test_the_loop_scores_and_keeps_the_best_generator(demo_shards: Path, tmp_pat
     assert values_file.read_bytes() == before
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_collapse_stops_every_rank_where_that_is_asked(demo_shards: Path, tmp_path: Path, ranks: int) -> None:
     flags = [*DEBUG, *GENERATOR_WINS, "--data", demo_shards, "--run-dir", tmp_path / "run", "--on-collapse", "stop"]
     done = run(train_command(ranks, *flags))
