@@ -22,12 +22,12 @@ from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.collectives import from_rank_zero
 from dist_dcgan.distributed.world import SLOW_SECONDS, process_group, run_rank
-from dist_dcgan.loggers.pictures import check_png, save_out
+from dist_dcgan.drawing import check_out, reported_as, save_png, tile, to_pixels
 from dist_dcgan.metrics.extractors import Extractor, load_extractor
-from dist_dcgan.metrics.features import beside_nearest, extract, real_features, to_pixels
+from dist_dcgan.metrics.features import beside_nearest, extract, real_features
 from dist_dcgan.metrics.quality import Quality, coverage, quality
-from dist_dcgan.run.directory import RunDirectory
-from dist_dcgan.run.export import load_generator, sampling_config
+from dist_dcgan.run.export import sampling_config
+from dist_dcgan.trained import load_trained
 from dist_dcgan.training.ema import sample_images
 from shards.common.command_line import Options, UserPath, build, parse_flags
 from shards.common.errors import UserError
@@ -71,8 +71,8 @@ def main(argv: Sequence[str]) -> None:
     """Compute the scores and print them."""
     options = build(Evaluate, parse_flags(Evaluate, argv, "python -m dist_dcgan.evaluate", SHORT_FLAGS, __doc__))
     check_sheet(options)
-    run_directory = RunDirectory(options.run_dir)
-    generator, description = load_generator(run_directory.best if options.best else run_directory.generator)
+    trained = load_trained(options.run_dir, options.best, torch.device("cpu"))
+    generator, description = trained.network, trained.description
     reader = ShardReader(open_location(options.data, options.allow_commands))
     check_data(options.data.name, reader.manifest, description["architecture"]["image_size"])
     with process_group(SLOW_SECONDS) as world:
@@ -95,7 +95,8 @@ def main(argv: Sequence[str]) -> None:
                 rows = range(min(_SHEET_ROWS, len(fake)))
                 count = min(options.nearest, len(real))
                 tiles = beside_nearest(draw(rows).cpu(), fake[: len(rows)], real, reader, count)
-                save_out(tiles.float() / 127.5 - 1, options.out, columns=1 + count)
+                with reported_as(options.out):
+                    save_png(tile(tiles, 1 + count), options.out)
 
         from_rank_zero(report)
 
@@ -105,7 +106,7 @@ def check_sheet(options: Evaluate) -> None:
     if (options.nearest is None) != (options.out is None):
         raise UserError("--nearest K and --out X.png belong together: give both or none")
     if options.out is not None:
-        check_png(options.out)
+        check_out(options.out, [".png"])
 
 
 def check_data(name: str, manifest: Manifest, image_size: int) -> None:

@@ -22,7 +22,7 @@ fi
 echo "== install"
 "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/pip" install --quiet --disable-pip-version-check --no-compile ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} \
-  -e ".[test,eval]"
+  -e ".[test,eval,video,onnx]"
 export PATH="$venv/bin:$PATH"
 python -m compileall -q -j 0 "$venv/lib" >/dev/null || true # on all cores; packages hold files that are not for this Python
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -11,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dist_dcgan.drawing import save_grid
 from dist_dcgan.loggers.base import Logger, reported
 from dist_dcgan.loggers.jsonl import MOST_BYTES
 from shards.common.environment import in_safe_directory
-from shards.common.errors import UserError
 from shards.common.files import atomic_file, read_plain
 
 
@@ -28,33 +27,6 @@ class SampleFiles(Logger):
         """Write the grid of this step."""
         self._directory.mkdir(parents=True, exist_ok=True)
         save_grid(draw(), self._directory / f"step-{step:08d}.png")
-
-
-def check_png(path: Path) -> None:
-    """Raise UserError if `path` is no place for the picture of --out."""
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists: name another with --out")
-    if path.suffix != ".png":
-        raise UserError(f"--out {path} is no PNG: give it a name that ends in .png")
-    if not path.parent.is_dir():
-        raise UserError(f"no folder {path.parent} for --out {path.name}: make it first")
-
-
-def save_out(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write the picture of --out, as `save_grid` does; raises UserError if the disk fails."""
-    try:
-        save_grid(images, path, columns)
-    except OSError as error:
-        raise UserError(f"cannot write --out {path}: {error.strerror or error}") from None
-
-
-def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write images (N, 3, size, size) in [-1, 1] as a PNG grid, about square if `columns` is not given."""
-    from torchvision.utils import save_image  # imported here: it takes seconds, and only one rank draws
-
-    columns = columns or max(1, round(len(images) ** 0.5))
-    with atomic_file(path, durable=False) as file:  # W&B's process may read it at any time
-        save_image(images.float(), file, format="png", nrow=columns, normalize=True, value_range=(-1, 1))
 
 
 def import_matplotlib() -> None:

@@ -109,11 +109,6 @@ def beside_nearest(images: Tensor, fake: Tensor, real: Tensor, reader: ShardRead
     return torch.cat(rows)
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """Return images in [-1, 1] as uint8, rounded, as a file would hold them."""
-    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 def _cache_file(reader: ShardReader, extractor: Extractor, count: int) -> Path | None:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if home.startswith("~"):  # this user has no home

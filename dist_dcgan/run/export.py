@@ -19,8 +19,10 @@ from dist_dcgan.models.networks import Generator
 from dist_dcgan.run.tensor_file import require_size
 from shards.common.command_line import build
 from shards.common.errors import UserError
-from shards.common.files import atomic_file, content_sha256, name_of, open_plain, read_plain, sync
+from shards.common.files import atomic_file, content_sha256, name_of, open_plain, publish, read_plain, sync
 
+MODEL, MODEL_DESCRIPTION = "model.safetensors", "config.json"
+"""Files of a folder that `dist_dcgan.export` writes."""
 _MOST_DESCRIPTION_BYTES = 1 << 20
 _MOST_WEIGHTS_BYTES = 1 << 33
 _UNUSABLE = (UserError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError, SafetensorError)
@@ -79,13 +81,23 @@ def export_generator(
         description_file.write((json.dumps(description, indent=1) + "\n").encode())
 
 
-def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the exported generator in eval mode, and its description; raises UserError if it is not sound."""
+def export_folder(folder: Path, generator: nn.Module, description: Mapping[str, Any]) -> None:
+    """Write weights and description as the hubs of models name them; `load_generator` reads both."""
+    weights = save({name: _float32(tensor) for name, tensor in generator.state_dict().items()})
+    values = {"format_version": 1, **description, "sha256": hashlib.sha256(weights).hexdigest()}
+    publish(folder / MODEL, weights)
+    publish(folder / MODEL_DESCRIPTION, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def load_generator(path: Path, description_path: Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the exported generator in eval mode, and its description; raises UserError if it is not sound.
+
+    The description is the JSON of the same name, unless `description_path` is given.
+    """
     if not path.is_file():
         raise UserError(f"no exported generator at {path}: it is written at the end of a run and when it is stopped")
     try:
-        content = read_plain(path.with_suffix(".json"), _MOST_DESCRIPTION_BYTES)
-        description = build(_Description, dict(json.loads(content)))
+        description = _description(description_path or path.with_suffix(".json"))
         with open_plain(path) as file:
             require_size(file, _MOST_WEIGHTS_BYTES)
             _require_shapes(description.architecture, name_of(file))
@@ -98,6 +110,19 @@ def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except _UNUSABLE as error:
         raise UserError(f"exported generator {path} cannot be used: {' '.join(str(error).split())}") from None
     return generator.eval().requires_grad_(False), description.model_dump()
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Return the description of an exported generator, without its weights; raises UserError if it is not sound."""
+    try:
+        return _description(path.with_suffix(".json")).model_dump()
+    except _UNUSABLE as error:
+        raise UserError(f"exported generator {path} cannot be used: {' '.join(str(error).split())}") from None
+
+
+def _description(path: Path) -> _Description:
+    content = read_plain(path, _MOST_DESCRIPTION_BYTES)
+    return build(_Description, dict(json.loads(content)))
 
 
 def _require_shapes(architecture: _Architecture, weights: str) -> None:

@@ -12,8 +12,9 @@ from dist_dcgan.config import QualityOptions
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.distributed.collectives import from_rank_zero
 from dist_dcgan.distributed.world import World
+from dist_dcgan.drawing import to_pixels
 from dist_dcgan.metrics.extractors import INSTALL, Extractor, load_extractor, missing_packages
-from dist_dcgan.metrics.features import extract, real_features, to_pixels
+from dist_dcgan.metrics.features import extract, real_features
 from dist_dcgan.metrics.quality import kid_name, quality
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import export_generator, is_finite

@@ -19,8 +19,9 @@ from dist_dcgan import evaluate
 from dist_dcgan.config import Config
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
+from dist_dcgan.drawing import to_pixels
 from dist_dcgan.metrics.extractors import load_extractor
-from dist_dcgan.metrics.features import read_images, scored_samples, to_pixels
+from dist_dcgan.metrics.features import read_images, scored_samples
 from dist_dcgan.models.networks import Generator
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import export_generator, load_generator, sampling_config

@@ -82,7 +82,7 @@ def test_a_generator_of_others_cannot_speak_for_the_command(tmp_path: Path, capf
     path = exported(tmp_path / HOSTILE)
     description = json.loads(path.with_suffix(".json").read_text()) | {"step": HOSTILE}
     path.with_suffix(".json").write_text(json.dumps(description))
-    found = printed(sample.main, [path.parent, "--num", 1, "--out", tmp_path / f"{HOSTILE}.png"], capfd)
+    found = printed(sample.main, [path.parent, "--seeds", 0, "--out", tmp_path / f"{HOSTILE}.png"], capfd)
     assert "step: input should be a valid integer, got 'x\\r\\nerror: the disk is full\\x1b[2J" in found
     evaluate.show({"kid": 0.5}, {"generator": f"run, step {HOSTILE}", "data": HOSTILE}, as_json=False)
     evaluate.show({"kid": 0.5}, {"generator": f"run, step {HOSTILE}", "data": HOSTILE}, as_json=True)
@@ -325,7 +325,7 @@ def test_nothing_that_a_run_prints_and_leaves_has_a_secret(demo_shards: Path, de
         scored = ["--data", COMMAND % demo_shards, "--data.allow-commands", "--data.cache-dir", left / "c"]
         for words_of_it in ([], ["--as-json"]):
             do(0, module("dist_dcgan.evaluate", run_dir, *scored, "--fakes", 8, "--reals", 8, *words_of_it))
-        do(0, module("dist_dcgan.sample", run_dir, "--out", left / "x.png", "--num", 2))
+        do(0, module("dist_dcgan.sample", run_dir, "--out", left / "x.png", "--seeds", "0-1"))
         do(0, module("dist_dcgan.run.checkpoint", "inspect", run_dir))
         expired = ["--data", f"{address}/?{signatures[0]}", "--data.cache-dir", left / "cache"]
         logs = ["--standalone", "--nproc_per_node=2", f"--log-dir={left / 'logs'}", "--tee=3", "-m", "dist_dcgan.train"]

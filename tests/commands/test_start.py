@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from dist_dcgan import config, evaluate, sample
+from dist_dcgan import arithmetic, config, evaluate, export, sample, timelapse, walk
 from shards.__main__ import COMMANDS
 from shards.__main__ import main as shards_main
 from shards.common.errors import UserError
@@ -67,12 +67,13 @@ def path_fields(model: type[BaseModel]) -> Iterator[str]:
 
 def test_every_path_option_expands_the_home() -> None:
     models: list[type[BaseModel]] = [config.Config, config.Invocation, evaluate.Evaluate, sample.Sample]
+    models += [walk.Walk, timelapse.Timelapse, arithmetic.Arithmetic, export.Export]
     fields = [
         field
         for model in (*models, *[command.options for command in COMMANDS.values()])
         for field in path_fields(model)
     ]
-    assert len(fields) == 23
+    assert len(fields) == 32
     assert [field for field in fields if not re.search("AfterValidator|expand_home|_location", field)] == []
 
 

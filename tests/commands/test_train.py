@@ -50,8 +50,8 @@ def test_the_paper_preset_trains_on_two_ranks_and_leaves_everything(tmp_path: Pa
 
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(run_dir, elsewhere, ignore=shutil.ignore_patterns("checkpoints"))
-    succeed(module("dist_dcgan.sample", elsewhere, "--out", tmp_path / "a.png", "--num", 9))
-    succeed(module("dist_dcgan.sample", elsewhere, "--out", tmp_path / "b.png", "--num", 9, "--seed", 1))
+    succeed(module("dist_dcgan.sample", elsewhere, "--out", tmp_path / "a.png", "--seeds", "0-8"))
+    succeed(module("dist_dcgan.sample", elsewhere, "--out", tmp_path / "b.png", "--seeds", "9-17"))
     assert Image.open(tmp_path / "a.png").size == (3 * 66 + 2, 3 * 66 + 2)
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
     assert "a.png exists" in one_line_error(module("dist_dcgan.sample", elsewhere, "--out", tmp_path / "a.png"))

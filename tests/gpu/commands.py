@@ -93,7 +93,7 @@ def check_sample(context: Context) -> Figures:
     """Draw a grid from the run."""
     out = context.folder / "sample.png"
     out.unlink(missing_ok=True)
-    succeed(context, *command("dist_dcgan.sample", finished_run(context), "--out", out, "--num", 16))
+    succeed(context, *command("dist_dcgan.sample", finished_run(context), "--out", out, "--seeds", "0-15"))
     return {"bytes": out.stat().st_size}
 
 

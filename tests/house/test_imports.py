@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHARDS = {"shards.manifest", "shards.common"}
-BASE = {"dist_dcgan.config", "dist_dcgan.distributed", "dist_dcgan.random_streams"}
+BASE = {"dist_dcgan.config", "dist_dcgan.drawing", "dist_dcgan.distributed", "dist_dcgan.random_streams"}
 LIBRARY = {*BASE, *SHARDS, "dist_dcgan.models", "dist_dcgan.data", "dist_dcgan.run"}
 COMMAND = {"dist_dcgan", *SHARDS}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shards.__main__": {"shards"},
     "dist_dcgan.random_streams": set(),
     "dist_dcgan.config": SHARDS,
+    "dist_dcgan.drawing": {"shards.common"},
     "dist_dcgan.distributed": {*SHARDS, "dist_dcgan.distributed"},
     "dist_dcgan.models": {"dist_dcgan.distributed", "dist_dcgan.models", "shards.common"},
     "dist_dcgan.data.storage": {"dist_dcgan.config", *SHARDS, "dist_dcgan.data.storage"},
@@ -37,10 +38,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.metrics": {*BASE, *SHARDS, "dist_dcgan.data", "dist_dcgan.metrics"},
     "dist_dcgan.training": {*LIBRARY, "dist_dcgan.metrics", "dist_dcgan.loggers", "dist_dcgan.training"},
     "dist_dcgan.preflight": {*LIBRARY, "dist_dcgan.loggers", "dist_dcgan.training", "dist_dcgan.preflight"},
+    "dist_dcgan.trained": {*LIBRARY, "dist_dcgan.training"},
     "dist_dcgan.train": COMMAND,
     "dist_dcgan.doctor": COMMAND,
     "dist_dcgan.evaluate": COMMAND,
     "dist_dcgan.sample": COMMAND,
+    "dist_dcgan.walk": COMMAND,
+    "dist_dcgan.timelapse": COMMAND,
+    "dist_dcgan.arithmetic": COMMAND,
+    "dist_dcgan.export": COMMAND,
 }
 """What each room may import, from the bottom up: no room stands above one that may import it."""
 

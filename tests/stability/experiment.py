@@ -15,10 +15,10 @@ from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.distributed.world import World, process_group
-from dist_dcgan.loggers.pictures import save_grid
+from dist_dcgan.drawing import save_grid, to_pixels
 from dist_dcgan.metrics.distances import kernel_distance
 from dist_dcgan.metrics.extractors import load_extractor
-from dist_dcgan.metrics.features import extract, real_features, to_pixels
+from dist_dcgan.metrics.features import extract, real_features
 from dist_dcgan.run.checkpoint import Retention, load_newest, save_checkpoint
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.train_state import TrainState

@@ -11,8 +11,9 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from multiprocessing import resource_tracker
 from subprocess import TimeoutExpired
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 from unittest import mock
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
@@ -98,6 +99,8 @@ def _run_and_exit(words: Sequence[str], environment: Mapping[str, str]) -> NoRet
             signal.signal(number, signal.SIG_DFL)
         atexit._clear()
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        tracker: Any = resource_tracker._resource_tracker
+        tracker._fd = tracker._pid = None  # or it would close a file of ours that has got its number
         os.environ.clear()
         os.environ.update(environment)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -1,0 +1,142 @@
+"""The averaged generator of a run, whatever has become of the run, and its images by their seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.backends import cudnn
+
+from dist_dcgan.config import Config
+from dist_dcgan.drawing import to_pixels
+from dist_dcgan.models.networks import Generator
+from dist_dcgan.random_streams import stream_seed
+from dist_dcgan.run.checkpoint import list_checkpoints, load_newest
+from dist_dcgan.run.directory import RunDirectory
+from dist_dcgan.run.export import MODEL, MODEL_DESCRIPTION, is_finite, load_generator, read_description, sampling_config
+from dist_dcgan.training.ema import draw_latents, recompute_statistics
+from shards.common.command_line import build
+from shards.common.errors import UserError
+from shards.common.plain_yaml import read_yaml
+
+BATCH = 32
+"""Images that are drawn at a time. Always so many, as the sums of a convolution may depend on it."""
+_MOST_SEEDS = 10_000_000
+_RANGE = re.compile(r"(\d{1,19})(?:-(\d{1,19}))?")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A generator to draw from."""
+
+    network: nn.Module
+    """In eval mode, on `device`."""
+    description: dict[str, Any]
+    """Step, architecture and distribution of z, as in an export's JSON."""
+    device: torch.device
+
+    def latents(self, seeds: Sequence[int]) -> Tensor:
+        """Return the z of each seed, float32 (len(seeds), latent_dim): a function of the seed alone."""
+        config = sampling_config(self.description, 0)
+        rows = [draw_latents(config, stream_seed(seed, "samples", 0), range(1), self.device) for seed in seeds]
+        return torch.cat(rows)
+
+    def batches(self, z: Tensor) -> Iterator[Tensor]:
+        """Yield the images of z as uint8 on the CPU, up to `BATCH` at a time; one does not depend on the others."""
+        for part in z.split(BATCH):
+            padded = torch.cat([part, part.new_zeros(BATCH - len(part), part.shape[1])])
+            with torch.no_grad(), cudnn.flags(deterministic=True, allow_tf32=False):
+                yield to_pixels(self.network(padded)[: len(part)].float()).cpu()
+
+    def images(self, z: Tensor) -> Tensor:
+        """Return the images of z, uint8 (len(z), 3, size, size), on the CPU."""
+        return torch.cat(list(self.batches(z)))
+
+
+def load_trained(path: Path, best: bool, device: torch.device) -> Trained:
+    """Return the generator of an exported folder, or of a run: its export, or a checkpoint that is newer.
+
+    A run exports its generator at its end and when it is stopped; one that is being trained, or that died, has
+    checkpoints only. Raises UserError if there is neither, or what there is cannot be used.
+    """
+    run = RunDirectory(path)
+    if (path / MODEL).is_file():
+        if best:
+            raise UserError(f"{path} holds one exported model: leave out --best")
+        network, description = load_generator(path / MODEL, path / MODEL_DESCRIPTION)
+    elif best:
+        network, description = load_generator(run.best)
+    elif _is_outdated(run):
+        network, description = _of_newest_checkpoint(run, device)
+    else:
+        network, description = load_generator(run.generator)
+    return Trained(network.to(device).to(memory_format=torch.channels_last), description, device)
+
+
+def parse_seeds(text: str, flag: str) -> list[int]:
+    """Return the seeds of a list such as `0-63,100`, in its order; raises UserError if it is none."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = _RANGE.fullmatch(part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if not first <= last < 2**63:
+            raise UserError(f"{flag} {text}: {part.strip()!r} is no seed and no range of seeds, as in 0-63,100")
+        if len(seeds) + last - first >= _MOST_SEEDS:
+            raise UserError(f"{flag} {text}: these are more than {_MOST_SEEDS:,} seeds: give them in parts")
+        seeds += range(first, last + 1)
+    return seeds
+
+
+def _is_outdated(run: RunDirectory) -> bool:
+    """Return whether there is a checkpoint of a later step than the export."""
+    checkpoints = list_checkpoints(run.checkpoints)
+    if not checkpoints:
+        return False
+    return not run.generator.is_file() or read_description(run.generator)["step"] < _step_of(checkpoints[-1])
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _of_newest_checkpoint(run: RunDirectory, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    found = load_newest(run.checkpoints)
+    if found is None:  # removed since they were listed
+        return load_generator(run.generator)
+    config = build(Config, read_yaml(run.config), where=str(run.config))
+    prefix = "generator_ema."
+    weights = {name.removeprefix(prefix): value for name, value in found.tensors.items() if name.startswith(prefix)}
+    convolutions = sum(tensor.dim() == 4 for tensor in weights.values())
+    architecture = {
+        "width": config.width,
+        "image_size": 2 ** (convolutions + 1),
+        "latent_dim": config.model.latent_dim,
+        "kernel_size": config.model.kernel_size,
+    }
+    try:
+        with torch.device("meta"):  # before memory is taken: both files may come from others
+            network = Generator(**architecture)
+        network.load_state_dict(weights, assign=True)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the newest checkpoint in {run.checkpoints} is not of {run.config}: {reason}") from None
+    network = network.float().to(device).to(memory_format=torch.channels_last)  # as in training
+    if not is_finite(network):
+        raise UserError(f"the weights of the newest checkpoint in {run.checkpoints} are not finite")
+    recompute_statistics(network, config, device, torch.float32)
+    content = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
+    description = {
+        "step": found.values["step"],
+        "scores": {},
+        "latent": config.model.latent,
+        "architecture": architecture,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    return network.requires_grad_(False), description

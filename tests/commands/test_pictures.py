@@ -1,0 +1,386 @@
+"""Images by seed, walks, time-lapses, arithmetic and exported folders, from a run in any state."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+from dist_dcgan import arithmetic, drawing, evaluate, export, sample, timelapse, walk
+from dist_dcgan.drawing import tile
+from dist_dcgan.run.directory import RunDirectory
+from dist_dcgan.timelapse import Seen, said_of
+from dist_dcgan.trained import Trained, load_trained
+from tests.support.commands import environment, metrics, module, start, succeed, train_command
+from tests.support.mistakes import refusal
+from tests.support.shards_fixtures import contents
+from tests.support.waiting import wait_until
+
+CPU = torch.device("cpu")
+Image.init()
+
+
+@pytest.fixture(scope="module")
+def finished(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with three grids, not to be changed."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    flags = ["--preset", "debug", "--width", 4, "--wandb", "disabled", "--max-steps", 6, "--data", demo_shards]
+    flags += ["--log.samples-every-images", 32, "--quality.extractor", "none"]
+    succeed(train_command(1, *flags, "--run-dir", run_dir))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def trained(finished: Path) -> Trained:
+    return load_trained(finished, False, CPU)
+
+
+@pytest.fixture(scope="module")
+def folder(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generator of that run as a folder for other software."""
+    out = tmp_path_factory.mktemp("exported") / "model"
+    export.main([str(finished), "--out", str(out), "--licence", "cc0-1.0"])
+    return out
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def by_seed(trained: Trained, seeds: Sequence[int]) -> torch.Tensor:
+    return trained.images(trained.latents(seeds))
+
+
+def test_an_image_depends_on_its_seed_alone(trained: Trained) -> None:
+    seeds = [*range(70), 2**63 - 1]
+    together = by_seed(trained, seeds)
+    for index in (0, 1, 31, 32, 69, 70):
+        assert torch.equal(by_seed(trained, [seeds[index]])[0], together[index])
+    assert torch.equal(by_seed(trained, seeds[::-1]).flip(0), together)
+    assert len(torch.unique(together, dim=0)) == 71
+
+
+def test_a_grid_has_its_images_in_order_with_seeds_below(finished: Path, trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "grid.png"
+    sample.main([str(finished), "--out", str(out), "--seeds", "5-7,100", "--labels", "--scale", "2"])
+    grid, images = pixels(out), by_seed(trained, [5, 6, 7, 100]).permute(0, 2, 3, 1).numpy()
+    step = 128 + 2
+    assert grid.shape == (2 * (step + 12) + 2, 2 * step + 2, 3)
+    for index, image in enumerate(images):
+        top, left = 2 + (step + 12) * (index // 2), 2 + step * (index % 2)
+        assert np.array_equal(grid[top : top + 128 : 2, left : left + 128 : 2], image)
+        assert np.array_equal(grid[top + 1 : top + 128 : 2, left + 1 : left + 128 : 2], image)
+        label = grid[top + 128 : top + 140, left : left + 128]
+        assert 10 < (label > 128).all(2).sum() < 200  # a few white pixels on black
+    assert (pixels(out)[2 + 128 : 2 + 140, 2:130] != pixels(out)[2 + 128 : 2 + 140, 132:260]).any()
+
+
+def test_separate_images_are_continued_on_any_number_of_ranks(finished: Path, trained: Trained, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for seeds in ("0-9", "5-49"):
+        sample.main([str(finished), "--separate", str(first), "--seeds", seeds])
+    torchrun = ["--standalone", "--nproc_per_node=2", "-m", "dist_dcgan.sample"]
+    succeed(module("torch.distributed.run", *torchrun, finished, "--separate", second, "--seeds", "0-49"))
+    assert contents(first) == contents(second) and len(contents(first)) == 51
+    found = torch.from_numpy(np.stack([pixels(first / f"seed-{seed:08d}.png") for seed in range(50)]))
+    assert torch.equal(found.permute(0, 3, 1, 2), by_seed(trained, range(50)))
+
+
+@pytest.mark.slow
+def test_thousands_that_are_killed_are_continued_to_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = [finished, "--seeds", "0-4999", "--separate"]
+    succeed(module("dist_dcgan.sample", *words, whole))
+    process = start(module("dist_dcgan.sample", *words, killed))
+    wait_until(lambda: killed.is_dir() and len(os.listdir(killed)) > 1000, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 1000 < len(os.listdir(killed)) < 5000
+    torchrun = ["--standalone", "--nproc_per_node=2", "-m", "dist_dcgan.sample"]
+    succeed(module("torch.distributed.run", *torchrun, *words, killed))
+    assert contents(killed) == contents(whole) and len(contents(whole)) == 5001
+
+
+def test_a_folder_of_other_images_is_left_alone(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.png").touch()
+    words = [finished, "--seeds", "0-3", "--separate"]
+    assert "holds other files" in refusal(sample.main, *words, tmp_path / "other")
+    sample.main([str(word) for word in (*words, tmp_path / "images")])
+    before = contents(tmp_path / "images")
+    assert "of another generator or scale" in refusal(sample.main, *words, tmp_path / "images", "--scale", 2)
+    assert contents(tmp_path / "images") == before
+
+
+MISTAKES: list[tuple[Callable[[Sequence[str]], None], list[object], str]] = [
+    (sample.main, ["--seeds", "3-"], "--seeds 3-: '3-' is no seed and no range of seeds"),
+    (sample.main, ["--seeds", "9-3"], "'9-3' is no seed"),
+    (sample.main, ["--seeds", "0-99999999999"], "more than 10,000,000 seeds"),
+    (sample.main, ["--seeds", "9223372036854775808"], "is no seed"),
+    (sample.main, ["--separate", "images"], "give --out X.png for a grid, or --separate DIR"),
+    (sample.main, ["--out", "x.jpg"], "give it a name that ends in .png"),
+    (walk.main, ["--seeds", "1"], "a walk needs two seeds"),
+    (walk.main, ["--seeds", "1,2", "--rows", 2], "--seeds and --rows exclude each other"),
+    (walk.main, ["--out", "x.avi"], "ends in .png or .mp4 or .gif or .webp"),
+    (timelapse.main, ["--out", "x.png"], "ends in .mp4 or .gif or .webp"),
+    (arithmetic.main, [], "nothing to calculate: give --add with seeds"),
+    (arithmetic.main, ["--add"], "--add needs seeds"),
+    (arithmetic.main, ["--subtract", "a"], "--subtract a: 'a' is no seed"),
+    (export.main, ["--out", "no/where"], "no folder no for --out where"),
+    (export.main, ["--licence", "a b"], "licence"),
+]
+
+
+@pytest.mark.parametrize(("main", "flags", "message"), MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    main: Callable[[Sequence[str]], None],
+    flags: list[object],
+    message: str,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = [] if main is export.main and "--out" in flags else ["--out", "x.gif" if main is timelapse.main else "x.png"]
+    assert message in refusal(main, finished, *(out if flags[:1] != ["--out"] else []), *flags)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("main", [sample.main, walk.main, arithmetic.main, timelapse.main, export.main])
+def test_what_exists_is_not_overwritten(main: Callable[[Sequence[str]], None], finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / ("x.gif" if main is timelapse.main else "x.png")
+    out.write_bytes(b"mine")
+    flags = ["--add", "1"] if main is arithmetic.main else []
+    assert "exists" in refusal(main, finished, "--out", out, *flags)
+    assert out.read_bytes() == b"mine"
+
+
+def test_without_the_package_for_films_one_line_says_what_to_install(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    assert "pip install 'dist_dcgan[video]'" in refusal(walk.main, finished, "--out", tmp_path / "x.mp4")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    assert "pip install 'dist_dcgan[onnx]'" in refusal(export.main, finished, "--out", tmp_path / "x")
+
+
+def test_a_walk_passes_its_stops_and_a_loop_closes_without_a_jump() -> None:
+    stops = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+    straight = walk.path(stops, 21, loop=False, spherical=False)
+    assert torch.allclose(straight[[0, 10, 20]], stops) and torch.allclose(straight[5], stops[:2].mean(0), atol=1e-5)
+    loop = walk.path(stops, 30, loop=True, spherical=False)
+    assert torch.allclose(loop[[0, 10, 20]], stops)
+    steps = (loop.roll(-1, 0) - loop).norm(dim=1)  # the last leads back to the first
+    assert torch.allclose(steps[20:], (stops[0] - stops[2]).norm() / 10, rtol=1e-4)
+    for way in (False, True):
+        arc = walk.path(stops, 30, loop=way, spherical=True)
+        assert torch.allclose(arc[0], stops[0], atol=1e-5) and arc.isfinite().all()
+        lengths = stops.norm(dim=1)
+        assert (arc.norm(dim=1) >= lengths.min() - 1e-3).all()  # straight ways come nearer to the origin
+    assert (straight.norm(dim=1).min() < stops.norm(dim=1).min() * 0.8).item()
+
+
+def test_a_walk_is_a_picture_of_rows(finished: Path, trained: Trained, tmp_path: Path) -> None:
+    walk.main([str(finished), "--out", str(tmp_path / "rows.png"), "--rows", "3", "--frames", "7"])
+    walk.main([str(finished), "--out", str(tmp_path / "seeds.png"), "--seeds", "3,17", "--frames", "5"])
+    assert pixels(tmp_path / "rows.png").shape == (3 * 66 + 2, 7 * 66 + 2, 3)
+    row = pixels(tmp_path / "seeds.png")
+    ends = by_seed(trained, [3, 17]).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(row[2:66, 2:66], ends[0]) and np.array_equal(row[2:66, -66:-2], ends[1])
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "mp4"])
+def test_a_walk_is_a_film(suffix: str, finished: Path, trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / f"walk.{suffix}"
+    words = ["--rows", "2", "--frames", "9", "--fps", "20", "--loop", "--scale", "2"]
+    walk.main([str(finished), "--out", str(out), *words])
+    frames, seconds, repeats = shown(out)
+    assert frames.shape == (9, 2 * 130 + 2, 2 * 130 + 2, 3) and seconds == pytest.approx(9 / 20)
+    assert repeats == (suffix != "mp4")
+    first = np.asarray(tile(by_seed(trained, [0, 4, 8, 12]), scale=2)).astype(int)
+    assert np.abs(frames[0] - first).mean() < 12  # palettes and compression lose a little
+    assert np.abs(frames[4] - first).mean() > np.abs(frames[0] - first).mean()
+
+
+def shown(path: Path) -> tuple[np.ndarray[Any, Any], float, bool]:
+    """The frames of a film, its seconds, and whether it repeats."""
+    if path.suffix == ".mp4":
+        import av
+
+        with av.open(str(path)) as container:
+            pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            return (
+                np.stack(pictures).astype(int),
+                len(pictures) / float(container.streams.video[0].average_rate or 0),
+                False,
+            )
+    with Image.open(path) as film:
+        assert film.is_animated  # type: ignore[attr-defined]
+        frames, milliseconds = [], 0.0
+        for frame in ImageSequence.Iterator(film):
+            frames.append(np.asarray(frame.convert("RGB")).astype(int))
+            milliseconds += frame.info["duration"]
+        return np.stack(frames), milliseconds / 1000, film.info["loop"] == 0
+
+
+def test_a_time_lapse_shows_every_grid_and_stands_still_at_the_last(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lapse.webp"
+    timelapse.main([str(finished), "--out", str(out), "--fps", "4"])
+    frames, seconds, repeats = shown(out)
+    grids = sorted((finished / "samples").iterdir())
+    assert [path.name for path in grids] == ["step-00000002.png", "step-00000004.png", "step-00000006.png"]
+    assert seconds == pytest.approx((3 + 2 * 4) / 4) and repeats
+    middle = slice(70, 130)  # above the caption
+    assert np.abs(frames[0][middle] - pixels(grids[0])[middle].astype(int)).mean() < 8
+    assert np.abs(frames[-1][middle] - pixels(grids[-1])[middle].astype(int)).mean() < 8
+
+
+def test_captions_say_what_had_been_seen(finished: Path, tmp_path: Path) -> None:
+    seen = [Seen(10, 320, None), Seen(20, 640, 0.5), Seen(30, 960, 0.25)]
+    assert said_of(4, seen) == "step 4"
+    assert said_of(10, seen) == "320 images"
+    assert said_of(25, seen) == "800 images   1000 KID 500"
+    assert said_of(30, seen) == "960 images   1000 KID 250"
+    run_dir = tmp_path / "died"
+    shutil.copytree(finished, run_dir)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"step": 7, "images_seen": 112, "quality/kid_x": 0.5, "quality/kid_x_std": 0.1}\n[]\n{"step": 8, "im'
+        )
+    rows = timelapse.seen_by(RunDirectory(run_dir))
+    assert rows[-1] == Seen(7, 112, 0.5) and len(rows) == len(metrics(finished)) + 1
+
+
+def test_grids_of_different_sizes_fit_into_one_film(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    Image.new("RGB", (68, 68), (9, 9, 9)).save(run_dir / "samples" / "step-00000001.png")
+    timelapse.main([str(run_dir), "--out", str(tmp_path / "lapse.gif"), "--fps", "1"])
+    assert shown(tmp_path / "lapse.gif")[0].shape[1:3] == pixels(finished / "samples" / "step-00000006.png").shape[:2]
+    shutil.rmtree(run_dir / "samples")
+    assert "no grids in" in refusal(timelapse.main, run_dir, "--out", tmp_path / "other.gif")
+    (run_dir / "samples").mkdir()
+    (run_dir / "samples" / "step-00000001.png").write_bytes(b"no picture")
+    assert "cannot be read" in refusal(timelapse.main, run_dir, "--out", tmp_path / "other.gif")
+    assert sorted(os.listdir(tmp_path)) == ["lapse.gif", "run"]
+
+
+def test_arithmetic_is_that_of_the_means(finished: Path, trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "sum.png"
+    arithmetic.main([str(finished), "--add", "3,17", "--subtract=5-7", "--add", "8", "--out", str(out)])
+    means = [trained.latents(seeds).mean(0) for seeds in ([3, 17], [5, 6, 7], [8])]
+    (expected,) = trained.images((means[0] - means[1] + means[2])[None])
+    grid = pixels(out)[:, -(3 * 66 + 2) :]
+    top = (grid.shape[0] - (3 * 66 + 2)) // 2
+    cells = grid[top + 2 : top + 2 + 3 * 66].reshape(3, 66, -1, 3)[:, :64, 2:]
+    middle = cells[1, :, 66 : 66 + 64]
+    assert np.array_equal(middle, expected.permute(1, 2, 0).numpy())
+    others = trained.images(torch.stack([means[0], means[1], means[2]]))
+    first = pixels(out)[:, : 64 + 4]
+    assert any(
+        np.array_equal(first[row : row + 64, 2:66], others[0].permute(1, 2, 0).numpy()) for row in range(len(first))
+    )
+    assert arithmetic.split_groups(["run", "--add", "1", "--subtract=2", "--add", "3", "--best"]) == (
+        [("--add", "1"), ("--subtract", "2"), ("--add", "3")],
+        ["run", "--best"],
+    )
+
+
+def test_an_exported_folder_draws_the_same_here(finished: Path, folder: Path, tmp_path: Path) -> None:
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.onnx", "model.safetensors", "sample.py"]
+    for path, out in ((finished, tmp_path / "run.png"), (folder, tmp_path / "folder.png")):
+        sample.main([str(path), "--out", str(out), "--seeds", "0-3"])
+    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "folder.png").read_bytes()
+    walk.main([str(folder), "--out", str(tmp_path / "walk.png"), "--rows", "1", "--frames", "3"])
+    assert "leave out --best" in refusal(sample.main, folder, "--out", tmp_path / "best.png", "--best")
+    card = (folder / "README.md").read_text()
+    digest = json.loads((folder / "config.json").read_text())["sha256"]
+    for words in ("license: cc0-1.0", "pipeline_tag: unconditional-image-generation", digest, "| Step | 6 |", "| 96 |"):
+        assert words in card, card
+
+
+def test_its_script_draws_the_same_without_torch(folder: Path, trained: Trained, tmp_path: Path) -> None:
+    blocked = "import runpy, sys; sys.modules.update(torch=None, dist_dcgan=None); sys.argv = sys.argv[1:]; "
+    blocked += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = [sys.executable, "-c", blocked, folder / "sample.py", tmp_path / "grid.png", "9"]
+    subprocess.run([str(word) for word in words], check=True, cwd=tmp_path, env=environment())
+    grid = pixels(tmp_path / "grid.png").reshape(3, 64, 3, 64, 3).swapaxes(1, 2).reshape(9, 64, 64, 3)
+    expected = by_seed(trained, range(9)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(grid.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_normal_latents_are_the_same_in_the_script(trained: Trained) -> None:
+    normal = Trained(trained.network, trained.description | {"latent": "normal"}, CPU)
+    for of in (trained, normal):
+        text = export.script(of.description)
+        names: dict[str, Any] = {}
+        exec(text[text.index("import hashlib") : text.index("count =")], names)
+        found = np.stack([names["latent"](seed) for seed in range(5)])
+        assert np.abs(found - of.latents(range(5)).numpy()).max() < 1e-5
+
+
+def test_onnx_that_draws_otherwise_is_refused_and_leaves_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "MOST_DIFFERENCE", -1.0)
+    assert "draws other images than torch" in refusal(export.main, finished, "--out", tmp_path / "model")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_died_is_drawn_from_its_newest_checkpoint(
+    finished: Path, trained: Trained, tmp_path: Path, demo_shards: Path
+) -> None:
+    run_dir = tmp_path / "died"
+    shutil.copytree(finished, run_dir)
+    for name in ("generator_ema.safetensors", "generator_ema.json"):
+        (run_dir / name).unlink()
+    died = load_trained(run_dir, False, CPU)
+    assert died.description["step"] == 6 and torch.equal(by_seed(died, range(4)), by_seed(trained, range(4)))
+    scored = evaluate.main  # takes it, too
+    message = refusal(
+        scored, run_dir, "--data", demo_shards, "--fakes", 4, "--weights", "none", "--extractor", "inception"
+    )
+    assert "none" in message
+    (run_dir / "checkpoints").rename(run_dir / "gone")
+    assert "no exported generator at" in refusal(sample.main, run_dir, "--out", tmp_path / "x.png")
+
+
+def test_a_run_that_goes_on_is_drawn_as_it_is_now(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "goes_on"
+    shutil.copytree(finished, run_dir)
+    description = json.loads((run_dir / "generator_ema.json").read_text())
+    (run_dir / "generator_ema.json").write_text(json.dumps(description | {"step": 3}))  # of an earlier stop
+    assert load_trained(run_dir, False, CPU).description["step"] == 6
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_before_memory_is_taken(
+    finished: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "foreign"
+    shutil.copytree(finished, run_dir)
+    (run_dir / "generator_ema.safetensors").unlink()
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(config.replace("width: 4", "width: 1000000000"))
+    message = refusal(sample.main, run_dir, "--out", tmp_path / "x.png")
+    assert "checkpoints is not of" in message and "config.yaml" in message
+
+
+def test_logs_and_folders_that_others_wrote_are_passed_over_or_refused(finished: Path, tmp_path: Path) -> None:
+    rows = [b"[" * 100_000, b'{"step": 0, "images_seen": 5}', b'{"step": 1e999, "images_seen": 5}', b'{"step": 1}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*rows, b'{"step": %d, "images_seen": 1}' % 10**400]))
+    assert timelapse.seen_by(RunDirectory(tmp_path)) == []
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "source.json").write_bytes(b"[" * 100_000)
+    assert "of another generator" in refusal(sample.main, finished, "--separate", tmp_path / "images")
