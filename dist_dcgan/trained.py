@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def _is_outdated(run: RunDirectory) -> bool:
     checkpoints = list_checkpoints(run.checkpoints)
     if not checkpoints:
         return False
-    return not run.generator.is_file() or read_description(run.generator)["step"] < _step_of(checkpoints[-1])
+    return not os.path.lexists(run.generator) or read_description(run.generator)["step"] < _step_of(checkpoints[-1])
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -24,6 +24,7 @@ echo "== install"
 "$venv/bin/pip" install --quiet --disable-pip-version-check --no-compile ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} \
   -e ".[test,eval,video,onnx]"
 export PATH="$venv/bin:$PATH"
+unset PYTHON # of the environment, not of the scripts that the tests start
 python -m compileall -q -j 0 "$venv/lib" >/dev/null || true # on all cores; packages hold files that are not for this Python
 
 echo "== lint"

@@ -119,8 +119,9 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
             set_up(device)
             if launch.nodes > 1:
                 require_connected(store, launch.node, launch.nodes, leads=launch.local_rank == 0)
-            _init(dist.PrefixStore("group", store), peers, device, timeout_seconds)  # type: ignore[attr-defined]
-            slow_group = _slow_group(timeout_seconds)
+            with _standard_output_kept():
+                _init(dist.PrefixStore("group", store), peers, device, timeout_seconds)  # type: ignore[attr-defined]
+                slow_group = _slow_group(timeout_seconds)
             require_no_strangers(others)
             yield World(rank, launch.local_rank, world_size, device, slow_group, folder)
 
@@ -139,6 +140,22 @@ def _init(store: Any, peers: Peers, device: torch.device, timeout_seconds: float
     if on_gpu:  # torch has no argument for it: NCCL's options take the call's timeout
         backend = dist.distributed_c10d._get_default_group()._get_backend(device)
         backend._set_default_timeout(timedelta(seconds=2 * timeout_seconds + 60))
+
+
+@contextmanager
+def _standard_output_kept() -> Iterator[None]:
+    """Send what libraries print on standard output to standard error: gloo of torch 2.10 reports its connections.
+
+    What a command prints, such as a line of JSON, must stay alone.
+    """
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ TIMED_STEPS = 5
 class Scaling(Benchmark):
     """Plan and step as one rank of many."""
 
-    ranks: tuple[int, ...] = (8, 64, 512)
+    ranks: str = "8,64,512"
     """Numbers of ranks."""
     width: int = Field(128, ge=1)
     """Channels of the last hidden layer."""
@@ -65,21 +65,27 @@ class Scaling(Benchmark):
     """Images per step of the plan for strong scaling."""
     step_images: int = Field(2, ge=1)
     """Images of the step that is taken, on the one rank."""
-    samples: tuple[int, ...] = (3_033_042, 1_000_000_000)
+    samples: str = "3033042,1000000000"
     """Sizes of data sets whose start-up is timed; the plans are made for the first."""
+
+
+def numbers(text: str) -> list[int]:
+    """Return the numbers of a list with commas."""
+    return [int(number) for number in text.split(",")]
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
     options = options_of(Scaling, argv)
-    rows = [alone(as_one_rank, options, world_size) for world_size in options.ranks]
+    counts = numbers(options.ranks)
+    rows = [alone(as_one_rank, options, world_size) for world_size in counts]
     print(markdown(turned(rows)))
     print(f"\nWith a global batch of {options.global_batch} whatever the ranks:")
-    for world_size in options.ranks:
+    for world_size in counts:
         print(f"- {world_size} ranks: {strong_plan(options, world_size)}")
     print("\nStart-up of one rank:\n")
     start_ups = []
-    for samples in options.samples:
+    for samples in numbers(options.samples):
         with tempfile.TemporaryDirectory() as folder:
             alone(write_manifest_of, Path(folder), samples)
             start_ups.append(alone(start_up, Path(folder)))
@@ -95,7 +101,7 @@ def alone(function: Callable[..., Result], *arguments: Any) -> Result:
 
 def as_one_rank(options: Scaling, world_size: int) -> Row:
     """Return the figures of rank 0 of `world_size`."""
-    manifest = manifest_of(options.samples[0])
+    manifest = manifest_of(numbers(options.samples)[0])
     config = Config(width=options.width, batch_per_rank=options.batch_per_rank)
     plan = make_plan(config, world_size, manifest.samples)
     small = config.model_copy(update={"batch_per_rank": options.step_images})
@@ -139,7 +145,7 @@ def beside_the_step() -> None:
 def strong_plan(options: Scaling, world_size: int) -> str:
     """Return what the plan says where the global batch stays, or why there is none."""
     try:
-        plan = make_plan(Config(global_batch=options.global_batch), world_size, options.samples[0])
+        plan = make_plan(Config(global_batch=options.global_batch), world_size, numbers(options.samples)[0])
     except UserError as error:
         return f"error: {error}"
     return f"{plan.batch_per_rank} images per rank, {plan.steps_per_epoch:,} steps per epoch"

@@ -281,7 +281,7 @@ def test_a_file_that_has_more_than_its_size_is_cut(tmp_path: Path) -> None:
 
 
 def test_a_command_that_drips_is_given_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "_SILENCE_SECONDS", 1.0)
     monkeypatch.setattr("dist_dcgan.data.storage.cache._ATTEMPTS", 1)
     drip = "while echo -n X; do sleep 0.05; done; :"
     with pytest.raises(OneRankError, match="the command prints less than 10,000 bytes a second"):

@@ -1,9 +1,15 @@
-"""Metrics are averaged over the ranks in one reduction."""
+"""Metrics are averaged over the ranks in one reduction; standard output belongs to the command."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_dcgan.distributed.collectives import average_across_ranks, from_rank_zero, gather
@@ -66,3 +72,23 @@ def test_values_of_ranks_travel_as_json() -> None:
 def test_what_would_need_pickle_is_refused() -> None:
     with pytest.raises(AssertionError, match="not JSON serializable"):
         run_ranks(2, told, {1, 2})
+
+
+def what_is_printed(folder: Path) -> bytes:
+    """Join while the library prints on standard output, print a result, and return what has arrived there."""
+    join = dist.init_process_group
+
+    def joining(*arguments: Any, **options: Any) -> None:
+        os.write(1, b"connected to 1 peer\n")
+        join(*arguments, **options)
+
+    path = folder / str(os.environ["RANK"])
+    with path.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+    with mock.patch.object(dist, "init_process_group", joining), process_group(60, "cpu"):
+        os.write(1, b"result\n")
+    return path.read_bytes()
+
+
+def test_what_the_library_prints_while_ranks_meet_is_no_output_of_the_command(tmp_path: Path) -> None:
+    assert run_ranks(2, what_is_printed, tmp_path) == [b"result\n"] * 2

@@ -30,6 +30,7 @@ def test_every_floor_has_its_reason() -> None:
         assert line.startswith("#") or before.startswith("#") or line in ("numpy>=1.26", "pydantic-settings>=2.9"), line
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not know whose a module is: 3.11 runs it")
 def test_every_package_that_is_imported_has_a_floor() -> None:
     """What another package brings may be of any version."""
     named = [line for key in ("install_requires", "eval", "video", "onnx") for line in setup(key)]

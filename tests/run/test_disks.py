@@ -306,7 +306,7 @@ def test_of_a_stopped_run_the_marker_must_be_written_and_the_export_need_not(
 def test_a_picture_that_cannot_be_written_is_one_line(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchvision.utils.save_image", full)
+    monkeypatch.setattr("PIL.Image.Image.save", full)
     out = tmp_path / "samples.png"
     assert refusal(sample.main, run_dir, "--out", out) == f"cannot write --out {out}: No space left on device"
     assert not out.exists()

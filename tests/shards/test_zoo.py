@@ -183,7 +183,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "png-10000x10000": (png(10_000, 10_000, 8, 2, b""), r"too large: .*64000000 pixels"),
     "png-8000x8000-of-nothing": (png(8000, 8000, 8, 2, b""), r"damaged: "),
     "ppm-0x0": (b"P6\n0 0\n255\n", NO_IMAGE),
-    "jpeg-50000x50000": (jpeg_header(50_000, 50_000), r"too large: .*64000000 pixels"),
+    "jpeg-50000x50000": (
+        jpeg_header(50_000, 50_000),
+        rf"too large: .*64000000 pixels|{NO_IMAGE}",
+    ),  # by Pillow's version
     "ppm-50000x50000": (b"P6\n50000 50000\n255\n", r"too large: .*64000000 pixels"),
     "ppm-in-text": (b"P3\n1 1\n255\n1 2 3\n", r"a PPM in plain text; only binary ones are read"),
     "ppm-of-floats": (b"Pf\n1 1\n-1.0\n\0\0\0\0", r"floating-point pixels"),

@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from dist_dcgan.distributed.world import process_group
@@ -33,6 +34,9 @@ from tests.support.operations import (
     storages,
 )
 
+COUNTED = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.14"), reason="operations are those of torch 2.14: a newer torch runs it"
+)
 PRECISIONS = ["fp64", "fp32", "bf16", "fp16"]
 NORMS = ["native", "portable"]
 SMALL: dict[str, Any] = {"width": 8, "global_batch": 4}
@@ -149,6 +153,7 @@ def operations_in_bf16(norm: str) -> Counter[str]:
         return by_part(operations_of_steps(state)[0])
 
 
+@COUNTED
 def test_a_step_keeps_to_its_budget_of_operations() -> None:
     """A part without a budget may have none."""
     found = operations_in_bf16("native")
@@ -191,6 +196,7 @@ def test_weights_are_cast_once_for_each_state_that_they_are_used_in(precision: s
     assert casts == Counter(shape_of(weight) for network, weight in weights for _ in range(times[network]))
 
 
+@COUNTED
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_runs_on_meta_is_what_runs_on_a_cpu(precision: str) -> None:
     """Autocast included, of which the meta device has but a stand-in."""
