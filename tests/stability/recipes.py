@@ -71,6 +71,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+SCREENED = tuple(RECIPES)
 SURVIVORS = ("logits", "noise 0.1", "rate of D's last layer / 10")
 """Recipes at full width that the screening left; the first goes through all phases."""
 SEEDS = (0, 1, 2)
@@ -104,12 +105,23 @@ FACTORS = {
     "G's rate 5e-5": Factor({"lr_g": 5e-5}, "worse: G cannot follow D"),
     "rates fall by a cosine": Factor({"fade": "cosine"}, "as linearly"),
     "rates by fan-in": Factor({"lr_by_fan_in": "gd"}, "full width slower early and better late"),
+    "batch 8": Factor({}, "as batch 16, and more so", 8),
+    "rates 4e-4, batch 16": Factor(
+        {"lr_g": 4e-4, "lr_d": 4e-4}, "more and larger updates: the fastest, if it lives", 16
+    ),
+    "beta2 0.99, batch 16": Factor({"beta2": 0.99}, "both gains together", 16),
 }
+WIDE = [name for name in FACTORS if ", batch" not in name and name != "batch 8"]
+"""What is tried at the widths that are compared."""
 WIDTHS = (128, 64)
+QUICK = ["default", "batch 16", "rates 4e-4", "beta2 0.99", "D's rate 1e-4", "batch 8", "rates 4e-4, batch 16"]
+QUICK += ["G's rate 4e-4", "rates fall linearly", "beta2 0.99, batch 16", "spectral norm", "paired, R1 and R2 1"]
+"""What is tried for the quickstart."""
+QUICK_IMAGES = 38_400
 RECIPES |= {
     f"{name} at {width}": replace(LOGITS, width=width, **factor.change)
     for name, factor in FACTORS.items()
-    for width in WIDTHS
+    for width in (*WIDTHS, 32)
 }
 
 
@@ -135,7 +147,7 @@ class Trial(NamedTuple):
 
 def screen() -> list[Trial]:
     """Every recipe once: which factor matters."""
-    return [Trial(name, "photos", 0, 32, 200) for name in RECIPES]
+    return [Trial(name, "photos", 0, 32, 200) for name in SCREENED]
 
 
 def compare() -> list[Trial]:
@@ -155,23 +167,36 @@ def prove() -> list[Trial]:
     return [Trial(SURVIVORS[0], data, 0, 32, 2000, "bf16") for data in ("photos", "rooms")]
 
 
-FACTOR_IMAGES, FACTOR_SCORES = 102_400, 5
+FACTOR_SCORES = 5
 
 
 def factors() -> list[Trial]:
     """What could make full width worth its price, on images of 32x32, for long; the most telling trials first."""
-    trials = [factor_trial("default", width, "photos32", 0) for width in WIDTHS]
-    trials += [factor_trial(name, 64, "photos32", 0) for name in FACTORS if name not in ("default", "rates by fan-in")]
+    trials = [factor_trial("default", width, "photos32") for width in WIDTHS]
+    trials += [factor_trial(name, 64, "photos32") for name in WIDE if name not in ("default", "rates by fan-in")]
     trials += [factor_trial("default", 64, "photos32", seed) for seed in SEEDS[1:]]
-    trials += [factor_trial(name, 128, "photos32", 0) for name in FACTORS if name != "default"]
-    return trials + [factor_trial(name, width, "cifar", 0) for name in FACTORS for width in WIDTHS]
+    trials += [factor_trial(name, 128, "photos32") for name in WIDE if name != "default"]
+    return trials + [factor_trial(name, width, "cifar") for name in WIDE for width in WIDTHS]
 
 
-def factor_trial(name: str, width: int, data: str, seed: int) -> Trial:
+def quickstart() -> list[Trial]:
+    """What could make the first picture that people see a better one, from as many images."""
+    trials = [factor_trial(name, 32, "rooms", 0, QUICK_IMAGES) for name in QUICK]
+    return trials + [factor_trial("default", 32, "rooms", seed, QUICK_IMAGES) for seed in SEEDS[1:]]
+
+
+def factor_trial(name: str, width: int, data: str, seed: int = 0, images: int = 102_400) -> Trial:
     """Return the trial of a factor: in float32, as not every processor computes in bf16."""
     batch = FACTORS[name].batch
-    steps = FACTOR_IMAGES // batch
+    steps = images // batch
     return Trial(f"{name} at {width}", data, seed, batch, steps, score_every=steps // FACTOR_SCORES)
 
 
-PHASES = {"screen": screen, "compare": compare, "batches": batches, "prove": prove, "factors": factors}
+PHASES = {
+    "screen": screen,
+    "compare": compare,
+    "batches": batches,
+    "prove": prove,
+    "factors": factors,
+    "quickstart": quickstart,
+}

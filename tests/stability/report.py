@@ -17,13 +17,12 @@ from tests.stability import long
 from tests.stability.evidence import TURNS
 from tests.stability.jump import BATCH, WIDTHS
 from tests.stability.recipes import FACTORS, PHASES
-from tests.stability.recipes import WIDTHS as FACTOR_WIDTHS
-from tests.stability.results import FOLDER, Result, read
+from tests.stability.results import FOLDER, SUMMED_UP, Result, read
 from tests.support.rows import read_rows
 
 README = Path(__file__).parent / "README.md"
 PLOTS = Path(__file__).parent / "plots"
-TRIAL_PHASES = [phase for phase in PHASES if phase != "factors"]
+TRIAL_PHASES = [phase for phase in PHASES if phase not in SUMMED_UP]
 LAST = 50
 """Steps at the end of a trial that medians are taken over."""
 
@@ -47,7 +46,8 @@ def main() -> None:
 def with_tables(text: str) -> str:
     """Return the page with the tables that belong to the results."""
     contents = {phase: trial_table(read(phase)) for phase in TRIAL_PHASES}
-    contents |= {"factors": factor_table(), "long": long_table(), "jump": jump_table(), "evidence": evidence_table()}
+    contents |= {phase: factor_table(phase) for phase in SUMMED_UP}
+    contents |= {"long": long_table(), "jump": jump_table(), "evidence": evidence_table()}
     for name, content in contents.items():
         text = tables.put(text, f"<!-- {name} -->\n", f"<!-- end of {name} -->", content)
     return text
@@ -72,22 +72,24 @@ def trial_table(results: Sequence[Result]) -> str:
     return tables.table(head, rows)
 
 
-def factor_table() -> str:
-    """Return a row per factor and data set: what was expected, and 1000 KID by images at both widths."""
+def factor_table(phase: str) -> str:
+    """Return a row per factor and data set: what was expected, and 1000 KID by images at each width."""
     found: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = defaultdict(dict)
-    for line in read_rows(FOLDER / "factors.jsonl"):
+    for line in read_rows(FOLDER / f"{phase}.jsonl"):
         trial = line["trial"]
         name, _, width = trial["recipe"].rpartition(" at ")
         found[trial["data"], name, trial["seed"]][int(width)] = line
     if not found:
         return ""
-    head = ["factor", "expected", "data", "seed", *(f"width {width}" for width in FACTOR_WIDTHS), "watchdog"]
+    widths = sorted({width for lines in found.values() for width in lines}, reverse=True)
     rows = []
     for (data, name, seed), lines in found.items():
         named = "; ".join(f"{width}: {word}" for width, line in lines.items() for word in line["named"]) or "-"
-        cells = [_scores(lines[width]) if width in lines else "" for width in FACTOR_WIDTHS]
+        cells = [_scores(lines[width]) if width in lines else "" for width in widths]
         rows.append([name, FACTORS[name].expected, data, str(seed), *cells, named])
-    return tables.table(head, rows)
+    return tables.table(
+        ["factor", "expected", "data", "seed", *(f"width {width}" for width in widths), "watchdog"], rows
+    )
 
 
 def _scores(line: dict[str, Any]) -> str:

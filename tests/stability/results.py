@@ -25,6 +25,8 @@ MEDIANS = (
     "diversity/fake",
     "diversity/real",
 )
+SUMMED_UP = ("factors", "quickstart")
+"""Phases of trials that are long: their results hold no single step."""
 LAYERS_EVERY = 50
 """Steps between norms and ratios of single layers."""
 
@@ -64,8 +66,8 @@ def gather(phase: str, work: Path) -> dict[str, Path]:
     """Write the results of the finished trials of a phase; return their last grids by what each is."""
     finished = [trial for trial in PHASES[phase]() if (work / trial.name / "done").exists()]
     FOLDER.mkdir(exist_ok=True)
-    if phase == "factors":
-        lines = _with_earlier(finished, work)
+    if phase in SUMMED_UP:
+        lines = _with_earlier(phase, finished, work)
     else:
         lines = [{"trial": trial._asdict()} | _columns(work / trial.name) for trial in finished]
     (FOLDER / f"{phase}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -77,11 +79,11 @@ def gather(phase: str, work: Path) -> dict[str, Path]:
     }
 
 
-def _with_earlier(finished: list[Trial], work: Path) -> list[dict[str, Any]]:
+def _with_earlier(phase: str, finished: list[Trial], work: Path) -> list[dict[str, Any]]:
     """Return a short result per trial of the factors, which take many hours: also those gathered from elsewhere."""
-    found = {tuple(line["trial"].values()): line for line in read_rows(FOLDER / "factors.jsonl")}
+    found = {tuple(line["trial"].values()): line for line in read_rows(FOLDER / f"{phase}.jsonl")}
     found |= {tuple(trial): _summary(trial, read_rows(work / trial.name / "rows.jsonl")) for trial in finished}
-    return [found[tuple(trial)] for trial in PHASES["factors"]() if tuple(trial) in found]
+    return [found[tuple(trial)] for trial in PHASES[phase]() if tuple(trial) in found]
 
 
 def _summary(trial: Trial, rows: list[dict[str, Any]]) -> dict[str, Any]:
