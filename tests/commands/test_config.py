@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -153,5 +154,5 @@ def test_help_begins_with_what_the_command_does_and_names_flags_as_people_type_t
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert text.startswith("usage: python -m dist_dcgan.train [OPTIONS]\n\nDo it.\n\nexample --data DIR\n\n")
-    assert "  --data {Path,str}, --data.path {Path,str}\n" in text
+    assert re.search(r"^  --data( {Path,str})?, --data.path {Path,str}$", text, re.M)  # Python 3.13 says it once
     assert "\nAdam, for both networks:\n  --optimizer.lr-g float" in text
