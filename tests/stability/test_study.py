@@ -50,7 +50,11 @@ def train(recipe: Recipe, study: bool, trial: Trial = TRIAL) -> dict[str, torch.
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    return max(float((a[name] - b[name]).norm() / (a[name].norm() + 1e-12)) for name in a if name.endswith("weight"))
+    return max(
+        float((a[name] - b[name]).norm() / (a[name].norm() + 1e-12))
+        for name in a.keys() & b.keys()
+        if name.endswith("weight")
+    )
 
 
 @pytest.mark.parametrize("name", ["logits", *others("plain", "noise 0.3", "rate 1e-4")])
