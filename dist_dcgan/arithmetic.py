@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("nothing to calculate: give --add with seeds, as in --add 3,17,40")
     check_out(options.out, [".png"])
     seeds = [parse_seeds(text, flag) for flag, text in groups]
-    trained = load_trained(options.run_dir, options.best, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    trained = load_trained(options.run_dir, options.best)
     means = torch.stack([trained.latents(group).mean(0) for group in seeds])
     signs = torch.tensor([1.0 if flag == "--add" else -1.0 for flag, _ in groups], device=means.device)
     sheets = []

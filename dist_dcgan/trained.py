@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ from dist_dcgan.training.ema import draw_latents, recompute_statistics
 from shards.common.command_line import build
 from shards.common.errors import UserError
 from shards.common.plain_yaml import read_yaml
+from shards.common.progress import Progress
 
 BATCH = 32
 """Images that are drawn at a time. Always so many, as the sums of a convolution may depend on it."""
+_MANY = 500
+"""Images from which on progress is shown."""
 _MOST_SEEDS = 10_000_000
 _RANGE = re.compile(r"(\d{1,19})(?:-(\d{1,19}))?")
 
@@ -49,24 +52,26 @@ class Trained:
         rows = [draw_latents(config, stream_seed(seed, "samples", 0), range(1), self.device) for seed in seeds]
         return torch.cat(rows)
 
-    def batches(self, z: Tensor) -> Iterator[Tensor]:
-        """Yield the images of z as uint8 on the CPU, up to `BATCH` at a time; one does not depend on the others."""
-        for part in z.split(BATCH):
-            padded = torch.cat([part, part.new_zeros(BATCH - len(part), part.shape[1])])
-            with torch.no_grad(), cudnn.flags(deterministic=True, allow_tf32=False):
-                yield to_pixels(self.network(padded)[: len(part)].float()).cpu()
-
     def images(self, z: Tensor) -> Tensor:
-        """Return the images of z, uint8 (len(z), 3, size, size), on the CPU."""
-        return torch.cat(list(self.batches(z)))
+        """Return the images of z, uint8 (len(z), 3, size, size), on the CPU; one does not depend on the others."""
+        images = []
+        with Progress(len(z), "images", shown=len(z) >= _MANY) as progress:
+            for part in z.split(BATCH):
+                padded = torch.cat([part, part.new_zeros(BATCH - len(part), part.shape[1])])
+                with torch.no_grad(), cudnn.flags(deterministic=True, allow_tf32=False):
+                    images.append(to_pixels(self.network(padded)[: len(part)].float()).cpu())
+                progress.advance(len(part))
+        return torch.cat(images)
 
 
-def load_trained(path: Path, best: bool, device: torch.device) -> Trained:
+def load_trained(path: Path, best: bool, device: torch.device | None = None) -> Trained:
     """Return the generator of an exported folder, or of a run: its export, or a checkpoint that is newer.
 
     A run exports its generator at its end and when it is stopped; one that is being trained, or that died, has
-    checkpoints only. Raises UserError if there is neither, or what there is cannot be used.
+    checkpoints only. Without `device` it is the GPU, if there is one. Raises UserError if there is neither export nor
+    checkpoint, or what there is cannot be used.
     """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = RunDirectory(path)
     if (path / MODEL).is_file():
         if best:

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     if legs < 1:
         raise UserError(f"--seeds {options.seeds}: a walk needs two seeds")
     frames = options.frames or (60 * legs if is_film else 10)
-    trained = load_trained(options.run_dir, options.best, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    trained = load_trained(options.run_dir, options.best)
     paths = torch.stack([path(trained.latents(stops), frames, options.loop, options.spherical) for stops in walks], 1)
     with reported_as(options.out):
         if is_film:

@@ -86,7 +86,7 @@ class Factor(NamedTuple):
 
 
 FACTORS = {
-    "default": Factor({}, "full width ahead by a tenth from 80,000 images on, as in one long run"),
+    "default": Factor({}, "the measure of the others; full width ahead by a tenth from 80,000 images on"),
     "beta2 0.99": Factor({"beta2": 0.99}, "faster: steps follow gradients that shrink by an order of magnitude"),
     "D's rate 1e-4": Factor({"lr_d": 1e-4}, "better: D wins less, so G's gradient has more to say"),
     "G's rate 4e-4": Factor({"lr_g": 4e-4}, "as D's rate 1e-4, and faster"),
