@@ -1,7 +1,7 @@
 """The stability study: python -m tests.stability COMMAND
 
 run PHASE    train the trials of a phase, some at once, one thread each: one that was killed goes on, one that is done
-             is left; then gather their results
+             is left, as are long ones whose results are there; then gather their results
 gather PHASE write the results of those trials of a phase that are done so far
 long         train the paper's width and half of it on many images, as people do, with the command itself
 evidence     train the usual loop and this project at both widths, 40 minutes each, by turns
@@ -67,8 +67,9 @@ def main() -> None:
         run_locked(next(trial for trial in PHASES[options.phase]() if trial.name == options.trial), options)
     else:
         if options.command == "run":
+            left = [trial for trial in PHASES[options.phase]() if trial not in results.kept(options.phase)]
             with ThreadPoolExecutor(options.at_once) as pool:
-                list(pool.map(lambda trial: start(trial, options), PHASES[options.phase]()))
+                list(pool.map(lambda trial: start(trial, options), left))
         grids = results.gather(options.phase, options.work)
         report.show_grids(grids, report.PLOTS / f"{options.phase}_grids.jpg")
         print(f"{len(grids)} trials gathered")

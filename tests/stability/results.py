@@ -81,9 +81,13 @@ def gather(phase: str, work: Path) -> dict[str, Path]:
 
 def _with_earlier(phase: str, finished: list[Trial], work: Path) -> list[dict[str, Any]]:
     """Return a short result per trial of the factors, which take many hours: also those gathered from elsewhere."""
-    found = {tuple(line["trial"].values()): line for line in read_rows(FOLDER / f"{phase}.jsonl")}
-    found |= {tuple(trial): _summary(trial, read_rows(work / trial.name / "rows.jsonl")) for trial in finished}
-    return [found[tuple(trial)] for trial in PHASES[phase]() if tuple(trial) in found]
+    found = kept(phase) | {trial: _summary(trial, read_rows(work / trial.name / "rows.jsonl")) for trial in finished}
+    return [found[trial] for trial in PHASES[phase]() if trial in found]
+
+
+def kept(phase: str) -> dict[Trial, dict[str, Any]]:
+    """Return the results of a phase of long trials that are there already."""
+    return {Trial(**line["trial"]): line for line in read_rows(FOLDER / f"{phase}.jsonl")} if phase in SUMMED_UP else {}
 
 
 def _summary(trial: Trial, rows: list[dict[str, Any]]) -> dict[str, Any]:
