@@ -27,7 +27,7 @@ from dist_dcgan.drawing import reported_as
 from dist_dcgan.run.checkpoint import list_checkpoints, load_checkpoint
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import export_folder
-from dist_dcgan.timelapse import seen_by
+from dist_dcgan.run.history import read_log
 from dist_dcgan.trained import Trained, load_trained
 from shards.common.command_line import Options, UserPath, build, parse_flags, run
 from shards.common.errors import UserError
@@ -105,7 +105,7 @@ def facts_of(path: Path, trained: Trained) -> dict[str, str]:
         with suppress(ValueError, KeyError):  # a damaged one says nothing
             digest = load_checkpoint(checkpoints[-1]).values["manifest_digest"]
             facts["Data set (digest of its shards)"] = f"`{digest}`"
-    seen = [row for row in seen_by(run_directory) if row.step <= trained.description["step"]]
+    seen = [row for row in read_log(run_directory).rows if row.step <= trained.description["step"]]
     if seen:
         facts["Training images seen"] = f"{seen[-1].images:,}"
     if seen and seen[-1].kid is not None:

@@ -6,22 +6,18 @@ python -m dist_dcgan.timelapse runs/default --out lapse.gif --fps 5
 
 from __future__ import annotations
 
-import json
-import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from dist_dcgan.drawing import FILMS, caption, check_out, reported_as, save_film
-from dist_dcgan.loggers.jsonl import MOST_BYTES
 from dist_dcgan.run.directory import RunDirectory
+from dist_dcgan.run.history import Row, grids_of, read_log, said_of
 from shards.common.command_line import Options, UserPath, build, parse_flags, run
 from shards.common.errors import UserError
 from shards.common.files import read_plain
@@ -29,7 +25,6 @@ from shards.common.messages import say
 from shards.common.progress import Progress
 from shards.common.streams import output_is_optional
 
-_GRID = re.compile(r"step-(\d+)\.png")
 _LAST_SECONDS = 2
 """For which the last grid stands still."""
 
@@ -45,15 +40,6 @@ class Timelapse(Options):
     """Grids in a second."""
 
 
-class Seen(NamedTuple):
-    """What the log of a run says of a step."""
-
-    step: int
-    images: int
-    kid: float | None
-    """The last score so far."""
-
-
 def main(argv: Sequence[str]) -> None:
     """Write the film and print its path."""
     options = build(Timelapse, parse_flags(Timelapse, argv, "python -m dist_dcgan.timelapse", about=__doc__))
@@ -64,40 +50,11 @@ def main(argv: Sequence[str]) -> None:
     if not grids:
         raise UserError(f"no grids in {run_directory.samples}: a run writes one every --log.samples-every-images")
     with reported_as(options.out):
-        save_film(frames(grids, seen_by(run_directory), options.fps), options.out, options.fps)
+        save_film(frames(grids, read_log(run_directory).rows, options.fps), options.out, options.fps)
     say(f"{len(grids)} grids, up to step {max(grids)}, in {options.out}")
 
 
-def grids_of(run_directory: RunDirectory) -> dict[int, Path]:
-    """Return the grids of a run by their steps, in their order."""
-    folder = run_directory.samples
-    names = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {int(found[1]): path for path in names if (found := _GRID.fullmatch(path.name))}
-
-
-def seen_by(run_directory: RunDirectory) -> list[Seen]:
-    """Return what the log says of its steps; a line that a death cut is passed over."""
-    rows, kid = [], None
-    content = read_plain(run_directory.metrics, MOST_BYTES) if run_directory.metrics.is_file() else b""
-    for line in content.splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(row, dict) or not _is_count(row.get("step")):
-            continue
-        scores = [value for name, value in row.items() if re.fullmatch(r"quality/kid_\w+(?<!_std)", name)]
-        kid = next((value for value in scores if isinstance(value, float)), kid)
-        if _is_count(row.get("images_seen")):
-            rows.append(Seen(row["step"], row["images_seen"], kid))
-    return sorted(rows)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and 0 < value < 2**53
-
-
-def frames(grids: dict[int, Path], seen: Sequence[Seen], fps: int) -> Iterator[Image.Image]:
+def frames(grids: dict[int, Path], seen: Sequence[Row], fps: int) -> Iterator[Image.Image]:
     """Yield the grids with what the run had seen by then, all of the size of the largest."""
     pictures = {step: _opened(path) for step, path in grids.items()}
     size = tuple(max(picture.size[axis] for picture in pictures.values()) for axis in (0, 1))
@@ -108,16 +65,6 @@ def frames(grids: dict[int, Path], seen: Sequence[Seen], fps: int) -> Iterator[I
             frame = caption(canvas, said_of(step, seen))
             yield from repeat(frame, 1 + _LAST_SECONDS * fps if step == max(grids) else 1)
             progress.advance(1)
-
-
-def said_of(step: int, seen: Sequence[Seen]) -> str:
-    """Return the caption of a step: images seen, and the last KID if there was one."""
-    position = bisect_right(seen, step, key=lambda row: row.step)
-    if position == 0:
-        return f"step {step:,}"
-    row = seen[position - 1]
-    images = row.images if row.step == step else round(row.images * step / row.step)
-    return f"{images:,} images" + ("" if row.kid is None else f"   1000 KID {1000 * row.kid:.0f}")
 
 
 def _opened(path: Path) -> Image.Image:

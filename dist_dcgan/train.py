@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         return
     output_is_optional()
     plan = make_plan(config, world_size_of_launch(invocation.world_size), manifest.samples)
-    train_or_explain(config, plan, location, invocation.resume)
+    train_or_explain(config, plan, location, invocation.resume, argv)
 
 
 def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
@@ -57,10 +57,10 @@ def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
     say("will it run here:  `python -m dist_dcgan.doctor` with the same flags tries it, under torchrun on all ranks")
 
 
-def train_or_explain(config: Config, plan: Plan, location: DatasetLocation, resume: str) -> None:
+def train_or_explain(config: Config, plan: Plan, location: DatasetLocation, resume: str, words: Sequence[str]) -> None:
     """Train; raises OneRankError with the batch size and a remedy if memory runs out."""
     try:
-        train(config, plan, location, resume)
+        train(config, plan, location, resume, words)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

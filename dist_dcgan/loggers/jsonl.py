@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dist_dcgan.loggers.base import Logger, Row
+from dist_dcgan.run.history import MOST_BYTES
 from shards.common.files import atomic_file, open_in_place
 from shards.common.messages import warn
 
-MOST_BYTES = 1 << 32
-"""Largest log that is read."""
 _MOST_LINE_BYTES = 1 << 20
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_dcgan.drawing import save_grid
 from dist_dcgan.loggers.base import Logger, reported
-from dist_dcgan.loggers.jsonl import MOST_BYTES
+from dist_dcgan.run.history import MOST_BYTES
 from shards.common.environment import in_safe_directory
 from shards.common.files import atomic_file, read_plain
 

@@ -41,7 +41,7 @@ _LOCK = "run.lock"
 _HOLDER = "run.holder.json"
 _MOST_HOLDER_BYTES = 1 << 12
 _WRITTEN = re.compile(
-    r"config\.yaml|metrics\.jsonl|curves\.png|STOPPED|run\.(holder|saved)\.json|not_finite-step-\d+\.json"
+    r"config\.yaml|(metrics|starts)\.jsonl|curves\.png|STOPPED|run\.(holder|saved)\.json|not_finite-step-\d+\.json"
     r"|generator_(ema|best)\.(safetensors|json)|step-\d+\.png"
 )
 """Files that only the holder of the lock writes."""
@@ -56,6 +56,8 @@ class RunDirectory:
         """The resolved configuration, as YAML."""
         self.metrics = path / "metrics.jsonl"
         """One JSON object per logged step."""
+        self.starts = path / "starts.jsonl"
+        """One JSON object per start of training."""
         self.samples = path / "samples"
         """Folder of sample grids."""
         self.curves = path / "curves.png"
@@ -175,6 +177,18 @@ def _require_own_logs(run: RunDirectory) -> None:
     for parent in {parent for folder in (run.path, logs) for parent in Path(os.path.realpath(folder)).parents}:
         if parent.exists() and parent.stat().st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
             warn(f"{parent} can be written by all users, who could exchange {run.path} there: chmod o-w, or +t")
+
+
+def is_locked(run: RunDirectory) -> bool:
+    """Return whether a process has locked the folder; a lock that cannot be looked at counts as none."""
+    path = run.path / _LOCK
+    try:
+        if not path.is_file():
+            return False
+        with Lock(path) as lock:
+            return not lock.take(shared=True)
+    except OSError:
+        return False
 
 
 def require_unclaimed(run: RunDirectory) -> None:

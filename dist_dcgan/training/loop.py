@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
@@ -11,12 +13,13 @@ from dist_dcgan.config import Config, Plan, to_values
 from dist_dcgan.data.loader import BatchLoader, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import DatasetLocation
-from dist_dcgan.distributed.collectives import barrier, broadcast_from_rank_zero, from_rank_zero, require_same
+from dist_dcgan.distributed.collectives import barrier, broadcast_from_rank_zero, from_rank_zero, gather, require_same
 from dist_dcgan.distributed.node import node_store
 from dist_dcgan.distributed.world import World, process_group
 from dist_dcgan.loggers.composite import make_logger
 from dist_dcgan.loggers.pictures import draw_curves
 from dist_dcgan.loggers.wandb_settings import WandbRun, resolve_wandb
+from dist_dcgan.metrics.extractors import Extractor
 from dist_dcgan.run.checkpoint import Retention, load_newest
 from dist_dcgan.run.directory import (
     RunDirectory,
@@ -30,6 +33,7 @@ from dist_dcgan.run.directory import (
 )
 from dist_dcgan.run.export import export_generator
 from dist_dcgan.run.saver import Saver, make_schedule
+from dist_dcgan.run.starts import how_it_ended, new_start, place, record_start
 from dist_dcgan.training.ema import recompute_statistics
 from dist_dcgan.training.graph import prepare_step, training_stream
 from dist_dcgan.training.meter import Meter
@@ -43,13 +47,23 @@ from shards.common.messages import tell, warn
 from shards.manifest import Manifest
 
 
-def train(config: Config, plan: Plan, location: DatasetLocation, resume_mode: str) -> None:
-    """Train until the last step or a stop signal; every rank calls it with the same arguments."""
+def train(config: Config, plan: Plan, location: DatasetLocation, resume_mode: str, words: Sequence[str] = ()) -> None:
+    """Train until the last step or a stop signal; every rank calls it with the same arguments.
+
+    `words`, the arguments of the command line, are recorded.
+    """
     with process_group(config.distributed.timeout_seconds) as world:
-        train_in(world, config, plan, location, resume_mode)
+        train_in(world, config, plan, location, resume_mode, words)
 
 
-def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation, resume_mode: str) -> None:
+def train_in(
+    world: World,
+    config: Config,
+    plan: Plan,
+    location: DatasetLocation,
+    resume_mode: str,
+    words: Sequence[str] = (),
+) -> None:
     """Train as one rank of `world`."""
     manifest = location.manifest
     with ExitStack() as stack:
@@ -61,6 +75,7 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
         run = RunDirectory(config.run_dir)
         from_rank_zero(lambda: asdict(resolve_wandb(config, None)))  # refuses before anything is written
         from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
+        ended = how_it_ended(run) if world.is_main else None
 
         # Build networks and optimizers, warm up, load the newest checkpoint.
         stack.enter_context(training_stream(world.device))
@@ -77,6 +92,7 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
         batches.wait_for_first()
         quality = QualityMeter(state, ShardReader(location), run)
         barrier(world)
+        record_this_start(state, run, location, words, ended, quality.extractor)
 
         # Train.
         meter = Meter(state, batches)
@@ -106,6 +122,8 @@ def train_in(world: World, config: Config, plan: Plan, location: DatasetLocation
 
         # Export the generator and draw the curves.
         from_rank_zero(lambda: finish(state, run, saver, manifest), world.slow_group)
+        if world.is_main:
+            tell(f"to see how it went: python -m dist_dcgan.report {shlex.quote(str(run.path))}")
 
 
 def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
@@ -138,6 +156,40 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
         state.load_values(values)
     state.wandb_run_id = wandb_run.run_id
     return wandb_run
+
+
+def record_this_start(
+    state: TrainState,
+    run: RunDirectory,
+    location: DatasetLocation,
+    words: Sequence[str],
+    ended: str | None,
+    extractor: Extractor | None,
+) -> None:
+    """Append this start to the record of the run; every rank calls it. `ended`: how the last start ended."""
+    places = gather(place(state.world.device), state.world.slow_group)
+    if not state.world.is_main:
+        return
+    manifest, scores = location.manifest, {}
+    if extractor is not None:
+        scores = {"extractor": extractor.name, "sha256": extractor.weights_sha256, "resize": extractor.resize}
+    start = new_start(
+        words,
+        places,
+        step=state.step,
+        last=ended,
+        precision=state.precision,
+        total_steps=state.plan.total_steps,
+        global_batch=state.plan.global_batch,
+        data={
+            "name": state.config.data.name,
+            "digest": manifest.digest(),
+            "samples": manifest.samples,
+            "image_size": manifest.image_size,
+        },
+        scores=scores,
+    )
+    record_start(run, start)
 
 
 def save(state: TrainState, saver: Saver, digest: str) -> None:

@@ -59,7 +59,8 @@ class QualityMeter:
         self._state, self._reader, self._run = state, reader, run
         options = state.config.quality
         reached = state.plan.total_steps * state.plan.global_batch >= options.every_images
-        self._extractor = _load(options, state.world) if reached else None
+        self.extractor = _load(options, state.world) if reached else None
+        """None: images are not scored."""
         share = options.time_share or (SHARE_ON_GPU if state.world.device.type == "cuda" else 1.0)
         self._time = TimeShare(share, clock)
 
@@ -69,13 +70,13 @@ class QualityMeter:
         Empty otherwise, and if the generator is not finite or scores would take more than their share of the time.
         """
         state = self._state
-        if self._extractor is None or not state.passed(state.config.quality.every_images):
+        if self.extractor is None or not state.passed(state.config.quality.every_images):
             return {}
         if not is_finite(state.generator_ema):  # on all ranks alike; the watchdog says so
             return {}
         if self._time.share < 1 and not from_rank_zero(self._time.allows, state.world.slow_group):
             return {}
-        return self._score(self._extractor)
+        return self._score(self.extractor)
 
     def _score(self, extractor: Extractor) -> dict[str, float]:
         """Return the scores; ranks wait for each other in the slow group, whose timeout is long."""

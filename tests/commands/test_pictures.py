@@ -24,7 +24,7 @@ from dist_dcgan import trained as trained_module
 from dist_dcgan.drawing import tile
 from dist_dcgan.run.checkpoint import Checkpoint, load_newest
 from dist_dcgan.run.directory import RunDirectory
-from dist_dcgan.timelapse import Seen, said_of
+from dist_dcgan.run.history import Row, read_log, said_of
 from dist_dcgan.trained import Trained, load_trained
 from shards.common.files import final_name
 from tests.support.commands import environment, metrics, module, start, succeed, train_command
@@ -268,7 +268,7 @@ def test_a_time_lapse_shows_every_grid_and_stands_still_at_the_last(finished: Pa
 
 
 def test_captions_say_what_had_been_seen(finished: Path, tmp_path: Path) -> None:
-    seen = [Seen(10, 320, None), Seen(20, 640, 0.5), Seen(30, 960, 0.25)]
+    seen = [Row(10, 320), Row(20, 640, kid=0.5), Row(30, 960, kid=0.25)]
     assert said_of(4, seen) == "step 4"
     assert said_of(10, seen) == "320 images"
     assert said_of(25, seen) == "800 images   1000 KID 500"
@@ -279,8 +279,8 @@ def test_captions_say_what_had_been_seen(finished: Path, tmp_path: Path) -> None
         file.write(
             '{"step": 7, "images_seen": 112, "quality/kid_x_std": 0.1, "quality/kid_x": 0.5}\n[]\n{"step": 8, "im'
         )
-    rows = timelapse.seen_by(RunDirectory(run_dir))
-    assert rows[-1] == Seen(7, 112, 0.5) and len(rows) == len(metrics(finished)) + 1
+    rows = read_log(RunDirectory(run_dir)).rows
+    assert rows[-1][:2] == (7, 112) and rows[-1].kid == 0.5 and len(rows) == len(metrics(finished)) + 1
 
 
 def test_grids_of_different_sizes_fit_into_one_film(finished: Path, tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_before_memory_is_taken
 def test_logs_and_folders_that_others_wrote_are_passed_over_or_refused(finished: Path, tmp_path: Path) -> None:
     rows = [b"[" * 100_000, b'{"step": 0, "images_seen": 5}', b'{"step": 1e999, "images_seen": 5}', b'{"step": 1}']
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*rows, b'{"step": %d, "images_seen": 1}' % 10**400]))
-    assert timelapse.seen_by(RunDirectory(tmp_path)) == []
+    assert read_log(RunDirectory(tmp_path)).rows == []
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "source.json").write_bytes(b"[" * 100_000)
     assert "of another generator" in refusal(sample.main, finished, "--separate", tmp_path / "images")

@@ -1,0 +1,306 @@
+"""A run in words: what it was trained on, how far it came, how good it is, what happened, and how to repeat it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dist_dcgan.config import Config, preset_names, read_preset, to_values, to_yaml
+from dist_dcgan.config import differences as config_differences
+from dist_dcgan.run.directory import RunDirectory
+from dist_dcgan.run.history import Alert, Log, Row, State, is_kid, read_log, state
+from dist_dcgan.run.starts import Start, read_starts
+from shards.common.command_line import build
+from shards.common.errors import UserError
+from shards.common.plain_yaml import read_yaml
+
+NOT_RECORDED = "not recorded"
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the files of a run say."""
+
+    directory: RunDirectory
+    name: str
+    """Short, and different from those of others on the page."""
+    config: Config
+    log: Log
+    starts: list[Start]
+    state: State
+
+    @property
+    def last(self) -> Row:
+        """The last row of the log."""
+        return self.log.rows[-1]
+
+    @property
+    def scored(self) -> list[Row]:
+        """The rows with a score."""
+        return [row for row in self.log.rows if row.score is not None and math.isfinite(row.score)]
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps to train in all, if that is known."""
+        return self.starts[-1].total_steps if self.starts else self.config.max_steps
+
+
+class Event(NamedTuple):
+    """Something that happened in training."""
+
+    images: int
+    seconds: float
+    kind: str
+    text: str
+    more: list[str]
+    """What it means."""
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Return the run in a folder; raises UserError if there is none, or it has not logged a step."""
+    directory = RunDirectory(path)
+    if not directory.config.is_file():
+        raise UserError(f"no run in {path}: it holds no config.yaml; name the folder that --run-dir named in training")
+    config = build(Config, read_yaml(directory.config), where=str(directory.config))
+    try:
+        found = state(directory)  # first: what is written after it only makes the rest newer
+        log, starts = read_log(directory), read_starts(directory)
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+    if not log.rows:
+        raise UserError(f"the run in {path} has not logged a step yet: nothing to report")
+    return Run(directory, name, config, log, starts, found)
+
+
+def head(run: Run) -> dict[str, str]:
+    """Return the five lines that say what a run is."""
+    preset, departures = departures_from_preset(run.config)
+    start = run.starts[-1] if run.starts else None
+    data = run.config.data.name
+    if start is not None and start.data:
+        data += f": {start.data.get('samples', 0):,} images of {start.data.get('image_size')} pixels"
+    on = "" if start is None else f", on {', '.join(f'{count} x {device}' for device, count in start.devices.items())}"
+    of_all = f" of {run.total_steps:,}" if run.total_steps else ""
+    epochs = run.last.values.get("epoch")
+    passes = "" if epochs is None else f", {epochs:.3g} passes over the data"
+    return {
+        "Data": data,
+        "Recipe": f"preset {preset}, seed {run.config.seed}; " + (", ".join(departures) or "unchanged"),
+        "Trained": f"{run.last.images:,} images: step {run.last.step:,}{of_all}{passes}; "
+        f"{duration(run.last.seconds)}{on}",
+        "Quality": quality_line(run),
+        "State": state_line(run),
+    }
+
+
+def departures_from_preset(config: Config) -> tuple[str, list[str]]:
+    """Return the nearest preset, and by `key: old -> new` what of it this run computes otherwise."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(preset_names(), key=lambda name: name != "paper"):  # the first of equally near ones
+        preset = build(Config, read_preset(name), f"preset {name}")
+        changed = [line for line in config_differences(preset, config) if not line.startswith("seed:")]
+        lengths = [(field, getattr(preset, field), getattr(config, field)) for field in ("epochs", "max_steps")]
+        found[name] = changed + [f"{field}: {old} -> {new}" for field, old, new in lengths if old != new]
+    nearest = min(found, key=lambda name: len(found[name]))
+    return nearest, found[nearest]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return the settings in which runs differ, with the value of each run."""
+    values = [flat(to_values(run.config)) for run in runs]
+    keys = sorted({key for each in values for key in each} - {"run_dir"})
+    rows = {key: [str(each.get(key)) for each in values] for key in keys}
+    return {key: row for key, row in rows.items() if len(set(row)) > 1}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def quality_line(run: Run) -> str:
+    """Return the best and the last score, and what they compare."""
+    if not run.scored:
+        return "no score was taken in training: `python -m dist_dcgan.evaluate` takes one"
+    best = min(run.scored, key=lambda row: row.score or 0.0)
+    last = run.scored[-1]
+    text = f"1000 KID {thousand(last)} after {last.images:,} images"
+    if best is not last:
+        text += f"; best {thousand(best)} after {best.images:,}"
+    counts = [f"{last.values[name]:,.0f} {word}" for name, word in _COUNTS.items() if name in last.values]
+    return f"{text} ({', '.join([' against '.join(counts), *extractors(last)])})"
+
+
+_COUNTS = {"quality/fakes": "generated", "quality/reals": "real images"}
+
+
+def extractors(row: Row) -> list[str]:
+    """Return the feature networks by which a row is scored."""
+    return [f"by {name.removeprefix('quality/kid_')}" for name in row.values if is_kid(name)]
+
+
+def thousand(row: Row) -> str:
+    """Return a score with its deviation over subsets, times 1000."""
+    score = 1000 * (row.score or 0.0)
+    deviation = next((value for name, value in row.values.items() if name.endswith("_std") and "kid" in name), None)
+    return f"{score:.0f}" + ("" if deviation is None else f" ± {1000 * deviation:.0f}")
+
+
+def state_line(run: Run) -> str:
+    """Return how the run stands."""
+    words = {
+        "running": f"running, at step {run.last.step:,}",
+        "finished": "finished",
+        "stopped": f"stopped by a signal after step {run.last.step:,}",
+        "died": f"ended without a word after step {run.last.step:,}",
+    }
+    return words[run.state]
+
+
+def going_on(run: Run) -> str | None:
+    """Return the command that goes on with a run that has not come to its end; None if there is nothing to do."""
+    if run.state in ("running", "finished"):
+        return None
+    return run.starts[-1].command if run.starts and run.starts[-1].command else command(run, run.directory.path)
+
+
+def repeating(run: Run) -> list[str]:
+    """Return the commands that repeat a run from its beginning."""
+    path = run.directory.path
+    new = path.with_name(f"{path.name}-again")
+    lines = [f"python -m shards verify {shlex.quote(run.config.data.name)}"] if _is_folder(run) else []
+    return [*lines, command(run, new)]
+
+
+def command(run: Run, run_dir: Path) -> str:
+    """Return the command that trains with the configuration of a run in a folder."""
+    ranks, nodes = (run.starts[-1].ranks, len(run.starts[-1].hosts)) if run.starts else (1, 1)
+    many = f"torchrun{f' --nnodes={nodes}' if nodes > 1 else ''} --nproc_per_node={ranks // max(1, nodes)}"
+    words = [many if ranks > 1 else "python", "-m dist_dcgan.train", "" if ranks > 1 else "--world-size 1"]
+    words += ["--config", shlex.quote(str(run.directory.config)), "--run-dir", shlex.quote(str(run_dir))]
+    return " ".join(word for word in words if word)
+
+
+def _is_folder(run: Run) -> bool:
+    return isinstance(run.config.data.path, Path)
+
+
+def events(run: Run) -> list[Event]:
+    """Return restarts and alerts, in their order."""
+    found = [_restart(run, start) for start in run.starts if start.last or start.step]
+    found += [_alert(run, alert) for alert in run.log.alerts]
+    return sorted(found)
+
+
+def _restart(run: Run, start: Start) -> Event:
+    at = _row_at(run.log.rows, start.step)
+    where = f"{start.ranks} rank{'s' * (start.ranks != 1)} on {len(start.hosts)} machine{'s' * (len(start.hosts) != 1)}"
+    text = f"started again from step {start.step:,}, with {where}"
+    return Event(*_place(at), "restart", text, [f"the start before it {start.last}"] if start.last else [])
+
+
+def _alert(run: Run, alert: Alert) -> Event:
+    first, *more = alert.text.splitlines() or [""]
+    return Event(*_place(_row_at(run.log.rows, alert.step)), "alert", first, [line.strip() for line in more][:10])
+
+
+def _row_at(rows: Sequence[Row], step: int) -> Row | None:
+    return next((row for row in reversed(rows) if row.step <= step), None)
+
+
+def _place(row: Row | None) -> tuple[int, float]:
+    return (0, 0.0) if row is None else (row.images, row.seconds)
+
+
+def score_table(run: Run) -> list[dict[str, str]]:
+    """Return a row per score: images, step, and all numbers of it."""
+    return [
+        {"images": f"{row.images:,}", "step": f"{row.step:,}"}
+        | {
+            name.removeprefix("quality/"): _number(value)
+            for name, value in sorted(row.values.items())
+            if "quality/" in name
+        }
+        for row in run.scored
+    ]
+
+
+def scorer(run: Run) -> dict[str, str]:
+    """Return what is needed to compare the scores with others."""
+    recorded = run.starts[-1].scores if run.starts else {}
+    data = str(run.starts[-1].data.get("digest", NOT_RECORDED)) if run.starts else NOT_RECORDED
+    names = {"extractor": "feature network", "sha256": "SHA-256 of its weights", "resize": "images are resized"}
+    return {words: recorded.get(key, NOT_RECORDED) for key, words in names.items()} | {"digest of the data": data}
+
+
+def start_facts(start: Start) -> dict[str, str]:
+    """Return what was recorded of a start."""
+    return {
+        "time": start.time,
+        "from step": f"{start.step:,}" + (f"; the start before it {start.last}" if start.last else ""),
+        "command": start.command,
+        "machines": ", ".join(f"{host} ({ranks} ranks)" for host, ranks in start.hosts.items()),
+        "devices": ", ".join(f"{count} x {device}" for device, count in start.devices.items()),
+        "precision": start.precision,
+        "versions": ", ".join(f"{name} {version}" for name, version in start.versions.items()),
+        "commit": start.commit or "not known",
+    }
+
+
+def summary(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Return a row per run; if only their seeds differ, also mean and deviation of their last scores."""
+    rows = [
+        {
+            "run": run.name,
+            "state": run.state,
+            "images": f"{run.last.images:,}",
+            "time": duration(run.last.seconds),
+            "images/s": _number(run.last.values.get("throughput/images_per_second", math.nan)),
+            "1000 KID, last": thousand(run.scored[-1]) if run.scored else "-",
+            "1000 KID, best": thousand(min(run.scored, key=lambda row: row.score or 0.0)) if run.scored else "-",
+        }
+        for run in runs
+    ]
+    last = [1000 * (run.scored[-1].score or 0.0) for run in runs if run.scored]
+    if differences(runs).keys() <= {"seed"} and len(last) > 1:
+        mean = f"{statistics.mean(last):.0f} ± {statistics.stdev(last):.0f} (of {len(last)} seeds)"
+        rows.append(dict.fromkeys(rows[0], "") | {"run": "mean and standard deviation", "1000 KID, last": mean})
+    return rows
+
+
+def configuration(run: Run) -> str:
+    """Return the whole configuration as YAML."""
+    return to_yaml(run.config)
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return short names of folders that differ: their last parts, as many as it takes."""
+    parts = [path.absolute().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{_first_double(paths)} is named twice: name each run once")
+
+
+def _first_double(paths: Sequence[Path]) -> Path:
+    return next(path for place, path in enumerate(paths) if path.absolute() in map(Path.absolute, paths[:place]))
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _number(value: float) -> str:
+    return "-" if not math.isfinite(value) else f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
