@@ -36,9 +36,10 @@ RANKS=$ranks bash launch/torchrun.sh \
 echo "== 5/5  sample: $picture"
 rm -f $picture
 python -m dist_dcgan.sample $run --out $picture
+python -m dist_dcgan.report $run --out $run/report.html
 
 echo
 echo "Generated bedrooms:  $PWD/$picture"
 echo "Grids over time:     $PWD/$run/samples/"
-echo "Losses and scores:   $PWD/$run/curves.png"
+echo "The whole run:       $PWD/$run/report.html"
 echo "Generator:           $PWD/$run/generator_ema.safetensors"

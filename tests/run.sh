@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, tests and types in a fresh virtual environment: the default in ten minutes, everything with --all.
 #   bash tests/run.sh [--all] [--long] [PYTEST ARGUMENTS]
-# --all also runs the tests marked slow and those that need system packages (a SLURM cluster, network namespaces), which it
+# --all also runs the tests marked slow and those that need system packages (SLURM, network namespaces, a browser), which it
 # installs if run as root on Debian or Ubuntu. --long also runs stories of many minutes. DIST_DCGAN_PHOTOS may name a folder
 # of real photographs in LSUN's format (clothing_val_lmdb.zip); without it rendered bedrooms are used. PYTHON: the Python of
 # the environment. CONSTRAINTS: a file of versions for pip. WORKERS: tests at a time, by default one more than cores, 4 at
@@ -12,17 +12,25 @@ cd "$(dirname "$0")/.."
 venv=$(mktemp -d)/venv
 trap 'rm -rf "$(dirname "$venv")"' EXIT
 system_packages="slurm-wlm slurm-wlm-basic-plugins munge iproute2"
-if [[ " $* " == *" --all "* ]] && [ "$(id -u)" = 0 ] && ! { command -v slurmctld && command -v ip; } >/dev/null; then
-  echo "== system packages: $system_packages"
-  # shellcheck disable=SC2086  # several words
-  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $system_packages; } \
+extras=test,eval,video,onnx
+install() { # apart, as one that a distribution lacks must not keep the others away
+  echo "== system packages: $*"
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; } \
     >/dev/null || echo "not installed: the tests that need them are left out" >&2
+}
+if [[ " $* " == *" --all "* ]]; then
+  extras+=,browser
+  if [ "$(id -u)" = 0 ]; then
+    # shellcheck disable=SC2086  # several words
+    { command -v slurmctld && command -v ip; } >/dev/null || install $system_packages
+    command -v chromium >/dev/null || install chromium
+  fi
 fi
 
 echo "== install"
 "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/pip" install --quiet --disable-pip-version-check --no-compile ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} \
-  -e ".[test,eval,video,onnx]"
+  -e ".[$extras]"
 export PATH="$venv/bin:$PATH"
 unset PYTHON # of the environment, not of the scripts that the tests start
 python -m compileall -q -j 0 "$venv/lib" >/dev/null || true # on all cores; packages hold files that are not for this Python

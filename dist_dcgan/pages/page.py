@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dist_dcgan import __version__
 from dist_dcgan.pages import charts, told
 from dist_dcgan.pages.pictures import Picture
 from dist_dcgan.run.history import said_of
+from dist_dcgan.run.starts import version
 from shards.common.redaction import one_line
 
 _FOLDER = Path(__file__).parent
@@ -87,7 +87,7 @@ def render(runs: Sequence[Shown], is_watched: bool) -> bytes:
         picture=lambda picture: Markup(picture.address),
         is_watched=is_watched,
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        version=__version__,
+        version=version(),
         last=last,
     )
     return content.encode()

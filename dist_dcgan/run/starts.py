@@ -10,13 +10,13 @@ import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
 
-from dist_dcgan import __version__
 from dist_dcgan.distributed.launch import launched
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.history import ending
@@ -125,8 +125,16 @@ def _command(words: Sequence[str]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"dist_dcgan": __version__, "Python": platform.python_version(), "torch": str(torch.__version__)}
+    found = {"dist_dcgan": version(), "Python": platform.python_version(), "torch": str(torch.__version__)}
     return found | ({"CUDA": torch.version.cuda} if torch.version.cuda and torch.cuda.is_available() else {})
+
+
+def version() -> str:
+    """Return the version of this project."""
+    try:
+        return metadata.version("dist_dcgan")
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _commit(root: Path) -> str | None:

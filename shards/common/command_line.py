@@ -90,7 +90,9 @@ def parse_flags(
     )
     _arrange_help(source.root_parser, short or {}, about)
     try:
-        return dict(source(args=_expand(argv, short or {}))())
+        found = source.root_parser.parse_args(_expand(argv, short or {}))
+        lists = _take_lists(source.root_parser, found)
+        return dict(source(parsed_args=found)()) | lists
     except SettingsError as error:
         flags = [flag for flag in source.root_parser._option_string_actions if flag.startswith("--")]
         raise UserError(_explain_flags(str(error), [*flags, *(short or {})])) from None
@@ -140,6 +142,20 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _take_lists(parser: argparse.ArgumentParser, found: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the words of positional lists as they were typed, and leave harmless ones in their places.
+
+    pydantic-settings would split a folder `a,b` in two, take `2024` for a number, and `[x]` for a list.
+    """
+    lists = {}
+    for action in parser._actions:
+        words = getattr(found, action.dest, None)
+        if not action.option_strings and isinstance(words, list) and words:
+            lists[action.dest] = words
+            setattr(found, action.dest, ["x"] * len(words))
+    return lists
 
 
 def _expand(argv: Sequence[str], short: Mapping[str, str]) -> list[str]:

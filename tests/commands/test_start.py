@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from dist_dcgan import arithmetic, config, evaluate, export, sample, timelapse, walk
+from dist_dcgan import arithmetic, config, evaluate, export, report, sample, timelapse, walk
 from shards.__main__ import COMMANDS
 from shards.__main__ import main as shards_main
+from shards.common.command_line import parse_flags
 from shards.common.errors import UserError
 from tests.slurm.needs import require
 from tests.support.commands import environment, metrics, module, one_line_error, succeed, train_command
@@ -67,13 +68,13 @@ def path_fields(model: type[BaseModel]) -> Iterator[str]:
 
 def test_every_path_option_expands_the_home() -> None:
     models: list[type[BaseModel]] = [config.Config, config.Invocation, evaluate.Evaluate, sample.Sample]
-    models += [walk.Walk, timelapse.Timelapse, arithmetic.Arithmetic, export.Export]
+    models += [walk.Walk, timelapse.Timelapse, arithmetic.Arithmetic, export.Export, report.Report]
     fields = [
         field
         for model in (*models, *[command.options for command in COMMANDS.values()])
         for field in path_fields(model)
     ]
-    assert len(fields) == 32
+    assert len(fields) == 35
     assert [field for field in fields if not re.search("AfterValidator|expand_home|_location", field)] == []
 
 
@@ -214,3 +215,11 @@ def test_a_user_without_a_home_and_an_entry_in_passwd(command: str, demo_shards:
         words += ["--wandb", "auto"]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["a,b", "2024", "[x]", "{x}", "null", 'a"b', "a\\", '\\"', " a ", "true", "ä🛏", "\udcff", "''"]
+)
+def test_a_folder_of_any_name_can_be_given(name: str) -> None:
+    """Also as one of several, which a library would read as a list of its own syntax."""
+    assert parse_flags(report.Report, [name, "b"], "x")["run_dirs"] == [name, "b"]

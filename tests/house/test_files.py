@@ -28,6 +28,7 @@ ALLOWED = {
     "shards.common.streams: os.open": "/dev/null",
     "dist_dcgan.loggers.wandb_process: os.open": "/dev/null",
     "dist_dcgan.config: read_text": "a preset in the package",
+    "dist_dcgan.pages.page: read_text": "style and script in the package",
     "dist_dcgan.preflight.machine: read_bytes": "the package's own code",
     "dist_dcgan.distributed.peers: read_text": "/proc",
     "dist_dcgan.distributed.strangers: read_text": "/proc",

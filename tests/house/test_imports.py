@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.training": {*LIBRARY, "dist_dcgan.metrics", "dist_dcgan.loggers", "dist_dcgan.training"},
     "dist_dcgan.preflight": {*LIBRARY, "dist_dcgan.loggers", "dist_dcgan.training", "dist_dcgan.preflight"},
     "dist_dcgan.trained": {*LIBRARY, "dist_dcgan.training"},
+    "dist_dcgan.pages": {*BASE, *SHARDS, "dist_dcgan.run", "dist_dcgan.pages"},
     "dist_dcgan.train": COMMAND,
     "dist_dcgan.doctor": COMMAND,
     "dist_dcgan.evaluate": COMMAND,
@@ -47,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dist_dcgan.timelapse": COMMAND,
     "dist_dcgan.arithmetic": COMMAND,
     "dist_dcgan.export": COMMAND,
+    "dist_dcgan.report": COMMAND,
 }
 """What each room may import, from the bottom up: no room stands above one that may import it."""
 

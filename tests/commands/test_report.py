@@ -1,0 +1,294 @@
+"""A run told as a page: what it says of runs in any state, and what cannot get into it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dist_dcgan import report
+from dist_dcgan.pages import charts, told
+from dist_dcgan.pages.charts import Point
+from dist_dcgan.run.directory import RunDirectory, locked
+from dist_dcgan.run.history import Row, read_log
+from dist_dcgan.run.starts import Start, read_starts
+from tests.support.commands import metrics, module, succeed, train_command
+from tests.support.mistakes import refusal
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&quot;\"'"
+
+
+@pytest.fixture(scope="module")
+def finished(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps, the last two of a second start by two ranks, with three grids; not to be changed."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    flags = ["--preset", "debug", "--width", 4, "--wandb", "disabled", "--data", demo_shards, "--run-dir", run_dir]
+    flags += ["--log.samples-every-images", 32, "--quality.extractor", "none"]
+    first = succeed(train_command(1, *flags, "--max-steps", 4))
+    assert f"python -m dist_dcgan.report {run_dir}" in first.stderr
+    succeed(train_command(2, *flags, "--max-steps", 6))
+    return run_dir
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that run to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+class Page(HTMLParser):
+    """What a browser would find in a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def page_of(*run_dirs: Path, out: Path) -> Page:
+    report.main([*map(str, run_dirs), "--out", str(out)])
+    return Page(out.read_text())
+
+
+def data_of(page: Page) -> dict[str, Any]:
+    found = re.search(r'\{"panels":.*', page.text)
+    assert found is not None
+    content: dict[str, Any] = json.loads(found[0])
+    return content
+
+
+def add_rows(run_dir: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def test_each_start_is_recorded(finished: Path, demo_shards: Path) -> None:
+    first, second = read_starts(RunDirectory(finished))
+    assert (first.step, first.last, first.ranks, first.total_steps) == (0, None, 1, 4)
+    assert (second.step, second.last, second.ranks, second.total_steps) == (4, "finished after step 4", 2, 6)
+    assert second.command.startswith("torchrun --nproc_per_node=2 -m dist_dcgan.train --preset debug")
+    assert first.command.startswith("python -m dist_dcgan.train") and "--max-steps 4" in first.command
+    assert sum(second.hosts.values()) == sum(second.devices.values()) == 2
+    assert second.precision == "fp32" and {"torch", "Python", "dist_dcgan"} <= second.versions.keys()
+    manifest = json.loads((demo_shards / "manifest.json").read_text())
+    assert (second.data["digest"], second.data["samples"]) == (manifest["digest"], 96)
+
+
+def test_a_page_tells_the_run(finished: Path, demo_shards: Path, tmp_path: Path) -> None:
+    page = page_of(finished, out=tmp_path / "report.html")
+    for words in (f"{demo_shards}: 96 images of 64 pixels", "preset debug, seed 0; width: 16 -> 4, max_steps: 20 -> 6"):
+        assert words in page.text
+    for words in ("step 6 of 6", "finished", "started again from step 4, with 2 ranks", "finished after step 4"):
+        assert words in page.text
+    assert "To go on" not in page.text
+    assert f"torchrun --nproc_per_node=2 -m dist_dcgan.train --config {finished}/config.yaml" in page.text
+    data = data_of(page)
+    loss = data["panels"][0]["curves"][0]
+    rows = [row for row in metrics(finished) if "loss/d" in row]
+    assert loss["images"] == [row["images_seen"] for row in rows]
+    assert loss["y"] == pytest.approx([row["loss/d"] for row in rows], rel=1e-4)
+    assert [mark["images"] for mark in data["marks"]] == [64]
+    pictures = page.of("img")
+    assert len(pictures) == 1 + 3 and all(str(picture["alt"]).strip() for picture in pictures)
+    assert all(str(picture["src"]).startswith("data:image/webp;base64,") for picture in pictures)
+    assert [figure.get("class") for figure in page.of("figure")] == [None, "key", "key", "key"]
+
+
+def test_a_page_holds_all_that_it_needs(finished: Path, tmp_path: Path) -> None:
+    page = page_of(finished, out=tmp_path / "report.html")
+    addresses = [
+        value for _, each in page.tags for name, value in each.items() if name in ("src", "href", "data", "action")
+    ]
+    assert all(str(address).startswith("data:") for address in addresses)
+    (policy,) = (
+        str(each["content"]) for each in page.of("meta") if each.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-") and "unsafe" not in policy
+    assert not [name for _, each in page.tags for name in each if name.startswith("on") or name == "style"]
+
+
+def test_a_page_is_written_beside_the_run_and_replaces_only_pages(copied: Path, tmp_path: Path) -> None:
+    report.main([str(copied)])
+    out = copied / "report.html"
+    before = out.stat().st_ino
+    report.main([str(copied)])
+    assert out.stat().st_ino != before
+    out.write_text("mine")
+    assert "exists and is no report" in refusal(report.main, copied)
+    assert out.read_text() == "mine"
+    assert "ends in .html" in refusal(report.main, copied, "--out", tmp_path / "x.pdf")
+    assert "no folder" in refusal(report.main, copied, "--out", tmp_path / "no" / "x.html")
+    assert "named twice" in refusal(report.main, copied, copied, "--out", tmp_path / "x.html")
+
+
+def test_runs_in_any_state_are_told(copied: Path, tmp_path: Path) -> None:
+    with locked(copied):
+        assert "running, at step 6" in page_of(copied, out=tmp_path / "running.html").text
+    (copied / "STOPPED").touch()
+    stopped = page_of(copied, out=tmp_path / "stopped.html").text
+    assert "stopped by a signal after step 6" in stopped and "To go on: torchrun --nproc_per_node=2" in stopped
+    (copied / "STOPPED").unlink()
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "images_seen": 144, "loss/d": null}\n{"step": 10, "images_se')
+    died = page_of(copied, out=tmp_path / "died.html")
+    assert "ended without a word after step 9" in died.text
+    assert data_of(died)["panels"][0]["curves"][0]["y"][-1] is None
+
+
+def test_a_run_from_before_there_was_a_record_is_told(copied: Path, tmp_path: Path) -> None:
+    (copied / "starts.jsonl").unlink()
+    shutil.rmtree(copied / "samples")
+    for name in ("generator_ema.safetensors", "generator_ema.json"):
+        (copied / name).unlink()
+    shutil.rmtree(copied / "checkpoints")
+    text = page_of(copied, out=tmp_path / "old.html").text
+    assert "Starts: not recorded" in text and "No pictures yet." in text and "no exported generator" in text
+    assert "To go on: python -m dist_dcgan.train --world-size 1 --config" in text
+
+
+def test_what_is_no_run_gives_one_line(copied: Path, tmp_path: Path) -> None:
+    assert "holds no config.yaml" in refusal(report.main, tmp_path)
+    (copied / "metrics.jsonl").write_text("")
+    assert "has not logged a step yet" in refusal(report.main, copied)
+
+
+def test_several_runs_are_compared(finished: Path, copied: Path, tmp_path: Path) -> None:
+    third = Path(shutil.copytree(finished, tmp_path / "third"))
+    for seed, path in enumerate((copied, third), 1):
+        config = (path / "config.yaml").read_text()
+        (path / "config.yaml").write_text(config.replace("seed: 0", f"seed: {seed}"))
+        add_rows(path, [{"step": 7, "images_seen": 112, "quality/kid_x": 0.1 * seed, "quality/kid_x_std": 0.01}])
+    page = page_of(finished, copied, third, out=tmp_path / "three.html")
+    assert page.text.index("Settings that differ") < page.text.index("Pictures")
+    assert (
+        "finished-" not in page.text
+        and "mean and standard deviation" in page.text
+        and "150 ± 71 (of 2 seeds)" in page.text
+    )
+    panels = data_of(page)["panels"]
+    assert [curve["label"] for curve in panels[0]["curves"]] == told.names_of([finished, copied, third])
+    assert len({curve["colour"] for curve in panels[0]["curves"]}) == 3
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(config.replace("width: 4", "width: 2"))
+    other = page_of(finished, copied, out=tmp_path / "widths.html")
+    assert "width" in other.text and "mean and standard deviation" not in other.text
+
+
+def test_real_images_stand_beside_generated_ones(
+    copied: Path, demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(re.sub(r"reals: \d+", "reals: 16", config))
+    report.main([str(copied), "--data", str(demo_shards), "--out", str(tmp_path / "x.html")])
+    text = (tmp_path / "x.html").read_text()
+    assert "real images of" in text and "the nearest of 16 real images" in text
+
+
+def test_nothing_from_a_run_becomes_code(copied: Path, tmp_path: Path) -> None:
+    """Each string that reaches the page from files that may come from others."""
+    evil = tmp_path / ("evil" + EVIL.replace("/", ""))
+    copied.rename(evil)
+    config = (evil / "config.yaml").read_text()
+    (evil / "config.yaml").write_text(re.sub(r"path: .*", "path: " + json.dumps(EVIL), config))
+    start = Start(
+        time=EVIL, step=2, last=EVIL, command=EVIL, hosts={EVIL: 1}, devices={EVIL: 1}, ranks=1, precision=EVIL,
+        data={"name": EVIL, "digest": EVIL, "samples": 1, "image_size": EVIL}, scores={"extractor": EVIL},
+        versions={EVIL: EVIL}, commit=EVIL,
+    )  # fmt: skip
+    (evil / "starts.jsonl").write_text(start.model_dump_json() + "\n")
+    add_rows(
+        evil, [{"step": 6, "alert": EVIL + "\n" + EVIL}, {"step": 7, "images_seen": 112, EVIL: 1.0, "loss/d": 1.0}]
+    )
+    add_rows(evil, [{"step": 8, "images_seen": 128, "quality/kid_x": 0.5, "quality/" + EVIL: 1.0}])
+    page = page_of(evil, out=tmp_path / "report.html")
+    assert [each.get("type") for each in page.of("script")] == ["application/json", None]
+    assert len(page.of("style")) == 1 and not [each for each in page.of("img") if each.get("src") == "x"]
+    assert not [name for _, each in page.tags for name in each if name.startswith("on")]
+    assert page.text.count("alert(1)") >= 8  # as text, and so the test has been where it wanted
+
+
+def test_no_secret_and_no_home_gets_into_a_page(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "a-sentinel-of-the-environment")
+    monkeypatch.setenv("PLAIN", "another-sentinel")
+    monkeypatch.setenv("HOME", str(copied.parent))
+    config = (copied / "config.yaml").read_text()
+    secret = "https://user:pass-sentinel@example.org/data?signature=query-sentinel"
+    (copied / "config.yaml").write_text(re.sub(r"path: .*", f"path: {secret}", config))
+    add_rows(copied, [{"step": 6, "alert": f"a-sentinel-of-the-environment {secret}"}])
+    text = (page_of(copied, out=tmp_path / "report.html")).text
+    assert "sentinel" not in text and "https://example.org/data" in text
+    assert str(copied.parent) not in text and "~/run/config.yaml" in text
+
+
+def test_thinning_keeps_extremes_and_gaps() -> None:
+    values = [math.sin(step / 700) for step in range(100_000)]
+    values[12_345], values[54_321], values[77_777] = 9.0, -9.0, math.nan
+    kept = charts.thin([Point(step, step, value) for step, value in enumerate(values)])
+    assert len(kept) <= 3 * charts.BUCKETS + 2
+    assert {12_345, 54_321, 77_777, 0, 99_999} <= {point.images for point in kept}
+    assert [point.images for point in kept] == sorted(point.images for point in kept)
+    few = [Point(step, step, 1.0) for step in range(1000)]
+    assert charts.thin(few) == few
+
+
+def test_a_curve_is_drawn_where_its_values_are() -> None:
+    panel = charts.Panel("x", "", [charts.Curve("x", 0, [Point(0, 0, 1), Point(50, 1, math.nan), Point(100, 2, 3)])])
+    drawn = charts.draw(panel, 100)
+    places = [tuple(map(float, part.split())) for part in re.findall(r"M([\d. ]+)", drawn.lines[0][1])]
+    assert places[0][0] == charts.LEFT and places[1][0] == charts.WIDTH - charts.RIGHT  # two pieces
+    assert places[0][1] > places[1][1]  # the larger value stands higher
+    assert [label for _, label in drawn.across] == ["0", "20", "40", "60", "80", "100"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(0.0, 1.0, 0.2), (-3.0, 4.0, 2.0), (0.0, 1e9, 2e8), (0.001, 0.002, 0.0002)]
+)
+def test_ticks_are_round(low: float, high: float, expected: float) -> None:
+    found = list(charts.ticks(low, high))
+    assert 3 <= len(found) <= 8 and found[1] - found[0] == pytest.approx(expected)
+
+
+def test_logs_that_others_wrote_are_bounded(tmp_path: Path) -> None:
+    names = {"x" * 200: 1.0, "a/b/c": 1.0, "OK": 1.0, "fine/name": 1e400, "also/fine": True}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3, "images_seen": 96, "time/step": 2.0} | names))
+    (row,) = read_log(RunDirectory(tmp_path)).rows
+    assert isinstance(row, Row) and row.seconds == 6.0
+    assert row.values.keys() == {"step", "images_seen", "time/step", "fine/name"} and math.isnan(
+        row.values["fine/name"]
+    )
+
+
+def test_large_grids_are_left_out_until_they_fit(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 301):
+        Image.effect_noise((64, 64), 90).save(copied / "samples" / f"step-{step:08d}.png")
+    assert len(page_of(copied, out=tmp_path / "many.html").of("figure")) == 1 + 100
+    monkeypatch.setattr("dist_dcgan.pages.pictures.MOST_BYTES", 20_000)
+    captions = re.findall(
+        r"after ([\d,]+) images", (page_of(copied, out=tmp_path / "few.html"), (tmp_path / "few.html").read_text())[1]
+    )
+    assert (tmp_path / "few.html").stat().st_size < 200_000 and 2 <= len(captions) <= 20
+    assert (captions[0], captions[-1]) == ("16", "4,800")
+
+
+def test_the_command_is_wired(finished: Path, tmp_path: Path) -> None:
+    done = succeed(module("dist_dcgan.report", finished, "--out", tmp_path / "r.html"))
+    assert done.stdout == f"this run in {tmp_path / 'r.html'}\n"
