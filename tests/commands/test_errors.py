@@ -46,13 +46,13 @@ def test_out_of_memory_names_the_batch_and_what_to_try(demo_shards: Path, monkey
     monkeypatch.setattr(command, "train", mock.Mock(side_effect=error))
     plan = Plan(world_size=2, global_batch=64, steps_per_epoch=1, total_steps=1)
     with pytest.raises(UserError, match="out of memory on rank 0 with 32 images per rank at width 128: use"):
-        command.train_or_explain(Config(), plan, Folder(demo_shards), "auto")
+        command.train_or_explain(Config(), plan, Folder(demo_shards), "auto", [])
 
 
 def test_other_errors_keep_their_traceback(demo_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "train", mock.Mock(side_effect=RuntimeError("Connection closed by peer")))
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
-        command.train_or_explain(Config(), Plan(1, 8, 1, 1), Folder(demo_shards), "auto")
+        command.train_or_explain(Config(), Plan(1, 8, 1, 1), Folder(demo_shards), "auto", [])
 
 
 class Ended(BaseException):
