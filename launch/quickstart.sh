@@ -2,6 +2,11 @@
 # Install, render demo data, train and sample, on a machine with Python and pip; a few minutes on 2 CPU cores after the
 # installation. If interrupted, rerun it to resume.
 set -euo pipefail
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+  sed -n '2,3s/^# //p' "$0"
+  echo "Arguments are passed to dist_dcgan.train. VENV: folder of the environment, .venv by default."
+  exit
+fi
 cd "$(dirname "$0")/.."
 
 venv=$(realpath -m "${VENV:-.venv}")

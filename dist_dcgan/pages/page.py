@@ -114,7 +114,8 @@ def grids_with_captions(run: told.Run, pictures: dict[int, Picture]) -> list[Gri
     """Return grids with images seen and the last KID by then; some evenly spread ones are to be printed."""
     steps = list(pictures)
     keys = {steps[index * (len(steps) - 1) // (_PRINTED - 1)] for index in range(_PRINTED)} if steps else set()
-    return [Grid(picture, said_of(step, run.log.rows), step in keys) for step, picture in pictures.items()]
+    captions = {step: said_of(step, run.log.rows).replace("   ", ", ") for step in steps}
+    return [Grid(picture, captions[step], step in keys) for step, picture in pictures.items()]
 
 
 def shown(value: object) -> object:

@@ -84,7 +84,8 @@ def head(run: Run) -> dict[str, str]:
     data = run.config.data.name
     if start is not None and start.data:
         data += f": {start.data.get('samples', 0):,} images of {start.data.get('image_size')} pixels"
-    on = "" if start is None else f", on {', '.join(f'{count} x {device}' for device, count in start.devices.items())}"
+    devices = "" if start is None else devices_of(start)
+    on = f", on {devices}" if devices else ""
     of_all = f" of {run.total_steps:,}" if run.total_steps else ""
     epochs = run.last.values.get("epoch")
     passes = "" if epochs is None else f", {epochs:.3g} passes over the data"
@@ -248,11 +249,16 @@ def start_facts(start: Start) -> dict[str, str]:
         "from step": f"{start.step:,}" + (f"; the start before it {start.last}" if start.last else ""),
         "command": start.command,
         "machines": ", ".join(f"{host} ({ranks} ranks)" for host, ranks in start.hosts.items()),
-        "devices": ", ".join(f"{count} x {device}" for device, count in start.devices.items()),
+        "devices": devices_of(start),
         "precision": start.precision,
         "versions": ", ".join(f"{name} {version}" for name, version in start.versions.items()),
         "commit": start.commit or "not known",
     }
+
+
+def devices_of(start: Start) -> str:
+    """Return the devices of a start in words."""
+    return ", ".join(f"{count} x {device}" for device, count in start.devices.items())
 
 
 def summary(runs: Sequence[Run]) -> list[dict[str, str]]:

@@ -6,7 +6,9 @@ import json
 import math
 import re
 import shutil
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -292,3 +294,22 @@ def test_large_grids_are_left_out_until_they_fit(copied: Path, tmp_path: Path, m
 def test_the_command_is_wired(finished: Path, tmp_path: Path) -> None:
     done = succeed(module("dist_dcgan.report", finished, "--out", tmp_path / "r.html"))
     assert done.stdout == f"this run in {tmp_path / 'r.html'}\n"
+
+
+def test_a_run_that_goes_on_is_watched_to_its_end(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, lock, seen = tmp_path / "r.html", ExitStack(), list[str]()
+    lock.enter_context(locked(copied))
+
+    def wait(seconds: float) -> None:
+        seen.append(out.read_text())
+        add_rows(copied, [{"step": 6 + len(seen), "images_seen": 96 + len(seen), "loss/d": 1.0}])
+        if len(seen) == 2:
+            lock.close()
+
+    monkeypatch.setattr(time, "sleep", wait)
+    report.main([str(copied), "--out", str(out), "--watch"])
+    assert ["running, at step 6" in seen[0], "running, at step 7" in seen[1], len(seen)] == [True, True, 2]
+    assert all('id="reload"' in page for page in seen) and 'id="reload"' not in out.read_text()
+    assert "ended without a word after step 8" in out.read_text()
