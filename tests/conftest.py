@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     terminalreporter.section("left out")
     for reason, count in left_out.most_common():
         terminalreporter.write_line(f"{count:7} {reason.removeprefix('Skipped: ')}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangups_reach_what_tests_start() -> None:
+    """Under nohup, ignore SIGHUP by a handler: unlike SIG_IGN, programs that are started do not inherit it."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dist_dcgan.config import Config
 from dist_dcgan.data.loader import BatchLoader, to_images
@@ -46,6 +47,21 @@ def train_steps(data: Path, options: dict[str, Any], count: int, mistake: str | 
         recompute_statistics(state.generator_ema, state.config, world.device, state.dtype)
         outcome.tensors = networks(state)
     return outcome
+
+
+@contextlib.contextmanager
+def smooth_activations() -> Iterator[None]:
+    """Train with softplus for ReLU, and with the same slopes for leaky ReLU.
+
+    Their gradients do not jump, so that rounding stays rounding.
+    """
+
+    def leaky(self: nn.LeakyReLU, input: Tensor) -> Tensor:
+        return torch.lerp(F.softplus(input), input, self.negative_slope)
+
+    smooth = mock.patch.object(nn.ReLU, "forward", lambda self, input: F.softplus(input))
+    with smooth, mock.patch.object(nn.LeakyReLU, "forward", leaky):
+        yield
 
 
 def raw_discriminator() -> contextlib.AbstractContextManager[Any]:
