@@ -25,16 +25,16 @@ echo "== 2/5  render bedrooms in LSUN's format: data/demo_train_lmdb"
 echo "== 3/5  convert to shards: $data"
 [ -f $data/manifest.json ] || python -m shards convert data/demo_train_lmdb --out $data --samples-per-shard 500
 
-# One process per GPU, rounded down to a power of two, at most 16; two processes without a GPU.
+# One process per GPU, rounded down to a power of two, at most 16. Without a GPU one process with a thread per core, at
+# most 8: with batches of 16, two threads make 78 images/s and two processes 50.
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-ranks=2
-if [ "$gpus" -gt 0 ]; then
-  ranks=1
-  while [ $((ranks * 2)) -le "$gpus" ] && [ $ranks -lt 16 ]; do ranks=$((ranks * 2)); done
-fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+ranks=1
+while [ $((ranks * 2)) -le "$gpus" ] && [ $ranks -lt 16 ]; do ranks=$((ranks * 2)); done
+cores=$(OMP_NUM_THREADS='' nproc)
+if [ "$gpus" = 0 ]; then threads=$((cores < 8 ? cores : 8)); else threads=1; fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 
-echo "== 4/5  train on $ranks processes: $run"
+echo "== 4/5  train ($ranks rank(s), $OMP_NUM_THREADS thread(s) each): $run"
 RANKS=$ranks bash launch/torchrun.sh \
   --preset quickstart --data $data --run-dir $run "$@"
 
