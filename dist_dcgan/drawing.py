@@ -89,7 +89,10 @@ def save_film(frames: Iterable[Image.Image], path: Path, fps: int) -> None:
     writers: dict[str, Callable[[Iterator[Image.Image], BinaryIO, int], None]]
     writers = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp}
     with atomic_file(path, durable=False) as file:
-        writers[path.suffix](iter(frames), file, fps)
+        try:
+            writers[path.suffix](iter(frames), file, fps)
+        except RuntimeError as error:  # of libwebp, for more than 16,383 pixels
+            raise UserError(f"--out {path.name} cannot be drawn, its frames may be too large: {error}") from None
 
 
 def check_out(path: Path, suffixes: Sequence[str]) -> None:
@@ -107,12 +110,12 @@ def check_out(path: Path, suffixes: Sequence[str]) -> None:
 
 
 @contextmanager
-def reported_as(path: Path) -> Iterator[None]:
-    """Raise a UserError with the name of what is being written, if the disk fails."""
+def reported_as(path: Path, flag: str = "--out") -> Iterator[None]:
+    """Raise a UserError with the name of what is being written, and the flag that named it, if the disk fails."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write --out {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {flag} {path}: {error.strerror or error}") from None
 
 
 def _write_gif(frames: Iterator[Image.Image], file: BinaryIO, fps: int) -> None:

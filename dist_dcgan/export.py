@@ -27,7 +27,7 @@ from dist_dcgan.drawing import reported_as
 from dist_dcgan.run.checkpoint import list_checkpoints, load_checkpoint
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import export_folder
-from dist_dcgan.run.history import read_log
+from dist_dcgan.run.history import read_log, reported_reading
 from dist_dcgan.trained import Trained, load_trained
 from shards.common.command_line import Options, UserPath, build, parse_flags, run
 from shards.common.errors import UserError
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> None:
             f"ONNX needs {', '.join(missing)}: pip install 'dist_dcgan[onnx]', or leave it out with --no-onnx"
         )
     trained = load_trained(options.run_dir, options.best, torch.device("cpu"))
-    facts = facts_of(options.run_dir, trained)
+    with reported_reading(options.run_dir):
+        facts = facts_of(options.run_dir, trained)
     with reported_as(options.out), new_folder(options.out) as folder:
         export_folder(folder, trained.network, trained.description)
         if options.onnx:

@@ -27,7 +27,7 @@ from dist_dcgan.metrics.features import beside_nearest, extract, read_images, re
 from dist_dcgan.pages.page import MARK, Shown, grids_with_captions, render
 from dist_dcgan.pages.pictures import embed, read_grids
 from dist_dcgan.pages.told import Run, names_of, read_run
-from dist_dcgan.run.history import grids_of
+from dist_dcgan.run.history import grids_of, reported_reading
 from dist_dcgan.trained import load_trained
 from shards.common.command_line import Options, UserPath, build, parse_flags, run
 from shards.common.errors import UserError
@@ -95,7 +95,8 @@ def write(options: Report, out: Path) -> bool:
 
 def shown(run: Run, data: Path | None) -> Shown:
     """Return a run with its pictures; raises UserError if `data` cannot be used."""
-    grids = grids_with_captions(run, read_grids(grids_of(run.directory)))
+    with reported_reading(run.directory.path):
+        grids = grids_with_captions(run, read_grids(grids_of(run.directory)))
     found = Shown(run, grids)
     for best, file in ((True, run.directory.best), (False, None)):
         if file is not None and not file.is_file():

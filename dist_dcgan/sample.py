@@ -85,7 +85,10 @@ def save_separately(trained: Trained, seeds: Sequence[int], folder: Path, scale:
     own = list(dict.fromkeys(seeds))[world.rank :: world.world_size]
     missing = [seed for seed in own if not (folder / _name(seed)).exists()]
     written = len(own) - len(missing)
-    with reported_as(folder), Progress(len(own), "images", start=written, shown=world.rank == 0) as progress:
+    with (
+        reported_as(folder, "--separate"),
+        Progress(len(own), "images", start=written, shown=world.rank == 0) as progress,
+    ):
         for first in range(0, len(missing), BATCH):
             part = missing[first : first + BATCH]
             for seed, image in zip(part, trained.images(trained.latents(part)), strict=True):
@@ -104,7 +107,7 @@ def _name(seed: int) -> str:
 def _claim(folder: Path, trained: Trained, scale: int) -> None:
     """Make the folder; raises UserError if it holds other files than images of this generator."""
     source: dict[str, Any] = {"scale": scale, **trained.description}
-    with reported_as(folder):
+    with reported_as(folder, "--separate"):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / _SOURCE).exists():
             if _parsed(read_plain(folder / _SOURCE, 1 << 20)) != json.loads(json.dumps(source)):

@@ -17,7 +17,7 @@ from pydantic_settings import CliPositionalArg
 
 from dist_dcgan.drawing import FILMS, caption, check_out, reported_as, save_film
 from dist_dcgan.run.directory import RunDirectory
-from dist_dcgan.run.history import Row, grids_of, read_log, said_of
+from dist_dcgan.run.history import Row, grids_of, read_log, reported_reading, said_of
 from shards.common.command_line import Options, UserPath, build, parse_flags, run
 from shards.common.errors import UserError
 from shards.common.files import read_plain
@@ -46,11 +46,12 @@ def main(argv: Sequence[str]) -> None:
     output_is_optional()
     check_out(options.out, FILMS)
     run_directory = RunDirectory(options.run_dir)
-    grids = grids_of(run_directory)
+    with reported_reading(options.run_dir):
+        grids, rows = grids_of(run_directory), read_log(run_directory).rows
     if not grids:
         raise UserError(f"no grids in {run_directory.samples}: a run writes one every --log.samples-every-images")
     with reported_as(options.out):
-        save_film(frames(grids, read_log(run_directory).rows, options.fps), options.out, options.fps)
+        save_film(frames(grids, rows, options.fps), options.out, options.fps)
     say(f"{len(grids)} grids, up to step {max(grids)}, in {options.out}")
 
 
@@ -71,7 +72,7 @@ def _opened(path: Path) -> Image.Image:
     try:
         with Image.open(BytesIO(read_plain(path)), formats=["PNG"]) as picture:
             return picture.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 

@@ -22,6 +22,7 @@ from dist_dcgan.random_streams import stream_seed
 from dist_dcgan.run.checkpoint import list_checkpoints, load_newest
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import MODEL, MODEL_DESCRIPTION, is_finite, load_generator, read_description, sampling_config
+from dist_dcgan.run.history import reported_reading
 from dist_dcgan.training.ema import draw_latents, recompute_statistics
 from shards.common.command_line import build
 from shards.common.errors import UserError
@@ -72,18 +73,20 @@ def load_trained(path: Path, best: bool, device: torch.device | None = None) -> 
     checkpoint, or what there is cannot be used.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with reported_reading(path):
+        network, description = _loaded(path, best, device)
+    return Trained(network.to(device).to(memory_format=torch.channels_last), description, device)
+
+
+def _loaded(path: Path, best: bool, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     run = RunDirectory(path)
     if (path / MODEL).is_file():
         if best:
             raise UserError(f"{path} holds one exported model: leave out --best")
-        network, description = load_generator(path / MODEL, path / MODEL_DESCRIPTION)
-    elif best:
-        network, description = load_generator(run.best)
-    elif _is_outdated(run):
-        network, description = _of_newest_checkpoint(run, device)
-    else:
-        network, description = load_generator(run.generator)
-    return Trained(network.to(device).to(memory_format=torch.channels_last), description, device)
+        return load_generator(path / MODEL, path / MODEL_DESCRIPTION)
+    if best:
+        return load_generator(run.best)
+    return _of_newest_checkpoint(run, device) if _is_outdated(run) else load_generator(run.generator)
 
 
 def parse_seeds(text: str, flag: str) -> list[int]:

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     is_film = options.out.suffix in FILMS
     walks = stops_of(options, options.rows * (options.rows if is_film else 1))
     legs = len(walks[0]) - (0 if options.loop else 1)
-    if legs < 1:
+    if len(walks[0]) < 2:
         raise UserError(f"--seeds {options.seeds}: a walk needs two seeds")
     frames = options.frames or (60 * legs if is_film else 10)
     trained = load_trained(options.run_dir, options.best)

@@ -237,7 +237,7 @@ def ticks(low: float, high: float, about: int = 5) -> Iterator[float]:
 
 def powers(low: float, high: float) -> list[float]:
     """Return powers of ten between two exponents, every so many of them."""
-    exponents = range(math.ceil(low), math.floor(high) + 1)
+    exponents = range(max(-307, math.ceil(low)), min(308, math.floor(high)) + 1)  # of those that a float can be
     return [10.0**exponent for exponent in exponents[:: max(1, len(exponents) // 4)]]
 
 

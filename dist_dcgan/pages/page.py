@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from base64 import b64encode
 from collections.abc import Sequence
@@ -127,8 +128,8 @@ def shown(value: object) -> object:
 
 def without_home(text: str) -> str:
     """Return a text with the user's home as `~`."""
-    home = str(Path.home())
-    return text if home == "/" else re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w.-])", "~", text)
+    home = os.path.expanduser("~")  # `~` itself if there is none
+    return text if len(home) < 2 else re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w.-])", "~", text)
 
 
 def _in_script(value: Any) -> Markup:

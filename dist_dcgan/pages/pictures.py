@@ -17,6 +17,8 @@ MOST_BYTES = 7 << 20
 MOST_GRIDS = 100
 _MOST_PIXELS = 1100
 """Width and height of a picture: larger ones are made smaller."""
+_MOST_DECODED = 1 << 25
+"""Pixels of a grid that is read: more would take gigabytes, and a grid of 64 images has 300,000."""
 _QUALITY = 80
 
 
@@ -42,7 +44,7 @@ def read_picture(path: Path) -> Picture | None:
     """Return a PNG as WebP; None if it cannot be read, as one that is being written or that somebody damaged."""
     try:
         with Image.open(BytesIO(read_plain(path)), formats=["PNG"]) as picture:
-            return embed(picture)
+            return embed(picture) if picture.width * picture.height <= _MOST_DECODED else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 

@@ -34,7 +34,7 @@
   };
   const powers = (low, high) => {
     const found = [];
-    for (let power = Math.ceil(low); power <= Math.floor(high); power++) found.push(10 ** power);
+    for (let power = Math.max(-307, Math.ceil(low)); power <= Math.min(308, Math.floor(high)); power++) found.push(10 ** power);
     return found.filter((_, index) => index % Math.max(1, Math.floor(found.length / 4)) === 0);
   };
   const add = (parent, name, attributes, text) => {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,17 @@ from typing import Any, NamedTuple
 from dist_dcgan.config import Config, preset_names, read_preset, to_values, to_yaml
 from dist_dcgan.config import differences as config_differences
 from dist_dcgan.run.directory import RunDirectory
-from dist_dcgan.run.history import Alert, Log, Row, State, is_kid, read_log, state
+from dist_dcgan.run.history import Alert, Log, Row, State, is_kid, read_log, reported_reading, state
 from dist_dcgan.run.starts import Start, read_starts
 from shards.common.command_line import build
 from shards.common.errors import UserError
 from shards.common.plain_yaml import read_yaml
 
 NOT_RECORDED = "not recorded"
+_MOST_COLUMNS = 50
+"""Of the table of scores; training writes some ten."""
+MOST_ALERTS = 200
+"""That are told; each is also a mark on every curve."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,16 @@ class Event(NamedTuple):
 def read_run(path: Path, name: str) -> Run:
     """Return the run in a folder; raises UserError if there is none, or it has not logged a step."""
     directory = RunDirectory(path)
-    if not directory.config.is_file():
-        raise UserError(f"no run in {path}: it holds no config.yaml; name the folder that --run-dir named in training")
-    config = build(Config, read_yaml(directory.config), where=str(directory.config))
-    try:
-        found = state(directory)  # first: what is written after it only makes the rest newer
-        log, starts = read_log(directory), read_starts(directory)
-    except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+    with reported_reading(path):
+        if not directory.config.is_file():
+            raise UserError(
+                f"no run in {path}: it holds no config.yaml; name the folder that --run-dir named in training"
+            )
+        config = build(Config, read_yaml(directory.config), where=str(directory.config))
+        starts = read_starts(directory)
+        total_steps = starts[-1].total_steps if starts else config.max_steps
+        found = state(directory, total_steps)  # before the log: what is written after it only makes that newer
+        log = read_log(directory)
     if not log.rows:
         raise UserError(f"the run in {path} has not logged a step yet: nothing to report")
     return Run(directory, name, config, log, starts, found)
@@ -83,7 +90,8 @@ def head(run: Run) -> dict[str, str]:
     start = run.starts[-1] if run.starts else None
     data = run.config.data.name
     if start is not None and start.data:
-        data += f": {start.data.get('samples', 0):,} images of {start.data.get('image_size')} pixels"
+        samples, size = start.data.get("samples"), start.data.get("image_size")
+        data += f": {samples:,} images of {size} pixels" if isinstance(samples, int) else ""
     devices = "" if start is None else devices_of(start)
     on = f", on {devices}" if devices else ""
     of_all = f" of {run.total_steps:,}" if run.total_steps else ""
@@ -162,13 +170,14 @@ def state_line(run: Run) -> str:
         "finished": "finished",
         "stopped": f"stopped by a signal after step {run.last.step:,}",
         "died": f"ended without a word after step {run.last.step:,}",
+        "unknown": f"running, or ended without a word, at step {run.last.step:,}: its lock is another user's",
     }
     return words[run.state]
 
 
 def going_on(run: Run) -> str | None:
     """Return the command that goes on with a run that has not come to its end; None if there is nothing to do."""
-    if run.state in ("running", "finished"):
+    if run.state in ("running", "finished", "unknown"):
         return None
     return run.starts[-1].command if run.starts and run.starts[-1].command else command(run, run.directory.path)
 
@@ -176,6 +185,7 @@ def going_on(run: Run) -> str | None:
 def repeating(run: Run) -> list[str]:
     """Return the commands that repeat a run from its beginning."""
     path = run.directory.path
+    path = path if path.name not in ("", "..") else path.resolve()  # `.` has no name
     new = path.with_name(f"{path.name}-again")
     lines = [f"python -m shards verify {shlex.quote(run.config.data.name)}"] if _is_folder(run) else []
     return [*lines, command(run, new)]
@@ -197,7 +207,11 @@ def _is_folder(run: Run) -> bool:
 def events(run: Run) -> list[Event]:
     """Return restarts and alerts, in their order."""
     found = [_restart(run, start) for start in run.starts if start.last or start.step]
-    found += [_alert(run, alert) for alert in run.log.alerts]
+    alerts = run.log.alerts
+    found += [_alert(run, alert) for alert in alerts[:MOST_ALERTS]]
+    if len(alerts) > MOST_ALERTS:
+        place = _place(_row_at(run.log.rows, alerts[MOST_ALERTS].step))
+        found.append(Event(*place, "alert", f"{len(alerts) - MOST_ALERTS:,} more alerts from here on", []))
     return sorted(found)
 
 
@@ -214,7 +228,8 @@ def _alert(run: Run, alert: Alert) -> Event:
 
 
 def _row_at(rows: Sequence[Row], step: int) -> Row | None:
-    return next((row for row in reversed(rows) if row.step <= step), None)
+    position = bisect_right(rows, step, key=lambda row: row.step)
+    return rows[position - 1] if position else None
 
 
 def _place(row: Row | None) -> tuple[int, float]:
@@ -222,14 +237,11 @@ def _place(row: Row | None) -> tuple[int, float]:
 
 
 def score_table(run: Run) -> list[dict[str, str]]:
-    """Return a row per score: images, step, and all numbers of it."""
+    """Return a row per score: images, step, and all numbers of it, the same columns in each row."""
+    names = sorted({name for row in run.scored for name in row.values if name.startswith("quality/")})[:_MOST_COLUMNS]
     return [
         {"images": f"{row.images:,}", "step": f"{row.step:,}"}
-        | {
-            name.removeprefix("quality/"): _number(value)
-            for name, value in sorted(row.values.items())
-            if "quality/" in name
-        }
+        | {name.removeprefix("quality/"): _number(row.values.get(name, math.nan)) for name in names}
         for row in run.scored
     ]
 

@@ -12,6 +12,7 @@ import re
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
@@ -40,6 +41,7 @@ LOGS = "logs"
 _LOCK = "run.lock"
 _HOLDER = "run.holder.json"
 _MOST_HOLDER_BYTES = 1 << 12
+_TRIES, _TRY_SECONDS = 5, 0.05
 _WRITTEN = re.compile(
     r"config\.yaml|(metrics|starts)\.jsonl|curves\.png|STOPPED|run\.(holder|saved)\.json|not_finite-step-\d+\.json"
     r"|generator_(ema|best)\.(safetensors|json)|step-\d+\.png"
@@ -101,9 +103,18 @@ def locked(path: Path) -> Iterator[None]:
         with _errors(path):
             path.mkdir(parents=True, exist_ok=True)
             os.close(open_folder(path))
-            if not stack.enter_context(Lock(path / _LOCK)).take():
+            if not _taken(stack.enter_context(Lock(path / _LOCK))):
                 raise UserError(f"run directory {path} is in use by {_holder(path)}: wait for it, or name another")
         yield
+
+
+def _taken(lock: Lock) -> bool:
+    """Take a lock, also if somebody looks at it just now: `is_locked` holds it for a moment."""
+    for _ in range(_TRIES - 1):
+        if lock.take():
+            return True
+        time.sleep(_TRY_SECONDS)
+    return lock.take()
 
 
 def _holder(path: Path) -> str:
@@ -189,6 +200,12 @@ def is_locked(run: RunDirectory) -> bool:
             return not lock.take(shared=True)
     except OSError:
         return False
+
+
+def may_look_at_lock(run: RunDirectory) -> bool:
+    """Return whether this user can tell if the folder is locked: the lock of another user's run only he can open."""
+    path = run.path / _LOCK
+    return not os.path.lexists(path) or os.access(path, os.R_OK)
 
 
 def require_unclaimed(run: RunDirectory) -> None:

@@ -10,12 +10,13 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from dist_dcgan.run.directory import RunDirectory, is_locked
+from dist_dcgan.run.directory import RunDirectory, is_locked, may_look_at_lock
 from dist_dcgan.run.export import read_description
 from shards.common.errors import UserError
 from shards.common.files import open_plain, read_plain
@@ -23,12 +24,14 @@ from shards.common.files import open_plain, read_plain
 MOST_BYTES = 1 << 32
 """Largest log that is read."""
 _TAIL_BYTES = 1 << 20
+_MOST_STEP_SECONDS = 1e9
+"""Longer ones are an error of whoever wrote the log, and their sums would be infinite."""
 _GRID = re.compile(r"step-(\d{1,16})\.png")
 _NAME = re.compile(r"[a-z0-9_]{1,40}(/[a-z0-9_]{1,60})?")
 _KID = re.compile(r"quality/kid_\w+(?<!_std)")
 
-State = Literal["running", "finished", "stopped", "died"]
-"""`stopped` by a signal; `died` is any end that training could not put down."""
+State = Literal["running", "finished", "stopped", "died", "unknown"]
+"""`stopped` by a signal; `died` is any end that training could not put down, `unknown` if it may be running as well."""
 
 
 class Row(NamedTuple):
@@ -78,13 +81,22 @@ def read_log(run: RunDirectory) -> Log:
     for step, entry in sorted(found.items()):
         values = {name: _number(value) for name, value in entry.items() if _NAME.fullmatch(name) and _is_metric(value)}
         took = values.get("time/step", 0.0)
-        seconds += (step - last) * took if math.isfinite(took) else 0.0
+        seconds += (step - last) * took if 0 <= took <= _MOST_STEP_SECONDS else 0.0
         row = Row(step, entry["images_seen"], seconds, kid, values)
         if row.score is not None and math.isfinite(row.score):
             kid = row.score
         rows.append(row._replace(kid=kid))
         last = step
     return Log(rows, sorted(alerts))
+
+
+@contextmanager
+def reported_reading(path: Path) -> Iterator[None]:
+    """Raise a UserError with what of a run in `path` cannot be read, such as a file of another user."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
 
 
 def last_step(run: RunDirectory) -> int:
@@ -96,22 +108,27 @@ def last_step(run: RunDirectory) -> int:
         return max((entry["step"] for entry in _entries(file.read())), default=0)
 
 
-def ending(run: RunDirectory) -> tuple[State, int] | None:
-    """Return how a run that is not running ended, and after which step; None if it has not begun. Raises OSError."""
+def ending(run: RunDirectory, total_steps: int | None) -> tuple[State, int] | None:
+    """Return how a run that is not running ended, and after which step; None if it has not begun. Raises OSError.
+
+    `total_steps`, if they are known, tell the export of the end from that of an earlier stop.
+    """
     step = last_step(run)
     if run.stopped.is_file():
         return "stopped", step
-    if run.generator.is_file() and _exported_step(run) >= step:  # it is exported at the end
+    if run.generator.is_file() and _exported_step(run) >= max(step, total_steps or 0):  # it is exported at the end
         return "finished", step
     return ("died", step) if step else None
 
 
-def state(run: RunDirectory) -> State:
-    """Return how a run stands. Raises OSError."""
+def state(run: RunDirectory, total_steps: int | None) -> State:
+    """Return how a run of so many steps, if they are known, stands. Raises OSError."""
     if is_locked(run):
         return "running"
-    found = ending(run)
-    return "died" if found is None else found[0]
+    found = ending(run, total_steps)
+    if found is not None and found[0] != "died":
+        return found[0]
+    return "died" if may_look_at_lock(run) else "unknown"
 
 
 def is_kid(name: str) -> bool:

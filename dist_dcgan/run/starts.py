@@ -26,6 +26,7 @@ from shards.common.redaction import one_line
 
 _MOST_BYTES = 1 << 24
 """Thousands of starts."""
+_MOST_STARTS = 1000
 _GIT_SECONDS = 10
 
 
@@ -63,7 +64,8 @@ def how_it_ended(run: RunDirectory) -> str | None:
     The caller holds the run's lock.
     """
     try:
-        found = ending(run)
+        starts = read_starts(run)
+        found = ending(run, starts[-1].total_steps if starts else None)
     except OSError as error:
         return f"not known: {error.strerror or error}"
     if found is None:
@@ -82,9 +84,9 @@ def record_start(run: RunDirectory, start: Start) -> None:
 
 
 def read_starts(run: RunDirectory) -> list[Start]:
-    """Return the recorded starts of a run; a run from before there was a record has none. Raises OSError."""
+    """Return the last 1,000 recorded starts of a run; one from before there was a record has none. Raises OSError."""
     starts = []
-    for line in (read_plain(run.starts, _MOST_BYTES) if run.starts.is_file() else b"").splitlines():
+    for line in (read_plain(run.starts, _MOST_BYTES) if run.starts.is_file() else b"").splitlines()[-_MOST_STARTS:]:
         try:
             starts.append(Start.model_validate_json(line))
         except ValidationError:

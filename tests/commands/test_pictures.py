@@ -26,6 +26,7 @@ from dist_dcgan.run.checkpoint import Checkpoint, load_newest
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.history import Row, read_log, said_of
 from dist_dcgan.trained import Trained, load_trained
+from shards.common.errors import UserError
 from shards.common.files import final_name
 from tests.support.commands import environment, metrics, module, start, succeed, train_command
 from tests.support.mistakes import refusal
@@ -152,6 +153,7 @@ MISTAKES: list[tuple[Callable[[Sequence[str]], None], list[object], str]] = [
     (sample.main, ["--separate", "images"], "give --out X.png for a grid, or --separate DIR"),
     (sample.main, ["--out", "x.jpg"], "give it a name that ends in .png"),
     (walk.main, ["--seeds", "1"], "a walk needs two seeds"),
+    (walk.main, ["--seeds", "1", "--loop"], "a walk needs two seeds"),
     (walk.main, ["--seeds", "1,2", "--rows", 2], "--seeds and --rows exclude each other"),
     (walk.main, ["--out", "x.avi"], "ends in .png or .mp4 or .gif or .webp"),
     (timelapse.main, ["--out", "x.png"], "ends in .mp4 or .gif or .webp"),
@@ -292,8 +294,12 @@ def test_grids_of_different_sizes_fit_into_one_film(finished: Path, tmp_path: Pa
     shutil.rmtree(run_dir / "samples")
     assert "no grids in" in refusal(timelapse.main, run_dir, "--out", tmp_path / "other.gif")
     (run_dir / "samples").mkdir()
-    (run_dir / "samples" / "step-00000001.png").write_bytes(b"no picture")
-    assert "cannot be read" in refusal(timelapse.main, run_dir, "--out", tmp_path / "other.gif")
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    broken = (tmp_path / "x.png").read_bytes().replace(b"IDAT", b"\xe7\xb5\x89n")
+    (tmp_path / "x.png").unlink()
+    for content in (b"no picture", broken):
+        (run_dir / "samples" / "step-00000001.png").write_bytes(content)
+        assert "cannot be read" in refusal(timelapse.main, run_dir, "--out", tmp_path / "other.gif")
     assert sorted(os.listdir(tmp_path)) == ["lapse.gif", "run"]
 
 
@@ -415,3 +421,9 @@ def test_logs_and_folders_that_others_wrote_are_passed_over_or_refused(finished:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "source.json").write_bytes(b"[" * 100_000)
     assert "of another generator" in refusal(sample.main, finished, "--separate", tmp_path / "images")
+
+
+def test_a_film_that_is_too_large_for_its_format_gives_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="frames may be too large"):
+        drawing.save_film([Image.new("RGB", (16_400, 8))] * 2, tmp_path / "x.webp", 10)
+    assert not os.listdir(tmp_path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,11 +19,13 @@ import pytest
 from PIL import Image
 
 from dist_dcgan import report
-from dist_dcgan.pages import charts, told
+from dist_dcgan.pages import charts, pictures, told
 from dist_dcgan.pages.charts import Point
+from dist_dcgan.run import history
 from dist_dcgan.run.directory import RunDirectory, locked
 from dist_dcgan.run.history import Row, read_log
-from dist_dcgan.run.starts import Start, read_starts
+from dist_dcgan.run.starts import Start, how_it_ended, read_starts
+from shards.common.locks import Lock
 from tests.support.commands import metrics, module, succeed, train_command
 from tests.support.mistakes import refusal
 
@@ -296,6 +300,71 @@ def test_the_command_is_wired(finished: Path, tmp_path: Path) -> None:
     assert done.stdout == f"this run in {tmp_path / 'r.html'}\n"
 
 
+def test_a_stop_is_not_taken_for_the_end(copied: Path, tmp_path: Path) -> None:
+    """A stop exports, too: a start that dies before it has logged a row leaves that export and no marker."""
+    lines = (copied / "starts.jsonl").read_text().splitlines()
+    start = json.loads(lines[-1]) | {"step": 6, "last": "stopped by a signal after step 6", "total_steps": 20}
+    (copied / "starts.jsonl").write_text("\n".join([*lines, json.dumps(start)]) + "\n")
+    text = page_of(copied, out=tmp_path / "r.html").text
+    assert "ended without a word after step 6" in text and "To go on" in text
+    assert how_it_ended(RunDirectory(copied)) == "died after step 6"
+
+
+def test_looking_at_a_run_does_not_keep_it_from_starting(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").touch()
+    with Lock(tmp_path / "run.lock") as looking:
+        assert looking.take(shared=True)
+        threading.Timer(0.08, looking.release).start()
+        with locked(tmp_path):
+            pass
+
+
+def test_a_run_whose_lock_is_closed_to_us_is_not_called_dead(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_rows(copied, [{"step": 9, "images_seen": 144, "loss/d": 1.0}])
+    monkeypatch.setattr(history, "is_locked", lambda run: False)
+    monkeypatch.setattr(history, "may_look_at_lock", lambda run: False)
+    text = page_of(copied, out=tmp_path / "r.html").text
+    assert "running, or ended without a word, at step 9" in text and "To go on" not in text
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"step": 9 * 10**15, "images_seen": 9 * 10**15, "time/step": 1e299}, {"step": 9 * 10**15, "alert": "x"}],
+        [{"step": 9, "images_seen": 144, "grad_norm/d": 1e-320, "loss/d": 1e299, "quality/kid_x": 1e299}],
+        [{"step": 9, "images_seen": 144, "quality/kid_x": 1.0}, {"step": 10, "images_seen": 160, "quality/kid_y": 1.0}],
+    ],
+)
+def test_wild_numbers_are_told(copied: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    add_rows(copied, rows)
+    start = json.loads((copied / "starts.jsonl").read_text().splitlines()[-1])
+    (copied / "starts.jsonl").write_text(json.dumps(start | {"data": {"samples": "many"}}) + "\n")
+    page_of(copied, out=tmp_path / "r.html")
+    table = told.score_table(told.read_run(copied, "x"))
+    assert len({tuple(row) for row in table}) <= 1
+
+
+def test_of_thousands_of_alerts_the_first_are_told(copied: Path, tmp_path: Path) -> None:
+    add_rows(copied, [{"step": 1 + index % 6, "alert": f"alert {index}"} for index in range(3000)])
+    page = page_of(copied, out=tmp_path / "r.html")
+    assert len(data_of(page)["marks"]) == 1 + told.MOST_ALERTS + 1 and "2,800 more alerts from here on" in page.text
+
+
+def test_a_run_may_be_named_by_a_dot(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copied)
+    assert f"--run-dir {copied}-again" in page_of(Path(), out=tmp_path / "r.html").text
+
+
+def test_what_cannot_be_read_gives_one_line(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    assert refusal(report.main, copied).endswith("samples cannot be read: Permission denied")
+
+
 def test_a_run_that_goes_on_is_watched_to_its_end(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,3 +382,10 @@ def test_a_run_that_goes_on_is_watched_to_its_end(
     assert ["running, at step 6" in seen[0], "running, at step 7" in seen[1], len(seen)] == [True, True, 2]
     assert all('id="reload"' in page for page in seen) and 'id="reload"' not in out.read_text()
     assert "ended without a word after step 8" in out.read_text()
+
+
+def test_grids_that_would_take_gigabytes_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (64, 65)).save(tmp_path / "x.png")
+    assert pictures.read_picture(tmp_path / "x.png") is not None
+    monkeypatch.setattr(pictures, "_MOST_DECODED", 64 * 64)
+    assert pictures.read_picture(tmp_path / "x.png") is None
