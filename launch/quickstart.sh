@@ -33,6 +33,7 @@ while [ $((ranks * 2)) -le "$gpus" ] && [ $ranks -lt 16 ]; do ranks=$((ranks * 2
 cores=$(OMP_NUM_THREADS='' nproc)
 if [ "$gpus" = 0 ]; then threads=$((cores < 8 ? cores : 8)); else threads=1; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that spin while they wait starve on a machine that is busy
 
 echo "== 4/5  train ($ranks rank(s), $OMP_NUM_THREADS thread(s) each): $run"
 RANKS=$ranks bash launch/torchrun.sh \

@@ -126,8 +126,9 @@ def require_no_secret(folder: Path, *texts: str) -> None:
 
 
 def told(error_output: str) -> list[str]:
-    """What is said beside progress."""
-    return [line for line in error_output.splitlines() if "%  step" not in line]
+    """What is said beside progress and the command that makes the report."""
+    lines = [line for line in error_output.splitlines() if "%  step" not in line]
+    return [line for line in lines if not line.startswith("to see how it went: ")]
 
 
 def warning_in(lines: list[str]) -> str:

@@ -35,7 +35,7 @@ def meter_of(data: Path, folder: Path, world: World, clock: Any, **options: obje
     reader = ShardReader(Folder(data))
     state = TrainState(config, make_plan(config, world.world_size, reader.manifest.samples), world, 64)
     meter = QualityMeter(state, reader, RunDirectory(folder), clock)
-    meter._extractor = mosaic_extractor()
+    meter.extractor = mosaic_extractor()
     return meter, state
 
 
