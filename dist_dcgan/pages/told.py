@@ -176,10 +176,13 @@ def state_line(run: Run) -> str:
 
 
 def going_on(run: Run) -> str | None:
-    """Return the command that goes on with a run that has not come to its end; None if there is nothing to do."""
+    """Return the command that goes on with a run that has not come to its end; None if there is nothing to do.
+
+    It is made here: the recorded one may be of somebody who wants others to paste it.
+    """
     if run.state in ("running", "finished", "unknown"):
         return None
-    return run.starts[-1].command if run.starts and run.starts[-1].command else command(run, run.directory.path)
+    return command(run, run.directory.path)
 
 
 def repeating(run: Run) -> list[str]:
@@ -194,10 +197,12 @@ def repeating(run: Run) -> list[str]:
 def command(run: Run, run_dir: Path) -> str:
     """Return the command that trains with the configuration of a run in a folder."""
     ranks, nodes = (run.starts[-1].ranks, len(run.starts[-1].hosts)) if run.starts else (1, 1)
-    many = f"torchrun{f' --nnodes={nodes}' if nodes > 1 else ''} --nproc_per_node={ranks // max(1, nodes)}"
-    words = [many if ranks > 1 else "python", "-m dist_dcgan.train", "" if ranks > 1 else "--world-size 1"]
-    words += ["--config", shlex.quote(str(run.directory.config)), "--run-dir", shlex.quote(str(run_dir))]
-    return " ".join(word for word in words if word)
+    start = "python -m dist_dcgan.train --world-size 1"
+    if ranks > 1:
+        start = f"torchrun --nproc_per_node={ranks} -m dist_dcgan.train"
+    if nodes > 1:  # on each of them
+        start = f"NODES={nodes} HEAD=HOST:PORT RANKS={ranks // nodes} bash launch/torchrun.sh"
+    return f"{start} --config {shlex.quote(str(run.directory.config))} --run-dir {shlex.quote(str(run_dir))}"
 
 
 def _is_folder(run: Run) -> bool:

