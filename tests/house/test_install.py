@@ -78,6 +78,7 @@ def test_a_wheel_installed_elsewhere_trains_and_samples(demo_shards: Path, tmp_p
     flags = ["--data", str(demo_shards), "--preset", "debug", "--max-steps", "2", "--wandb", "disabled"]
     run("-m", "dist_dcgan.train", *flags, "--run-dir", "run")
     run("-m", "dist_dcgan.sample", "run", "--out", "x.png", "--seeds", "0-3")
+    run("-m", "dist_dcgan.report", "run")
     assert (work / "x.png").is_file()
     assert "convert" in run("-m", "shards", "--help")
     for name in ("torch", "shards", "dist_dcgan", "runpy"):  # as of somebody whose folder it is
