@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,11 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shards.common.errors import UserError
-from shards.common.files import atomic_file
+from shards.common.files import atomic_file, read_plain
 
 FILMS = (".mp4", ".gif", ".webp")
 _BORDER = 2  # pixels around each image of a grid
 _LABEL = 12  # pixels below an image for its label
+_MOST_PIXELS = 1 << 25
+"""Of a picture that is read: more would take gigabytes, and a grid of 64 images of 64 pixels has 300,000."""
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 
 
@@ -107,6 +110,17 @@ def check_out(path: Path, suffixes: Sequence[str]) -> None:
         raise UserError(
             f"--out {path.name} needs the package av: pip install 'dist_dcgan[video]', or write .webp or .gif"
         )
+
+
+def read_png(path: Path) -> Image.Image:
+    """Return a picture of a run; raises UserError if it cannot be read, as one that somebody damaged or blew up."""
+    try:
+        with Image.open(BytesIO(read_plain(path)), formats=["PNG"]) as picture:
+            if picture.width * picture.height > _MOST_PIXELS:
+                raise ValueError(f"more than {_MOST_PIXELS:,} pixels")
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 @contextmanager

@@ -12,8 +12,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from PIL import Image
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
@@ -22,13 +20,14 @@ from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.world import World
 from dist_dcgan.drawing import reported_as, tile
+from dist_dcgan.evaluate import check_data
 from dist_dcgan.metrics.extractors import load_extractor, missing_packages
 from dist_dcgan.metrics.features import beside_nearest, extract, read_images, real_features, scored_samples
 from dist_dcgan.pages.page import MARK, Shown, grids_with_captions, render
 from dist_dcgan.pages.pictures import embed, read_grids
 from dist_dcgan.pages.told import Run, names_of, read_run
 from dist_dcgan.run.history import grids_of, reported_reading
-from dist_dcgan.trained import load_trained
+from dist_dcgan.trained import Trained, load_trained
 from shards.common.command_line import Options, UserPath, build, parse_flags, run
 from shards.common.errors import UserError
 from shards.common.files import open_plain, publish
@@ -96,54 +95,49 @@ def write(options: Report, out: Path) -> bool:
 def shown(run: Run, data: Path | None) -> Shown:
     """Return a run with its pictures; raises UserError if `data` cannot be used."""
     with reported_reading(run.directory.path):
-        grids = grids_with_captions(run, read_grids(grids_of(run.directory)))
-    found = Shown(run, grids)
-    for best, file in ((True, run.directory.best), (False, None)):
-        if file is not None and not file.is_file():
-            continue
-        try:
-            drawn = load_trained(run.directory.path, best)
-        except UserError as error:
-            found.notes.append(str(error))
-            continue
-        images = drawn.images(drawn.latents(range(_IMAGES)))
-        which = "the best generator by KID" if best else "the latest generator"
-        found.pictures.append((f"{which}, step {drawn.description['step']:,}: seeds 0 to 63", embed(tile(images))))
+        found = Shown(run, grids_with_captions(run, read_grids(grids_of(run.directory))))
+    if run.directory.best.is_file():
+        _add_drawn(found, "best generator by KID", True)
+    latest = _add_drawn(found, "latest generator", False)
     if data is not None:
-        _add_real(found, data)
+        _add_real(found, latest, data)
     return found
 
 
-def _add_real(found: Shown, data: Path) -> None:
+def _add_drawn(found: Shown, which: str, best: bool) -> Trained | None:
+    """Add images of a generator and return it; a note and None if there is none that can be used."""
+    try:
+        trained = load_trained(found.run.directory.path, best)
+    except UserError as error:
+        found.notes.append(str(error))
+        return None
+    images = trained.images(trained.latents(range(_IMAGES)))
+    caption = f"the {which}, step {trained.description['step']:,}: seeds 0 to {_IMAGES - 1}"
+    found.pictures.append((caption, embed(tile(images))))
+    return trained
+
+
+def _add_real(found: Shown, trained: Trained | None, data: Path) -> None:
     """Add a sheet of real images and, if features can be had, generated ones beside the nearest real ones."""
     reader = ShardReader(open_location(LocationOptions(path=data), False))
+    if trained is not None:
+        check_data(str(data), reader.manifest, trained.description["architecture"]["image_size"])
     sheet = tile(read_images(reader, scored_samples(reader, _IMAGES)))
     found.pictures.append((f"real images of {data}", embed(sheet)))
-    try:
-        drawn = load_trained(found.run.directory.path, False, torch.device("cpu"))
-    except UserError:
-        return  # said above
     missing = missing_packages()
     if missing:
         found.notes.append(f"The nearest real images are not looked for without {', '.join(missing)}.")
+    if trained is None or missing:
         return
-    world = World(0, 0, 1, torch.device("cpu"))
+    world = World(0, 0, 1, trained.device)
     extractor = load_extractor("efficientnet-lite0", None, world.device)
     tell(f"looking for the nearest images in {data}; their features are kept for other reports")
     reals = real_features(reader, extractor, found.run.config.quality.reals, world)  # as in training, which kept them
-    images = drawn.images(drawn.latents(range(_ROWS)))
-    if images.shape[2] != reader.manifest.image_size:
-        raise UserError(
-            f"--data {data} holds images of {reader.manifest.image_size} pixels, the run draws {images.shape[2]}: "
-            "name the data set that it was trained on"
-        )
-    features = extract(lambda slots: images[slots.start : slots.stop], _ROWS, extractor, world)
+    images = trained.images(trained.latents(range(_ROWS)))
+    features = extract(lambda slots: images[slots.start : slots.stop].to(world.device), _ROWS, extractor, world)
     count = min(_NEAREST, len(reals))
-    picture: Image.Image = tile(beside_nearest(images, features, reals, reader, count), 1 + count)
-    caption = (
-        f"left, generated (seeds 0 to {_ROWS - 1}); then the nearest of {len(reals):,} real images by their features"
-    )
-    found.pictures.append((caption, embed(picture)))
+    caption = f"left, generated (seeds 0 to {_ROWS - 1}); then the nearest of {len(reals):,} real images by features"
+    found.pictures.append((caption, embed(tile(beside_nearest(images, features, reals, reader, count), 1 + count))))
 
 
 def command() -> None:

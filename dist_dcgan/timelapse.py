@@ -7,7 +7,6 @@ python -m dist_dcgan.timelapse runs/default --out lapse.gif --fps 5
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from io import BytesIO
 from itertools import repeat
 from pathlib import Path
 
@@ -15,12 +14,11 @@ from PIL import Image
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from dist_dcgan.drawing import FILMS, caption, check_out, reported_as, save_film
+from dist_dcgan.drawing import FILMS, caption, check_out, read_png, reported_as, save_film
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.history import Row, grids_of, read_log, reported_reading, said_of
 from shards.common.command_line import Options, UserPath, build, parse_flags, run
 from shards.common.errors import UserError
-from shards.common.files import read_plain
 from shards.common.messages import say
 from shards.common.progress import Progress
 from shards.common.streams import output_is_optional
@@ -57,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
 def frames(grids: dict[int, Path], seen: Sequence[Row], fps: int) -> Iterator[Image.Image]:
     """Yield the grids with what the run had seen by then, all of the size of the largest."""
-    pictures = {step: _opened(path) for step, path in grids.items()}
+    pictures = {step: read_png(path) for step, path in grids.items()}
     size = tuple(max(picture.size[axis] for picture in pictures.values()) for axis in (0, 1))
     with Progress(len(grids), "grids", "grid") as progress:
         for step, picture in pictures.items():
@@ -66,14 +64,6 @@ def frames(grids: dict[int, Path], seen: Sequence[Row], fps: int) -> Iterator[Im
             frame = caption(canvas, said_of(step, seen))
             yield from repeat(frame, 1 + _LAST_SECONDS * fps if step == max(grids) else 1)
             progress.advance(1)
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        with Image.open(BytesIO(read_plain(path)), formats=["PNG"]) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def command() -> None:

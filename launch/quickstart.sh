@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install, render demo data, train and sample, on a machine with Python and pip; a few minutes on 2 CPU cores after the
+# Install, render demo data, train and sample, on a machine with Python and pip; some ten minutes on 2 CPU cores after the
 # installation. If interrupted, rerun it to resume.
 set -euo pipefail
 if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then

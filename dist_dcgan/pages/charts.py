@@ -43,7 +43,6 @@ class Panel:
     meaning: str
     """What a reader should know of it."""
     curves: list[Curve]
-
     spans_orders: bool = False
     """Whether its values may differ by orders of magnitude, so that they are better seen on a logarithmic axis."""
 
@@ -114,9 +113,9 @@ def panels_of(rows: Sequence[Row]) -> list[Panel]:
     """Return the panels of one run; metrics that it does not have are left out."""
     panels = []
     for wanted in WANTED:
-        curves = [Curve(label, 0, thin(points(rows, name, wanted.factor))) for name, label in wanted.metrics.items()]
-        panels.append(Panel(wanted.title, wanted.meaning, curves, wanted.spans_orders))
-    return _with_content(panels)
+        metrics = {label: points(rows, name, wanted.factor) for name, label in wanted.metrics.items()}
+        panels += _shown(wanted.title, wanted, metrics)
+    return panels
 
 
 def panels_over(runs: dict[str, Sequence[Row]]) -> list[Panel]:
@@ -125,20 +124,15 @@ def panels_over(runs: dict[str, Sequence[Row]]) -> list[Panel]:
     for wanted in WANTED:
         for name, label in wanted.metrics.items():
             title = wanted.title if len(wanted.metrics) == 1 else f"{wanted.title}: {label}"
-            curves = [Curve(run, 0, thin(points(rows, name, wanted.factor))) for run, rows in runs.items()]
-            panels.append(Panel(title, wanted.meaning, curves, wanted.spans_orders))
-    return _with_content(panels)
+            panels += _shown(title, wanted, {run: points(rows, name, wanted.factor) for run, rows in runs.items()})
+    return panels
 
 
-def _with_content(panels: Sequence[Panel]) -> list[Panel]:
-    """Return the panels that show something, their curves coloured by their places."""
-    found = []
-    for panel in panels:
-        curves = [Curve(curve.label, place, curve.points) for place, curve in enumerate(panel.curves) if curve.points]
-        values = [point.value for curve in curves for point in curve.points]
-        if any(values) and any(map(math.isfinite, values)):
-            found.append(Panel(panel.title, panel.meaning, curves, panel.spans_orders))
-    return found
+def _shown(title: str, wanted: Wanted, found: dict[str, list[Point]]) -> list[Panel]:
+    """Return the panel of some curves by their labels, coloured by their places; nothing if they show nothing."""
+    curves = [Curve(label, place, thin(found[label])) for place, label in enumerate(found) if found[label]]
+    values = [point.value for curve in curves for point in curve.points if math.isfinite(point.value)]
+    return [Panel(title, wanted.meaning, curves, wanted.spans_orders)] if any(values) else []
 
 
 def points(rows: Sequence[Row], name: str, factor: float = 1.0) -> list[Point]:

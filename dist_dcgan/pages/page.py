@@ -66,7 +66,7 @@ def render(runs: Sequence[Shown], is_watched: bool) -> bytes:
     )
     style, script = (_asset(f"report.{suffix}") for suffix in ("css", "js"))
     panels = panels_of(runs)
-    last, marks = max(shown.run.last.images for shown in runs), marks_of(runs)
+    last, marks = max(each.run.last.images for each in runs), marks_of(runs)
     content = environment.get_template("report.html").render(
         runs=runs,
         told=told,
@@ -82,6 +82,7 @@ def render(runs: Sequence[Shown], is_watched: bool) -> bytes:
                 "marks": marks,
                 "last": last,
                 "compared": len(runs) > 1,
+                "frame": [charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM],
             }
         ),
         marks=marks,
@@ -98,7 +99,7 @@ def panels_of(runs: Sequence[Shown]) -> list[charts.Panel]:
     """Return the curves of one run, or those of several over each other."""
     if len(runs) == 1:
         return charts.panels_of(runs[0].run.log.rows)
-    return charts.panels_over({shown.run.name: shown.run.log.rows for shown in runs})
+    return charts.panels_over({each.run.name: each.run.log.rows for each in runs})
 
 
 def marks_of(runs: Sequence[Shown]) -> list[dict[str, Any]]:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from shards.common.files import read_plain
+from dist_dcgan.drawing import read_png
+from shards.common.errors import UserError
 
 MOST_BYTES = 7 << 20
 """Of all grids of a page together, before they become a third longer as text."""
 MOST_GRIDS = 100
 _MOST_PIXELS = 1100
 """Width and height of a picture: larger ones are made smaller."""
-_MOST_DECODED = 1 << 25
-"""Pixels of a grid that is read: more would take gigabytes, and a grid of 64 images has 300,000."""
 _QUALITY = 80
 
 
@@ -40,15 +40,6 @@ def embed(picture: Image.Image) -> Picture:
     return Picture(f"data:image/webp;base64,{b64encode(file.getvalue()).decode()}", *picture.size)
 
 
-def read_picture(path: Path) -> Picture | None:
-    """Return a PNG as WebP; None if it cannot be read, as one that is being written or that somebody damaged."""
-    try:
-        with Image.open(BytesIO(read_plain(path)), formats=["PNG"]) as picture:
-            return embed(picture) if picture.width * picture.height <= _MOST_DECODED else None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-
-
 def chosen(steps: Sequence[int]) -> list[int]:
     """Return at most `MOST_GRIDS` steps, the first and the last among them, evenly spread."""
     if len(steps) <= MOST_GRIDS:
@@ -57,12 +48,14 @@ def chosen(steps: Sequence[int]) -> list[int]:
 
 
 def read_grids(grids: dict[int, Path]) -> dict[int, Picture]:
-    """Return the grids by their steps; every second one is left out until they fit into `MOST_BYTES`."""
+    """Return the grids by their steps; every second one is left out until they fit into `MOST_BYTES`.
+
+    Those that cannot be read are left out, too: one may just be written.
+    """
     pictures: dict[int, Picture] = {}
     for step in chosen(list(grids)):
-        picture = read_picture(grids[step])
-        if picture is not None:
-            pictures[step] = picture
+        with suppress(UserError):
+            pictures[step] = embed(read_png(grids[step]))
     while len(pictures) > 2 and sum(len(picture.address) for picture in pictures.values()) > MOST_BYTES * 4 / 3:
         steps = list(pictures)
         pictures = {step: pictures[step] for step in [*steps[:-1:2], steps[-1]]}

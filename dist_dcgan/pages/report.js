@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [720, 240, 56, 10, 10, 26];
+  const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = data.frame;
   const NS = "http://www.w3.org/2000/svg";
   const byId = (id) => document.getElementById(id);
   const [over, from, to] = ["over", "from", "to"].map(byId);

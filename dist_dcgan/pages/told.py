@@ -38,6 +38,8 @@ class Run:
     log: Log
     starts: list[Start]
     state: State
+    total_steps: int | None
+    """Steps to train in all, if that is known."""
 
     @property
     def last(self) -> Row:
@@ -48,11 +50,6 @@ class Run:
     def scored(self) -> list[Row]:
         """The rows with a score."""
         return [row for row in self.log.rows if row.score is not None and math.isfinite(row.score)]
-
-    @property
-    def total_steps(self) -> int | None:
-        """Steps to train in all, if that is known."""
-        return self.starts[-1].total_steps if self.starts else self.config.max_steps
 
 
 class Event(NamedTuple):
@@ -81,7 +78,7 @@ def read_run(path: Path, name: str) -> Run:
         log = read_log(directory)
     if not log.rows:
         raise UserError(f"the run in {path} has not logged a step yet: nothing to report")
-    return Run(directory, name, config, log, starts, found)
+    return Run(directory, name, config, log, starts, found, total_steps)
 
 
 def head(run: Run) -> dict[str, str]:

@@ -122,8 +122,6 @@ def train_in(
 
         # Export the generator and draw the curves.
         from_rank_zero(lambda: finish(state, run, saver, manifest), world.slow_group)
-        if world.is_main:
-            tell(f"to see how it went: python -m dist_dcgan.report {shlex.quote(str(run.path))}")
 
 
 def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
@@ -217,3 +215,4 @@ def finish(state: TrainState, run: RunDirectory, saver: Saver, manifest: Manifes
         if not stopped:
             raise UserError(f"{failure}: mend that, and the same command exports it") from None
         warn(failure)
+    tell(f"to see how it went: python -m dist_dcgan.report {shlex.quote(str(run.path))}")
