@@ -136,7 +136,7 @@ def without_home(text: str) -> str:
 def _in_script(value: Any) -> Markup:
     """Return a value as JSON that cannot end the element it stands in."""
     text = json.dumps(_all_shown(value), separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+    return Markup(text.replace("<", "\\u003c"))
 
 
 def _all_shown(value: Any) -> Any:

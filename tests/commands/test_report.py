@@ -29,7 +29,7 @@ from shards.common.locks import Lock
 from tests.support.commands import metrics, module, succeed, train_command
 from tests.support.mistakes import refusal
 
-EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&quot;\"'"
+EVIL = "</script ></script><script>alert(1)</script><img src=x onerror=alert(2)>&quot;\"'"
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_several_runs_are_compared(finished: Path, copied: Path, tmp_path: Path)
     assert len({curve["colour"] for curve in panels[0]["curves"]}) == 3
     config = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(config.replace("width: 4", "width: 2"))
-    other = page_of(finished, copied, out=tmp_path / "widths.html")
+    other = page_of(copied, third, out=tmp_path / "widths.html")
     assert "width" in other.text and "mean and standard deviation" not in other.text
 
 
@@ -231,6 +231,8 @@ def test_nothing_from_a_run_becomes_code(copied: Path, tmp_path: Path) -> None:
     assert [each.get("type") for each in page.of("script")] == ["application/json", None]
     assert len(page.of("style")) == 1 and not [each for each in page.of("img") if each.get("src") == "x"]
     assert not [name for _, each in page.tags for name in each if name.startswith("on")]
+    (data,) = re.findall('id="data">(.*)', (tmp_path / "report.html").read_text())
+    assert EVIL[2:9] in data and data.count("<") == 1 and data.endswith("</script>")
     assert page.text.count("alert(1)") >= 8  # as text, and so the test has been where it wanted
 
 
