@@ -73,7 +73,8 @@ def main(argv: Sequence[str]) -> None:
         else:
             images = trained.images(paths.transpose(0, 1).flatten(0, 1))
             save_png(tile(images, frames, scale=options.scale), options.out)
-    say(f"{frames} images of {len(walks)} walks at step {trained.description['step']} in {options.out}")
+    count = "one walk" if len(walks) == 1 else f"each of {len(walks)} walks"
+    say(f"{frames} images of {count} at step {trained.description['step']} in {options.out}")
 
 
 def stops_of(options: Walk, count: int) -> list[list[int]]:
