@@ -226,13 +226,14 @@ def latent(seed):
     {drawn}
     return z.astype(np.float32)
 
-count = int(sys.argv[2]) if len(sys.argv) > 2 else 64
+out, count = (*sys.argv[1:], "64")[:2] if 2 <= len(sys.argv) <= 3 else sys.exit(__doc__)
+count = int(count) if count.isdecimal() and int(count) > 0 else sys.exit(__doc__)
 model = onnxruntime.InferenceSession(str(pathlib.Path(__file__).with_name("model.onnx")))
 images = model.run(None, {{"z": np.stack([latent(seed) for seed in range(count)])}})[0]
 pixels = ((images + 1) * 127.5).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 columns = round(count**0.5)
 rows = [np.hstack(pixels[i : i + columns]) for i in range(0, count // columns * columns, columns)]
-Image.fromarray(np.vstack(rows)).save(sys.argv[1])
+Image.fromarray(np.vstack(rows)).save(out)
 '''
 
 

@@ -55,11 +55,11 @@ def main(argv: Sequence[str]) -> None:
 
 def frames(grids: dict[int, Path], seen: Sequence[Row], fps: int) -> Iterator[Image.Image]:
     """Yield the grids with what the run had seen by then, all of the size of the largest."""
-    pictures = {step: read_png(path) for step, path in grids.items()}
-    size = tuple(max(picture.size[axis] for picture in pictures.values()) for axis in (0, 1))
+    sizes = [read_png(path).size for path in grids.values()]  # they are read again below: all at once may not fit
+    size = max(width for width, _ in sizes), max(height for _, height in sizes)
     with Progress(len(grids), "grids", "grid") as progress:
-        for step, picture in pictures.items():
-            canvas = Image.new("RGB", (size[0], size[1]))
+        for step, path in grids.items():
+            picture, canvas = read_png(path), Image.new("RGB", size)
             canvas.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
             frame = caption(canvas, said_of(step, seen))
             yield from repeat(frame, 1 + _LAST_SECONDS * fps if step == max(grids) else 1)

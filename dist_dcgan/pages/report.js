@@ -122,7 +122,8 @@
         if (xs[middle] < value) low = middle; else high = middle;
       }
       const nearest = value - xs[low] <= xs[high] - value ? low : high;
-      words.push(`${curve.label} ${curve.y[nearest] === null ? "not finite" : curve.y[nearest]}`);
+      const said = curve.y[nearest] === null ? "not finite" : curve.y[nearest];
+      words.push(`${curve.label} ${value > xs[high] && data.compared ? "has ended" : said}`);
     });
     cursor.replaceChildren();
     add(cursor, "line", { x1: x(value), x2: x(value), y1: TOP, y2: HEIGHT - BOTTOM });

@@ -304,15 +304,15 @@ def configuration(run: Run) -> str:
 def names_of(paths: Sequence[Path]) -> list[str]:
     """Return short names of folders that differ: their last parts, as many as it takes."""
     parts = [path.absolute().parts for path in paths]
+    real = [path.resolve() for path in paths]  # a link and the folder that it leads to are one run
+    double = next((path for place, path in enumerate(paths) if real[place] in real[:place]), None)
+    if double is not None:
+        raise UserError(f"{double} is named twice: name each run once")
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise UserError(f"{_first_double(paths)} is named twice: name each run once")
-
-
-def _first_double(paths: Sequence[Path]) -> Path:
-    return next(path for place, path in enumerate(paths) if path.absolute() in map(Path.absolute, paths[:place]))
+    raise AssertionError(f"{paths}: different folders have different paths")
 
 
 def duration(seconds: float) -> str:

@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StringConstraints
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -38,11 +38,15 @@ class _Architecture(BaseModel, strict=True, extra="forbid"):
     kernel_size: Literal[4, 5]
 
 
+_Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_/]{1,100}$")]
+"""Of a score; it goes into the model card."""
+
+
 class _Description(BaseModel, strict=True):
     """What of an export's JSON is used; the file may come from anybody."""
 
     step: int
-    scores: dict[str, float] = {}
+    scores: dict[_Name, float] = {}
     latent: Literal["uniform", "normal"]
     architecture: _Architecture
     sha256: str

@@ -5,11 +5,15 @@ All of it may come from anybody, and may be written to while it is read: what is
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import os
 import re
+import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +23,11 @@ from typing import Any, Literal, NamedTuple
 from dist_dcgan.run.directory import RunDirectory, is_locked, may_look_at_lock
 from dist_dcgan.run.export import read_description
 from shards.common.errors import UserError
-from shards.common.files import open_plain, read_plain
+from shards.common.files import open_plain
 
 MOST_BYTES = 1 << 32
 """Largest log that is read."""
+_MOST_LINE_BYTES = 1 << 20
 _TAIL_BYTES = 1 << 20
 _MOST_STEP_SECONDS = 1e9
 """Longer ones are an error of whoever wrote the log, and their sums would be infinite."""
@@ -71,21 +76,22 @@ class Log:
 
 def read_log(run: RunDirectory) -> Log:
     """Return rows and alerts; a line that a death cut is passed over. Raises OSError."""
-    found, alerts = dict[int, dict[str, Any]](), []
-    for entry in _entries(read_plain(run.metrics, MOST_BYTES) if run.metrics.is_file() else b""):
+    found, alerts = dict[int, Row](), []
+    for entry in _entries(_lines(run.metrics) if run.metrics.is_file() else []):
+        step, images = entry["step"], entry.get("images_seen")
         if isinstance(entry.get("alert"), str):
-            alerts.append(Alert(entry["step"], entry["alert"]))
-        elif _is_count(entry.get("images_seen")):
-            found[entry["step"]] = entry
+            alerts.append(Alert(step, entry["alert"]))
+        elif _is_count(images):
+            metrics = ((name, value) for name, value in entry.items() if _NAME.fullmatch(name) and _is_metric(value))
+            # a name is kept once, and not once for each row
+            found[step] = Row(step, images, values={sys.intern(name): _number(value) for name, value in metrics})
     rows, last, seconds, kid = list[Row](), 0, 0.0, None
-    for step, entry in sorted(found.items()):
-        values = {name: _number(value) for name, value in entry.items() if _NAME.fullmatch(name) and _is_metric(value)}
-        took = values.get("time/step", 0.0)
+    for step, row in sorted(found.items()):
+        took = row.values.get("time/step", 0.0)
         seconds += (step - last) * took if 0 <= took <= _MOST_STEP_SECONDS else 0.0
-        row = Row(step, entry["images_seen"], seconds, kid, values)
         if row.score is not None and math.isfinite(row.score):
             kid = row.score
-        rows.append(row._replace(kid=kid))
+        rows.append(row._replace(seconds=seconds, kid=kid))
         last = step
     return Log(rows, sorted(alerts))
 
@@ -105,7 +111,7 @@ def last_step(run: RunDirectory) -> int:
         return 0
     with open_plain(run.metrics) as file:
         file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
-        return max((entry["step"] for entry in _entries(file.read())), default=0)
+        return max((entry["step"] for entry in _entries(file.read().splitlines())), default=0)
 
 
 def ending(run: RunDirectory, total_steps: int | None) -> tuple[State, int] | None:
@@ -159,8 +165,18 @@ def _exported_step(run: RunDirectory) -> int:
         return -1
 
 
-def _entries(content: bytes) -> Iterator[dict[str, Any]]:
-    for line in content.splitlines():
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a log, longer ones in parts: it takes the memory of a line. Raises OSError."""
+    with open_plain(path) as file:
+        if os.fstat(file.fileno()).st_size > MOST_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {MOST_BYTES:,} bytes", str(path))
+        buffered = io.BufferedReader(file)  # type: ignore[type-var]  # a FileIO
+        while line := buffered.readline(_MOST_LINE_BYTES):
+            yield line
+
+
+def _entries(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):

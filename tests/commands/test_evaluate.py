@@ -92,6 +92,7 @@ def test_scores_are_finite_and_say_what_they_were_taken_with(scored: Scored, dem
     assert {name: value for name, value in found.items() if name not in SCORES} == expected
 
 
+@pytest.mark.slow
 def test_two_ranks_score_as_one_process(scored: Scored, demo_shards: Path, tmp_path: Path) -> None:
     flags = [scored.run.path, "--data", demo_shards, "--fakes", FAKES, "--reals", REALS, "--as-json"]
     torchrun = ["--standalone", "--nproc_per_node=2", "-m", COMMAND]
@@ -104,6 +105,7 @@ def test_two_ranks_score_as_one_process(scored: Scored, demo_shards: Path, tmp_p
     assert found.items() <= scored.scores.items()
 
 
+@pytest.mark.slow
 def test_a_data_set_on_a_web_server_gets_the_same_scores(scored: Scored, demo_shards: Path, tmp_path: Path) -> None:
     cache = ["--data.cache-dir", tmp_path / "cache", "--data.cache-gb", 0.0003]  # two shards of ten
     with web_server(demo_shards) as (_, address):

@@ -345,6 +345,9 @@ def test_its_script_draws_the_same_without_torch(folder: Path, trained: Trained,
     grid = pixels(tmp_path / "grid.png").reshape(3, 64, 3, 64, 3).swapaxes(1, 2).reshape(9, 64, 64, 3)
     expected = by_seed(trained, range(9)).permute(0, 2, 3, 1).numpy()
     assert np.abs(grid.astype(int) - expected.astype(int)).max() <= 1
+    for wrong in ("0", "-1", "many", ""):
+        done = subprocess.run([str(word) for word in [*words[:-1], wrong]], capture_output=True, env=environment())
+        assert done.returncode == 1 and done.stderr.startswith(b"Draw a grid: python sample.py"), done.stderr
 
 
 def test_normal_latents_are_the_same_in_the_script(trained: Trained) -> None:
@@ -352,7 +355,7 @@ def test_normal_latents_are_the_same_in_the_script(trained: Trained) -> None:
     for of in (trained, normal):
         text = export.script(of.description)
         names: dict[str, Any] = {}
-        exec(text[text.index("import hashlib") : text.index("count =")], names)
+        exec(text[text.index("import hashlib") : text.index("out, count =")], names)
         found = np.stack([names["latent"](seed) for seed in range(5)])
         assert np.abs(found - of.latents(range(5)).numpy()).max() < 1e-5
 
@@ -362,6 +365,7 @@ def refusal_of_any_difference(run_dir: Path, out: Path) -> str:
         return refusal(export.main, run_dir, "--out", out)
 
 
+@pytest.mark.slow
 def test_onnx_that_draws_otherwise_is_refused_and_leaves_nothing(finished: Path, tmp_path: Path) -> None:
     (message,) = run_ranks(1, refusal_of_any_difference, finished, tmp_path / "model")
     assert "draws other images than torch" in message

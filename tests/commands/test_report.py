@@ -9,6 +9,7 @@ import re
 import shutil
 import threading
 import time
+import tracemalloc
 from collections.abc import Sequence
 from contextlib import ExitStack
 from html.parser import HTMLParser
@@ -142,7 +143,9 @@ def test_a_page_is_written_beside_the_run_and_replaces_only_pages(copied: Path, 
     assert out.read_text() == "mine"
     assert "ends in .html" in refusal(report.main, copied, "--out", tmp_path / "x.pdf")
     assert "no folder" in refusal(report.main, copied, "--out", tmp_path / "no" / "x.html")
-    assert "named twice" in refusal(report.main, copied, copied, "--out", tmp_path / "x.html")
+    (tmp_path / "link").symlink_to(copied)
+    for same in (copied, tmp_path / "link"):
+        assert "named twice" in refusal(report.main, copied, same, "--out", tmp_path / "x.html")
 
 
 def test_runs_in_any_state_are_told(copied: Path, tmp_path: Path) -> None:
@@ -285,6 +288,20 @@ def test_logs_that_others_wrote_are_bounded(tmp_path: Path) -> None:
     assert row.values.keys() == {"step", "images_seen", "time/step", "fine/name"} and math.isnan(
         row.values["fine/name"]
     )
+
+
+def test_a_log_takes_memory_by_its_rows_and_not_by_its_text(tmp_path: Path) -> None:
+    names = [f"group/metric_{number}" for number in range(30)]
+    row = dict.fromkeys(names, 0.123456789) | {"images_seen": 32}
+    content = "".join(json.dumps({"step": step} | row) + "\n" for step in range(1, 2001))
+    (tmp_path / "metrics.jsonl").write_text(content)
+    tracemalloc.start()
+    try:
+        log = read_log(RunDirectory(tmp_path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(log.rows) == 2000 and peak < 3 * len(content)
 
 
 def test_large_grids_are_left_out_until_they_fit(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

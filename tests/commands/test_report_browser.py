@@ -21,13 +21,13 @@ ROWS, GRIDS = 10_000, 100
 pytestmark = pytest.mark.system
 
 
-def write_run(path: Path, seed: int) -> Path:
+def write_run(path: Path, seed: int, rows: int = ROWS) -> Path:
     """Write what a long run leaves, of every kind: scores, alerts, NaNs, starts."""
     (path / "samples").mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(Config(seed=seed, width=4)))
     numbers = np.random.default_rng(seed)
     with (path / "metrics.jsonl").open("w") as file:
-        for index in range(1, ROWS + 1):
+        for index in range(1, rows + 1):
             row: dict[str, Any] = {"step": 10 * index, "images_seen": 1280 * index, "time/step": 0.01}
             for name in ("loss/d", "loss/g", "grad_norm/d", "grad_norm/g", "score/real", "score/fake"):
                 row[name] = float(numbers.lognormal()) if index % 999 else None
@@ -186,11 +186,16 @@ def test_it_can_be_printed(browser: Any, page_file: Path, tmp_path: Path) -> Non
 
 
 def test_runs_that_are_compared_are_hidden_everywhere_at_once(browser: Any, long_run: Path, tmp_path: Path) -> None:
-    others = [write_run(tmp_path / name, seed) for seed, name in ((1, "one"), (2, "two"))]
+    others = [write_run(tmp_path / "one", 1), write_run(tmp_path / "half", 2, ROWS // 2)]
     report.main([*map(str, [long_run, *others]), "--out", str(tmp_path / "three.html")])
     with Opened(browser, tmp_path / "three.html") as opened:
         paths = opened.page.locator(".curves path")
         before = paths.count()
         opened.page.get_by_role("button", name="one").first.click()
         assert paths.count() == before * 2 / 3
+        panel = opened.page.locator(".panel").first
+        box = panel.locator("svg").bounding_box()
+        for part, ended in ((0.3, False), (0.7, True)):
+            opened.page.mouse.move(box["x"] + box["width"] * part, box["y"] + box["height"] / 2)
+            assert ("half has ended" in panel.locator("output").text_content()) is ended
         assert opened.findings() == [] and opened.noticed[1:] == []

@@ -30,6 +30,7 @@ from shards.common.errors import OneRankError, UserError
 from tests.support.forks import status_of
 from tests.support.http_server import Answer, serve, web_server
 from tests.support.mistakes import flip_bit
+from tests.support.waiting import wait_until
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -303,7 +304,8 @@ def test_a_command_that_is_given_up_leaves_no_process(
     monkeypatch.setattr(remote, "_SILENCE_SECONDS", 0.1)
     with pytest.raises(UserError, match="prints nothing"):
         staged("pipe:sleep 31.4159 | cat {}", tmp_path / "cache", allow_commands=True)
-    assert "31.4159" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    listing = ["ps", "-eo", "args"]  # a killed one stands there until it is waited for
+    wait_until(lambda: b"31.4159" not in subprocess.check_output(listing), seconds=5)
 
 
 def test_a_manifest_that_does_not_come_at_once_is_asked_for_again(source: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -63,6 +64,7 @@ def test_the_first_batch_may_take_longer_than_a_collective(demo_shards: Path) ->
     assert run_ranks(2, steps_of, demo_shards, 0, True) == [(12, ""), (12, "")]
 
 
+@pytest.mark.slow
 def test_without_a_meeting_it_may_not(demo_shards: Path) -> None:
     (done, error), _ = run_ranks(2, steps_of, demo_shards, 0, False)
     assert done == 0 and error.startswith("gloo: ")

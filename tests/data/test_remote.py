@@ -32,7 +32,8 @@ def staged(address: str, tmp_path: Path) -> list[object]:
     return [*flags(address, tmp_path / "run", 150), "--data.cache-dir", tmp_path / "cache", "--data.cache-gb", 0.0008]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_server_that_stalls_changes_nothing(source: Path, tmp_path: Path, ranks: int) -> None:
     succeed(train_command(ranks, *flags(source, tmp_path / "expected", 150)))
     with web_server(source) as (server, address):

@@ -153,6 +153,7 @@ def test_a_result_replaces_an_earlier_one_of_the_same_run(tmp_path: Path) -> Non
     assert [(row["seed"], row["images"]) for row in read_rows(path)] == [(2, 100), (1, 200)]
 
 
+@pytest.mark.slow
 def test_a_long_run_that_fails_leaves_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = long.Places(tmp_path / "missing", None, tmp_path / "work", tmp_path / "long.jsonl")
     long.measure(places, [long.LongRun("photos", "narrow", 1, 32, "fp32", "CPU")], 64, 32, 1, 600)

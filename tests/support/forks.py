@@ -28,12 +28,17 @@ PRELOADED = [
     "dist_dcgan.preflight.run_checks",
     "dist_dcgan.training.loop",
     "matplotlib.figure",
+    "pytest",
     "shards.conversion.convert",
     "shards.demo.dataset",
+    "tests.support.ranks",
+    "tests.support.shards_fixtures",
     "torch_fidelity",
     "torchvision.utils",
 ]
-"""No module that is run as a command: it would be there before it is run."""
+"""What nearly every process would import, pytest as well, as the functions that they call stand in tests.
+
+No module that is run as a command: it would be there before it is run."""
 
 THREADS = {"OMP_NUM_THREADS": "1"}
 """What torch reads when it is imported, and so the same for all."""
