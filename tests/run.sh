@@ -33,7 +33,8 @@ echo "== install"
   -e ".[$extras]"
 export PATH="$venv/bin:$PATH"
 unset PYTHON # of the environment, not of the scripts that the tests start
-python -m compileall -q -j 0 "$venv/lib" >/dev/null || true # on all cores; packages hold files that are not for this Python
+unset PYTHONDONTWRITEBYTECODE # as images of containers set it: every process would compile what it imports
+python -m compileall -q -j 0 "$venv/lib" dist_dcgan shards tests >/dev/null || true # packages hold files of other Pythons
 
 echo "== lint"
 ruff check .

@@ -17,6 +17,7 @@ width 8: parameters 4e-3 apart).
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,13 +52,14 @@ class CrossRankBatchNorm(nn.BatchNorm2d):
     non-finite, as torch's own do).
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        _keep_from_compiler()
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each channel by the mean and variance of the global batch, in eval mode by the running ones."""
         return self._across_ranks(input) if self.training else super().forward(input)
 
-    # The compiler cannot trace it: torch's kernels for statistics have no implementation for fake tensors, and the
-    # portable layer's float64 gradients were wrong (torch 2.14.1).
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _across_ranks(self, input: Tensor) -> Tensor:
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
@@ -158,6 +160,16 @@ class DirectBatchNorm(CrossRankBatchNorm):
             grad, input, mean, inverse_std, weight, sum_grad, sum_product, counts
         )
         return grad_input, grad_weight if affine else None, grad_bias if affine else None
+
+
+@cache
+def _keep_from_compiler() -> None:
+    """Have the compiler leave the layer alone; not on import, as `torch._dynamo` takes 2 s, half of a command's start.
+
+    It cannot trace it: torch's kernels for statistics have no implementation for fake tensors, and the portable layer's
+    float64 gradients were wrong (torch 2.14.1).
+    """
+    CrossRankBatchNorm._across_ranks = torch.compiler.disable(CrossRankBatchNorm._across_ranks)  # type: ignore[method-assign]
 
 
 class _CrossRankNorm(torch.autograd.Function):

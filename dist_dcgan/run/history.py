@@ -78,13 +78,13 @@ def read_log(run: RunDirectory) -> Log:
     """Return rows and alerts; a line that a death cut is passed over. Raises OSError."""
     found, alerts = dict[int, Row](), []
     for entry in _entries(_lines(run.metrics) if run.metrics.is_file() else []):
-        step, images = entry["step"], entry.get("images_seen")
         if isinstance(entry.get("alert"), str):
-            alerts.append(Alert(step, entry["alert"]))
-        elif _is_count(images):
+            alerts.append(Alert(entry["step"], entry["alert"]))
+        elif _is_count(entry.get("images_seen")):
             metrics = ((name, value) for name, value in entry.items() if _NAME.fullmatch(name) and _is_metric(value))
             # a name is kept once, and not once for each row
-            found[step] = Row(step, images, values={sys.intern(name): _number(value) for name, value in metrics})
+            values = {sys.intern(name): _number(value) for name, value in metrics}
+            found[entry["step"]] = Row(entry["step"], entry["images_seen"], values=values)
     rows, last, seconds, kid = list[Row](), 0, 0.0, None
     for step, row in sorted(found.items()):
         took = row.values.get("time/step", 0.0)

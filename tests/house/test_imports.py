@@ -99,3 +99,10 @@ def test_shards_work_without_torch() -> None:
     tools = "shards.__main__, shards.conversion.convert, shards.lsun.export, shards.verify, shards.demo.dataset"
     code = f"import sys, shards.preview, {tools}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_command_starts_without_what_only_some_need() -> None:
+    commands = ", ".join(room for room in MAY_IMPORT if MAY_IMPORT[room] is COMMAND)
+    slow = "{'torch._dynamo', 'sympy', 'torchvision', 'matplotlib', 'wandb', 'onnx'}"
+    code = f"import sys, {commands}; assert not {slow} & sys.modules.keys(), {slow} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

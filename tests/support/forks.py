@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 PRELOADED = [
+    "torch._dynamo",  # the first network or optimizer would import it
     "torch.distributed.run",
     "dist_dcgan.metrics.extractors",
     "dist_dcgan.metrics.quality",
