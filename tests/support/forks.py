@@ -36,6 +36,7 @@ PRELOADED = [
     "tests.support.shards_fixtures",
     "torch_fidelity",
     "torchvision.utils",
+    "tests.support.frozen",
 ]
 """What nearly every process would import, pytest as well, as the functions that they call stand in tests.
 
