@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, tests and types in a fresh virtual environment: the default in ten minutes, everything with --all.
+# Lint and tests in a fresh virtual environment: the default in ten minutes, everything with --all, types, too.
 #   bash tests/run.sh [--all] [--long] [PYTEST ARGUMENTS]
 # --all also runs the tests marked slow and those that need system packages (SLURM, network namespaces, a browser), which it
 # installs if run as root on Debian or Ubuntu. --long also runs stories of many minutes. DIST_DCGAN_PHOTOS may name a folder
@@ -39,8 +39,11 @@ python -m compileall -q -j 0 "$venv/lib" dist_dcgan shards tests >/dev/null || t
 echo "== lint"
 ruff check .
 ruff format --check .
-mypy >"$(dirname "$venv")/types" 2>&1 & # beside the tests, many of which wait
-types=$!
+types=
+if [[ " $* " == *" --all "* ]]; then
+  mypy >"$(dirname "$venv")/types" 2>&1 & # beside the tests, many of which wait
+  types=$!
+fi
 
 echo "== tests"
 cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")  # nproc would believe OMP_NUM_THREADS
@@ -49,7 +52,9 @@ failed=0
 python -m pytest --numprocesses "${WORKERS:-$((cores < 4 ? cores + 1 : 4))}" --dist loadfile --no-loadscope-reorder \
   --durations 25 "$@" || failed=$?
 
-echo "== types"
-wait "$types" || failed=1
-cat "$(dirname "$venv")/types"
+if [ -n "$types" ]; then
+  echo "== types"
+  wait "$types" || failed=1
+  cat "$(dirname "$venv")/types"
+fi
 exit "$failed"
