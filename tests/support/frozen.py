@@ -1,4 +1,4 @@
-"""Imported last by the server of forks: what it holds by then is not looked through again by each process's collector."""
+"""Imported last by the server of forks: what is there by then is not looked through by each collection of a process."""
 
 import gc
 
