@@ -277,6 +277,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_no_half_file(tmp_path: Path
     assert sorted(contents(out)) == [f"{FOLDER_NAME}/lock"]
 
 
+@pytest.mark.slow
 def test_parts_that_start_together_share_the_folder_and_other_counts_are_refused(tmp_path: Path) -> None:
     out, small = tmp_path / "data", write_lmdb(tmp_path / "small", numbered(24))
     words = ["convert", small, "--out", out, "--samples-per-shard", 1]

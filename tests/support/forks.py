@@ -32,6 +32,7 @@ PRELOADED = [
     "pytest",
     "shards.conversion.convert",
     "shards.demo.dataset",
+    "tests.faults.processes",
     "tests.support.ranks",
     "tests.support.shards_fixtures",
     "torch_fidelity",

@@ -118,7 +118,7 @@ def real_step(norm: str) -> tuple[list[Collective], list[int]]:
         return collectives, [math.prod(shape) for shape in shapes]
 
 
-@pytest.mark.parametrize("norm", TRAFFIC)
+@pytest.mark.parametrize("norm", ["direct", pytest.param("portable", marks=pytest.mark.slow)])
 def test_two_real_ranks_issue_the_collectives_of_a_step_in_order(norm: str) -> None:
     """As one process that stands for one of two does."""
     found = run_ranks(2, real_step, norm)
