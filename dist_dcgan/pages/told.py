@@ -107,12 +107,15 @@ def head(run: Run) -> dict[str, str]:
 def departures_from_preset(config: Config) -> tuple[str, list[str]]:
     """Return the nearest preset, and by `key: old -> new` what of it this run computes otherwise."""
     found: dict[str, list[str]] = {}
+    widths: dict[str, int] = {}
     for name in sorted(preset_names(), key=lambda name: name != "paper"):  # the first of equally near ones
         preset = build(Config, read_preset(name), f"preset {name}")
+        widths[name] = preset.width
         changed = [line for line in config_differences(preset, config) if not line.startswith("seed:")]
         lengths = [(field, getattr(preset, field), getattr(config, field)) for field in ("epochs", "max_steps")]
         found[name] = changed + [f"{field}: {old} -> {new}" for field, old, new in lengths if old != new]
-    nearest = min(found, key=lambda name: len(found[name]))
+    # Presets differ by their width first: half the width with a small batch is no large `debug`.
+    nearest = min(found, key=lambda name: (widths[name] != config.width, len(found[name])))
     return nearest, found[nearest]
 
 

@@ -20,12 +20,14 @@ import pytest
 from PIL import Image
 
 from dist_dcgan import drawing, report
+from dist_dcgan.config import Config, read_preset
 from dist_dcgan.pages import charts, pictures, told
 from dist_dcgan.pages.charts import Point
 from dist_dcgan.run import history
 from dist_dcgan.run.directory import RunDirectory, locked
 from dist_dcgan.run.history import Row, read_log
 from dist_dcgan.run.starts import Start, how_it_ended, read_starts
+from shards.common.command_line import build
 from shards.common.locks import Lock
 from tests.support.commands import metrics, module, succeed, train_command
 from tests.support.mistakes import refusal
@@ -288,6 +290,14 @@ def test_logs_that_others_wrote_are_bounded(tmp_path: Path) -> None:
     assert row.values.keys() == {"step", "images_seen", "time/step", "fine/name"} and math.isnan(
         row.values["fine/name"]
     )
+
+
+@pytest.mark.parametrize(("preset", "width"), [("paper", 128), ("narrow", 64), ("quickstart", 32), ("debug", 16)])
+def test_a_run_is_told_by_the_preset_of_its_width(preset: str, width: int) -> None:
+    config = build(Config, read_preset(preset) | {"global_batch": 8, "max_steps": 24}, "preset")
+    nearest, departures = told.departures_from_preset(config)
+    assert nearest == preset and config.width == width
+    assert {line.partition(":")[0] for line in departures} == {"global_batch", "max_steps"}
 
 
 def test_a_log_takes_memory_by_its_rows_and_not_by_its_text(tmp_path: Path) -> None:
