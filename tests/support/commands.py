@@ -41,7 +41,10 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     if not may_fork(command, options):
         return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, **options)
     process = Forked(command, joined=False, **options)
-    output, errors = process.communicate(SECONDS)
+    try:
+        output, errors = process.communicate(SECONDS)
+    finally:
+        process.kill()  # one that has not ended
     return subprocess.CompletedProcess(command, process.wait(), output, errors)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.commands import metrics, run, succeed, train_command
 
-SMALL = ["--global-batch", 16, "--log.every-steps", 1, "--wandb", "disabled", "--on-collapse", "stop"]
+SMALL = ["--global-batch", 8, "--log.every-steps", 1, "--wandb", "disabled", "--on-collapse", "stop"]
 
 
 @pytest.mark.slow
