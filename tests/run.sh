@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and tests in a fresh virtual environment: the default in ten minutes, everything with --all, types, too.
+# Lint and tests in a fresh virtual environment: the default in ten minutes, everything and types with --all.
 #   bash tests/run.sh [--all] [--long] [PYTEST ARGUMENTS]
 # --all also runs the tests marked slow and those that need system packages (SLURM, network namespaces, a browser), which it
 # installs if run as root on Debian or Ubuntu. --long also runs stories of many minutes. DIST_DCGAN_PHOTOS may name a folder

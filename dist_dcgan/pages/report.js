@@ -123,7 +123,7 @@
       }
       const nearest = value - xs[low] <= xs[high] - value ? low : high;
       const said = curve.y[nearest] === null ? "not finite" : curve.y[nearest];
-      words.push(`${curve.label} ${value > xs[high] && data.compared ? "has ended" : said}`);
+      words.push(`${curve.label} ${value > xs[high] && data.compared ? "has no value here" : said}`);
     });
     cursor.replaceChildren();
     add(cursor, "line", { x1: x(value), x2: x(value), y1: TOP, y2: HEIGHT - BOTTOM });

@@ -39,9 +39,10 @@ PRELOADED = [
     "torchvision.utils",
     "tests.support.frozen",
 ]
-"""What nearly every process would import, pytest as well, as the functions that they call stand in tests.
+"""What most processes would import; pytest as well, as the functions that they call stand in test files.
 
-No module that is run as a command: it would be there before it is run."""
+No module that is run as a command: it would be there before it is run.
+"""
 
 THREADS = {"OMP_NUM_THREADS": "1"}
 """What torch reads when it is imported, and so the same for all."""

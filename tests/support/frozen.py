@@ -1,4 +1,4 @@
-"""Imported last by the server of forks: what is there by then is not looked through by each collection of a process."""
+"""Imported last by the server of forks: in each process, the garbage collector passes over what is there by then."""
 
 import gc
 
