@@ -23,11 +23,10 @@ from dist_dcgan.random_streams import stream_seed
 from dist_dcgan.training.ema import draw_latents
 from dist_dcgan.training.train_state import TrainState
 from tests.stability.experiment import configuration
-from tests.stability.recipes import Recipe, Trial
+from tests.stability.recipes import DOUBLED, Recipe, Trial
 from tests.stability.results import FOLDER
 from tests.stability.steps import discriminator_turn, scale_rates
 
-WIDTHS = (16, 32, 64, 128)
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 BATCHES = (8, 16, 64, 128)
 BATCH = 32
@@ -45,7 +44,7 @@ def measure(data: Path) -> None:
 def rows(data: Path, world: World) -> Iterator[Row]:
     """Yield a row per seed, width and rate; per rule at every width; per batch at full width."""
     for seed in SEEDS:
-        for width in WIDTHS:
+        for width in DOUBLED:
             for rate in RATES:
                 yield row(Recipe(width=width, lr_d=rate), seed, data, world)
             yield row(Recipe(width=width, lr_by_fan_in="gd"), seed, data, world)

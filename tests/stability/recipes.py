@@ -122,6 +122,8 @@ ONLY_QUICK = ("batch 8", "rates 8e-4, batch 16", "rates 4e-4, batch 8", "beta2 0
 WIDE = [name for name in FACTORS if name not in ONLY_QUICK]
 """What is tried at the widths that are compared."""
 WIDTHS = (128, 64)
+DOUBLED = (16, 32, 64, 128)
+"""Widths of which each is compared with the next."""
 QUICK = ["default", "rates 4e-4, batch 16", "batch 16", "beta2 0.99", "rates 8e-4, batch 16", "rates 4e-4, batch 8"]
 QUICK += ["G's rate 4e-4", "rates 4e-4", "D's rate 1e-4", "batch 8", "beta2 0.99, batch 16", "rates fall linearly"]
 QUICK += ["spectral norm", "paired, R1 and R2 1"]
@@ -130,7 +132,7 @@ QUICK_IMAGES = 38_400
 RECIPES |= {
     f"{name} at {width}": replace(LOGITS, width=width, **factor.change)
     for name, factor in FACTORS.items()
-    for width in (*WIDTHS, 32)
+    for width in DOUBLED
 }
 
 
@@ -189,6 +191,21 @@ def factors() -> list[Trial]:
     return trials + [factor_trial(name, width, "cifar") for name in WIDE for width in WIDTHS]
 
 
+SCORED_IMAGES = 20_480
+"""Images between their scores."""
+
+
+def widths() -> list[Trial]:
+    """What a doubling of the width brings, where it is cheap enough for several seeds and many images."""
+    images = {16: 204_800, 32: 204_800, 64: 204_800, 128: 102_400}
+    return [
+        Trial(f"default at {width}", data, seed, 32, images[width] // 32, score_every=SCORED_IMAGES // 32)
+        for data in ("photos32", "cifar")
+        for seed in SEEDS
+        for width in reversed(DOUBLED)
+    ]
+
+
 def quickstart() -> list[Trial]:
     """What could make the first picture that people see a better one, from as many images."""
     trials = [factor_trial(name, 32, "rooms", 0, QUICK_IMAGES) for name in QUICK]
@@ -209,5 +226,6 @@ PHASES = {
     "batches": batches,
     "prove": prove,
     "factors": factors,
+    "widths": widths,
     "quickstart": quickstart,
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from tests.benchmarks import tables
 from tests.benchmarks.figures import figure
 from tests.stability import long
 from tests.stability.evidence import TURNS
-from tests.stability.jump import BATCH, WIDTHS
-from tests.stability.recipes import FACTORS, PHASES
+from tests.stability.jump import BATCH
+from tests.stability.recipes import DOUBLED, FACTORS, PHASES, RECIPES, SCORED_IMAGES, Trial
 from tests.stability.results import FOLDER, SUMMED_UP, Result, read
 from tests.support.rows import read_rows
 
@@ -28,26 +30,30 @@ LAST = 50
 
 
 def main() -> None:
-    """Write everything that there are results for."""
+    """Write the tables and those plots that the page shows."""
     PLOTS.mkdir(exist_ok=True)
+    plots: dict[str, Callable[[Path], None]] = {
+        "jump.png": plot_jumps,
+        "evidence.png": plot_evidence,
+        "long_kid.png": partial(plot_curves, long_runs()),
+        "widths_kid.png": partial(plot_curves, width_runs()),
+    }
     for phase in TRIAL_PHASES:
-        results = read(phase)
-        if results:
-            plot_kid(results, PLOTS / f"{phase}_kid.png")
-            plot_verdicts(results, PLOTS / f"{phase}_logits.png")
-    plot_jumps(PLOTS / "jump.png")
-    if evidence():
-        plot_evidence(PLOTS / "evidence.png")
-    if long_runs():
-        plot_long(PLOTS / "long_kid.png")
-    README.write_text(with_tables(README.read_text()))
+        plots[f"{phase}_kid.png"] = partial(plot_kid, read(phase))
+        plots[f"{phase}_logits.png"] = partial(plot_verdicts, read(phase))
+    text = README.read_text()
+    for name, plot in plots.items():
+        if f"({PLOTS.name}/{name})" in text:
+            plot(PLOTS / name)
+    README.write_text(with_tables(text))
 
 
 def with_tables(text: str) -> str:
     """Return the page with the tables that belong to the results."""
     contents = {phase: trial_table(read(phase)) for phase in TRIAL_PHASES}
-    contents |= {phase: factor_table(phase) for phase in SUMMED_UP}
-    contents |= {"long": long_table(), "jump": jump_table(), "evidence": evidence_table()}
+    contents |= {phase: factor_table(phase) for phase in ("factors", "quickstart")}
+    contents |= {"long": curve_table(long_runs(), 100_000), "widths": curve_table(width_runs(), SCORED_IMAGES)}
+    contents |= {"jump": jump_table(), "evidence": evidence_table()}
     for name, content in contents.items():
         text = tables.put(text, f"<!-- {name} -->\n", f"<!-- end of {name} -->", content)
     return text
@@ -161,7 +167,7 @@ def plot_jumps(path: Path) -> None:
     with figure(path, figsize=(6, 4)) as (panel,):
         for name, values in jumps().items():
             panel.loglog(list(values), list(values.values()), "-o", ms=3, label=name)
-            panel.set(xlabel="width", ylabel="change of D's logit", xticks=WIDTHS, xticklabels=WIDTHS)
+            panel.set(xlabel="width", ylabel="change of D's logit", xticks=DOUBLED, xticklabels=DOUBLED)
         panel.legend(fontsize=7)
 
 
@@ -210,28 +216,44 @@ def plot_evidence(path: Path) -> None:
         panels[0].legend(fontsize=8)
 
 
-def long_runs() -> dict[str, dict[str, list[dict[int, float]]]]:
-    """Return 1000 KID by images of the runs of each data set and preset."""
-    found: dict[str, dict[str, list[dict[int, float]]]] = {}
+Curves = dict[str, dict[str, list[dict[int, float]]]]
+"""1000 KID by images of each run, by the data and by what was trained; what is compared stands next to each other."""
+
+
+def long_runs() -> Curves:
+    """Return the runs of each preset."""
+    found: Curves = {}
     for row in read_rows(FOLDER / "long.jsonl"):
         data = f"{row['data']}, batch {row['batch']}, {row['precision']}"
-        presets = found.setdefault(data, {preset: [] for preset in long.PRESETS})
-        presets[row["preset"]].append({round(images, -4): 1000 * value for images, value in row["kid"]})
+        presets = found.setdefault(data, {f"`{preset}`": [] for preset in long.PRESETS})
+        presets[f"`{row['preset']}`"].append({round(images, -4): 1000 * value for images, value in row["kid"]})
     return found
 
 
-def long_table() -> str:
-    """Return 1000 KID by images: means and standard deviations over seeds, and the difference of the widths."""
-    found = long_runs()
-    runs = [kid for presets in found.values() for kids in presets.values() for kid in kids]
-    columns = sorted({images for kid in runs for images in kid if images % 100_000 == 0})
+def width_runs() -> Curves:
+    """Return the runs of each width, the widest first."""
+    found: Curves = {}
+    for line in read_rows(FOLDER / "widths.jsonl"):
+        trial = Trial(**line["trial"])
+        widths = found.setdefault(trial.data, {f"width {width}": [] for width in reversed(DOUBLED)})
+        widths[f"width {RECIPES[trial.recipe].width}"].append({images: 1000 * kid for images, kid in line["kid"]})
+    return found
+
+
+def curve_table(found: Curves, every: int) -> str:
+    """Return 1000 KID every so many images: means and standard deviations over seeds, and differences of neighbours."""
+    runs = [run for kinds in found.values() for runs in kinds.values() for run in runs]
+    columns = sorted({images for run in runs for images in run if images and images % every == 0})
     rows = []
-    for data, presets in found.items():
-        values = [[[kid[images] for kid in kids if images in kid] for images in columns] for kids in presets.values()]
-        for (preset, kids), by_images in zip(presets.items(), values, strict=True):
-            rows.append([f"{data}, `{preset}`", str(len(kids)), *map(_mean_and_deviation, by_images)])
-        rows.append(["difference |", *(_difference(a, b) if a and b else "" for a, b in zip(*values, strict=True))])
-    return tables.table(["run", "seeds", *(f"{images // 1000}k" for images in columns)], rows)
+    for data, kinds in found.items():
+        values = {kind: [[run[n] for run in runs if n in run] for n in columns] for kind, runs in kinds.items()}
+        for kind, by_images in values.items():
+            rows.append([f"{data}, {kind}", str(len(kinds[kind])), *map(_mean_and_deviation, by_images)])
+        for first, second in pairwise(values):
+            pairs = zip(values[first], values[second], strict=True)
+            differences = [_difference(a, b) if a and b else "" for a, b in pairs]
+            rows.append([f"{data}, {first} less {second}", "", *differences])
+    return tables.table(["run", "seeds", *(f"{images / 1000:.0f}k" for images in columns)], rows) if rows else ""
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
@@ -247,16 +269,16 @@ def _difference(a: Sequence[float], b: Sequence[float]) -> str:
     return f"{middle} ({low:+.0f} to {high:+.0f})"
 
 
-def plot_long(path: Path) -> None:
+def plot_curves(found: Curves, path: Path) -> None:
     """Plot KID against images, a line per run."""
-    found = long_runs()
     with figure(path, 1, len(found), figsize=(5 * len(found), 4)) as panels:
-        for panel, (name, presets) in zip(panels, found.items(), strict=True):
-            for (preset, kids), colour in zip(presets.items(), ("tab:blue", "tab:orange"), strict=True):
-                for index, kid in enumerate(kids):
-                    label = preset if index == 0 else None
-                    panel.plot([images / 1000 for images in kid], list(kid.values()), ".-", color=colour, label=label)
-            panel.set(title=name, xlabel="thousand images")
+        for panel, (data, kinds) in zip(panels, found.items(), strict=True):
+            for colour, (kind, runs) in enumerate(kinds.items()):
+                for seed, run in enumerate(runs):
+                    points = [(images / 1000, kid) for images, kid in run.items() if images]
+                    label = kind.strip("`") if seed == 0 else None
+                    panel.plot(*zip(*points, strict=True), ".-", color=f"C{colour}", label=label)
+            panel.set(title=data, xlabel="thousand images")
             panel.legend()
         panels[0].set_ylabel("1000 KID")
 

@@ -25,7 +25,7 @@ MEDIANS = (
     "diversity/fake",
     "diversity/real",
 )
-SUMMED_UP = ("factors", "quickstart")
+SUMMED_UP = ("factors", "widths", "quickstart")
 """Phases of trials that are long: their results hold no single step."""
 LAYERS_EVERY = 50
 """Steps between norms and ratios of single layers."""
