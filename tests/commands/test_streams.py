@@ -63,8 +63,11 @@ def hang_up(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nohup", [False, True])
-@pytest.mark.parametrize("launcher", ["alone", "launch/torchrun.sh", "torchrun"])
+@pytest.mark.parametrize(
+    ("launcher", "nohup"),
+    [(launcher, nohup) for launcher in ("alone", "launch/torchrun.sh") for nohup in (False, True)]
+    + [("torchrun", False)],
+)
 def test_a_session_that_ends_has_training_save_unless_it_is_to_outlive_it(
     launcher: str, nohup: bool, demo_shards: Path, tmp_path: Path
 ) -> None:
@@ -86,7 +89,7 @@ def test_a_session_that_ends_has_training_save_unless_it_is_to_outlive_it(
         )
     wait_until(lambda: rows_so_far(run_dir) >= 2)
     hang_up(process)
-    if nohup and launcher != "torchrun":  # which takes an ignored SIGHUP for one to pass on
+    if nohup:
         seen = rows_so_far(run_dir)
         wait_until(lambda: rows_so_far(run_dir) >= seen + 2)
         process.send_signal(signal.SIGTERM)

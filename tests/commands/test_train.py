@@ -29,6 +29,7 @@ def test_the_paper_preset_trains_on_two_ranks_and_leaves_everything(tmp_path: Pa
     succeed(module("shards", "convert", photographs(tmp_path), "--out", shards, "--samples-per-shard", 64))
     succeed(module("shards", "verify", shards))
     flags = ["--preset", "paper", "--width", width, "--global-batch", 32, "--max-steps", 5, "--wandb", "disabled"]
+    flags += ["--ema.statistics-images", 64]
     done = succeed(train_command(2, *flags, "--data", shards, "--run-dir", run_dir))
 
     rows = metrics(run_dir)

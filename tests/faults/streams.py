@@ -11,7 +11,7 @@ from tests.faults.harness import STEPS, golden, require_golden, run
 from tests.faults.rank import ACTS, Fault
 from tests.faults.scenario import Bench, Scenario
 
-TRIALS, SHORT_TRIALS = 50, 5
+TRIALS, SHORT_TRIALS = 50, 3  # in which each act happens
 PLACES = ("before step", "D step", "G step")
 
 

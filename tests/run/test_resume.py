@@ -26,7 +26,7 @@ TIMINGS = ("time/", "throughput/")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])  # fp32 is the fault bench's
 def test_four_ranks_that_save_by_the_clock_end_bit_identical_after_a_kill(
     demo_shards: Path, tmp_path: Path, precision: str
 ) -> None:

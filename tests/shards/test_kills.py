@@ -43,7 +43,7 @@ from tests.support.shards_fixtures import (
     write_lmdb,
 )
 
-KILLS = int(os.environ.get("KILLS", "40"))
+KILLS = int(os.environ.get("KILLS", "20"))
 OPTIONS = ("--samples-per-shard", "8", "--max-rejected", "0.1", "--image-size", "32")
 
 

@@ -10,6 +10,7 @@ import pytest
 from tests.support.commands import metrics, run, succeed, train_command
 
 SMALL = ["--global-batch", 8, "--log.every-steps", 1, "--wandb", "disabled", "--on-collapse", "stop"]
+SMALL += ["--ema.statistics-images", 32]
 
 
 @pytest.mark.slow
