@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 venv=$(mktemp -d)/venv
 trap 'rm -rf "$(dirname "$venv")"' EXIT
-system_packages="slurm-wlm slurm-wlm-basic-plugins munge iproute2"
+system_packages="slurm-wlm slurm-wlm-basic-plugins munge iproute2 libarchive-tools"
 extras=test,eval,video,onnx
 install() { # apart, as one that a distribution lacks must not keep the others away
   echo "== system packages: $*"
@@ -22,7 +22,7 @@ if [[ " $* " == *" --all "* ]]; then
   extras+=,browser
   if [ "$(id -u)" = 0 ]; then
     # shellcheck disable=SC2086  # several words
-    { command -v slurmctld && command -v ip; } >/dev/null || install $system_packages
+    { command -v slurmctld && command -v ip && command -v bsdtar; } >/dev/null || install $system_packages
     command -v chromium >/dev/null || install chromium
   fi
 fi

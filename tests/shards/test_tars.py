@@ -206,7 +206,7 @@ def test_content_behind_the_padding_of_a_large_record_is_noticed(tmp_path: Path)
 @pytest.mark.parametrize("program", ["tar", "bsdtar"])
 def test_the_tars_of_other_programs_are_read(program: str, blocks: int, tmp_path: Path) -> None:
     if shutil.which(program) is None:
-        pytest.skip(f"{program} is not installed")
+        pytest.skip(f"{program} is not installed: --all installs it")
     images = {f"{i}.jpg": encoded(picture(i)) for i in range(3)}
     folder = write_files(tmp_path / "images", images)
     for format in ("ustar", "pax", "gnutar" if program == "bsdtar" else "gnu"):
