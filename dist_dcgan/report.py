@@ -25,7 +25,7 @@ from dist_dcgan.metrics.extractors import load_extractor, missing_packages
 from dist_dcgan.metrics.features import beside_nearest, extract, read_images, real_features, scored_samples
 from dist_dcgan.pages.page import MARK, Shown, grids_with_captions, render
 from dist_dcgan.pages.pictures import embed, read_grids
-from dist_dcgan.pages.told import Run, names_of, read_run
+from dist_dcgan.pages.told import NothingYetError, Run, names_of, read_run
 from dist_dcgan.run.history import grids_of, reported_reading
 from dist_dcgan.trained import Trained, load_trained
 from shards.common.command_line import Options, UserPath, build, parse_flags, run
@@ -81,7 +81,13 @@ def check_replaced(out: Path) -> None:
 def write(options: Report, out: Path) -> bool:
     """Write the report; return whether it is to be written again."""
     names = names_of(options.run_dirs)
-    runs = [read_run(path, name) for path, name in zip(options.run_dirs, names, strict=True)]
+    try:
+        runs = [read_run(path, name) for path, name in zip(options.run_dirs, names, strict=True)]
+    except NothingYetError as error:
+        if not options.watch:
+            raise
+        tell(f"{error}; again in {_WATCH_SECONDS} seconds")
+        return True
     again = options.watch and any(each.state == "running" for each in runs)
     content = render([shown(each, options.data) for each in runs], again)
     check_replaced(out)  # it may have come while pictures were drawn

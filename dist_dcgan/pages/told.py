@@ -63,8 +63,12 @@ class Event(NamedTuple):
     """What it means."""
 
 
+class NothingYetError(UserError):
+    """A run is in training that has not logged a step."""
+
+
 def read_run(path: Path, name: str) -> Run:
-    """Return the run in a folder; raises UserError if there is none, or it has not logged a step."""
+    """Return a run; raises UserError if there is nothing to report, NothingYetError if it is yet to come."""
     directory = RunDirectory(path)
     with reported_reading(path):
         if not directory.config.is_file():
@@ -77,7 +81,8 @@ def read_run(path: Path, name: str) -> Run:
         found = state(directory, total_steps)  # before the log: what is written after it only makes that newer
         log = read_log(directory)
     if not log.rows:
-        raise UserError(f"the run in {path} has not logged a step yet: nothing to report")
+        kind = NothingYetError if found == "running" else UserError
+        raise kind(f"the run in {path} has not logged a step yet: nothing to report")
     return Run(directory, name, config, log, starts, found, total_steps)
 
 

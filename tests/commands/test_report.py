@@ -414,6 +414,27 @@ def test_a_run_that_goes_on_is_watched_to_its_end(
     assert "ended without a word after step 8" in out.read_text()
 
 
+def test_a_run_that_begins_is_waited_for_if_it_is_watched(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, lock, log = tmp_path / "r.html", ExitStack(), copied / "metrics.jsonl"
+    rows = log.read_text()
+    log.unlink()
+    nothing = f"the run in {copied} has not logged a step yet: nothing to report"
+    assert nothing in refusal(report.main, copied, "--watch")  # as it is not in training
+    lock.enter_context(locked(copied))
+    assert nothing in refusal(report.main, copied)
+
+    def wait(seconds: float) -> None:
+        if log.exists():
+            lock.close()
+        log.write_text(rows)
+
+    monkeypatch.setattr(time, "sleep", wait)
+    report.main([str(copied), "--out", str(out), "--watch"])
+    assert f"{nothing}; again in 30 seconds" in capsys.readouterr().err and out.exists()
+
+
 def test_grids_that_would_take_gigabytes_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (64, 65)).save(tmp_path / "x.png")
     assert pictures.read_grids({1: tmp_path / "x.png"}).keys() == {1}
