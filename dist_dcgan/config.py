@@ -208,7 +208,7 @@ class Config(Options):
     loss: Literal["logits", "sigmoid_bce"] = "logits"
     """Cross-entropy on logits, or sigmoid followed by cross-entropy (whose gradient vanishes at paper width)."""
     compile: bool = _changeable(False)
-    """Compile both networks with torch.compile."""
+    """Compile both networks with torch.compile; of use on one GPU, as batch norm across ranks breaks the graph."""
     cuda_graph: bool | None = _changeable(None)
     """Launch a step as one CUDA graph, which saves host time; none: on if there is one GPU."""
     model: ModelOptions = ModelOptions()

@@ -166,8 +166,7 @@ class DirectBatchNorm(CrossRankBatchNorm):
 def _keep_from_compiler() -> None:
     """Have the compiler leave the layer alone; not on import, as `torch._dynamo` takes 2 s, half of a command's start.
 
-    It cannot trace it: torch's kernels for statistics have no implementation for fake tensors, and the portable layer's
-    float64 gradients were wrong (torch 2.14.1).
+    It cannot trace it: torch's kernels for statistics have no implementation for fake tensors (torch 2.14.1).
     """
     CrossRankBatchNorm._across_ranks = torch.compiler.disable(CrossRankBatchNorm._across_ranks)  # type: ignore[method-assign]
 

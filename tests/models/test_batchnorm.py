@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from dist_dcgan.models import batchnorm
 from dist_dcgan.models.batchnorm import CrossRankBatchNorm, DirectBatchNorm, make_norm
@@ -98,3 +99,11 @@ def test_each_kind_is_taken_where_it_runs() -> None:
     for kind in ("native", "direct"):
         with pytest.raises(UserError, match=f"--distributed.batchnorm {kind} needs a GPU: use auto or portable"):
             make_norm(kind, cpu)
+
+
+@pytest.mark.parametrize(("norm", "traced"), [(CrossRankBatchNorm, False), (nn.BatchNorm2d, True)])
+def test_the_compiler_leaves_batch_norm_across_ranks_alone(norm: type[nn.BatchNorm2d], traced: bool) -> None:
+    network, operations = nn.Sequential(norm(3), nn.ReLU()), CompileCounter()
+    network.compile(backend=operations)
+    network(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert (operations.op_count > 0) == traced
