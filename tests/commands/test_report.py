@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import re
 import shutil
 import threading
 import time
-import tracemalloc
 from collections.abc import Sequence
 from contextlib import ExitStack
 from html.parser import HTMLParser
@@ -21,11 +19,9 @@ from PIL import Image
 
 from dist_dcgan import drawing, report
 from dist_dcgan.config import Config, read_preset
-from dist_dcgan.pages import charts, pictures, told
-from dist_dcgan.pages.charts import Point
+from dist_dcgan.pages import pictures, told
 from dist_dcgan.run import history
 from dist_dcgan.run.directory import RunDirectory, locked
-from dist_dcgan.run.history import Row, read_log
 from dist_dcgan.run.starts import Start, how_it_ended, read_starts
 from shards.common.command_line import build
 from shards.common.locks import Lock
@@ -254,64 +250,12 @@ def test_no_secret_and_no_home_gets_into_a_page(copied: Path, tmp_path: Path, mo
     assert str(copied.parent) not in text and "~/run/config.yaml" in text
 
 
-def test_thinning_keeps_extremes_and_gaps() -> None:
-    values = [math.sin(step / 700) for step in range(100_000)]
-    values[12_345], values[54_321], values[77_777] = 9.0, -9.0, math.nan
-    kept = charts.thin([Point(step, step, value) for step, value in enumerate(values)])
-    assert len(kept) <= 3 * charts.BUCKETS + 2
-    assert {12_345, 54_321, 77_777, 0, 99_999} <= {point.images for point in kept}
-    assert [point.images for point in kept] == sorted(point.images for point in kept)
-    few = [Point(step, step, 1.0) for step in range(1000)]
-    assert charts.thin(few) == few
-
-
-def test_a_curve_is_drawn_where_its_values_are() -> None:
-    panel = charts.Panel("x", "", [charts.Curve("x", 0, [Point(0, 0, 1), Point(50, 1, math.nan), Point(100, 2, 3)])])
-    drawn = charts.draw(panel, 100)
-    places = [tuple(map(float, part.split())) for part in re.findall(r"M([\d. ]+)", drawn.lines[0][1])]
-    assert places[0][0] == charts.LEFT and places[1][0] == charts.WIDTH - charts.RIGHT  # two pieces
-    assert places[0][1] > places[1][1]  # the larger value stands higher
-    assert [label for _, label in drawn.across] == ["0", "20", "40", "60", "80", "100"]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"), [(0.0, 1.0, 0.2), (-3.0, 4.0, 2.0), (0.0, 1e9, 2e8), (0.001, 0.002, 0.0002)]
-)
-def test_ticks_are_round(low: float, high: float, expected: float) -> None:
-    found = list(charts.ticks(low, high))
-    assert 3 <= len(found) <= 8 and found[1] - found[0] == pytest.approx(expected)
-
-
-def test_logs_that_others_wrote_are_bounded(tmp_path: Path) -> None:
-    names = {"x" * 200: 1.0, "a/b/c": 1.0, "OK": 1.0, "fine/name": 1e400, "also/fine": True}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3, "images_seen": 96, "time/step": 2.0} | names))
-    (row,) = read_log(RunDirectory(tmp_path)).rows
-    assert isinstance(row, Row) and row.seconds == 6.0
-    assert row.values.keys() == {"step", "images_seen", "time/step", "fine/name"} and math.isnan(
-        row.values["fine/name"]
-    )
-
-
 @pytest.mark.parametrize(("preset", "width"), [("paper", 128), ("narrow", 64), ("quickstart", 32), ("debug", 16)])
 def test_a_run_is_told_by_the_preset_of_its_width(preset: str, width: int) -> None:
     config = build(Config, read_preset(preset) | {"global_batch": 16, "max_steps": 24}, "preset")
     nearest, departures = told.departures_from_preset(config)
     assert nearest == preset and config.width == width
     assert {line.partition(":")[0] for line in departures} <= {"global_batch", "max_steps"}
-
-
-def test_a_log_takes_memory_by_its_rows_and_not_by_its_text(tmp_path: Path) -> None:
-    names = [f"group/metric_{number}" for number in range(30)]
-    row = dict.fromkeys(names, 0.123456789) | {"images_seen": 32}
-    content = "".join(json.dumps({"step": step} | row) + "\n" for step in range(1, 2001))
-    (tmp_path / "metrics.jsonl").write_text(content)
-    tracemalloc.start()
-    try:
-        log = read_log(RunDirectory(tmp_path))
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(log.rows) == 2000 and peak < 3 * len(content)
 
 
 def test_large_grids_are_left_out_until_they_fit(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
