@@ -18,7 +18,7 @@ from tests.benchmarks.figures import figure
 from tests.stability import long
 from tests.stability.evidence import TURNS
 from tests.stability.jump import BATCH
-from tests.stability.recipes import DOUBLED, FACTORS, PHASES, RECIPES, SCORED_IMAGES, Trial
+from tests.stability.recipes import DOUBLED, FACTORS, PHASES, SCORED_IMAGES, Trial
 from tests.stability.results import FOLDER, SUMMED_UP, Result, read
 from tests.support.rows import read_rows
 
@@ -235,9 +235,10 @@ def width_runs() -> Curves:
     found: Curves = {}
     for line in read_rows(FOLDER / "widths.jsonl"):
         trial = Trial(**line["trial"])
-        widths = found.setdefault(trial.data, {f"width {width}": [] for width in reversed(DOUBLED)})
-        widths[f"width {RECIPES[trial.recipe].width}"].append({images: 1000 * kid for images, kid in line["kid"]})
-    return found
+        name, _, width = trial.recipe.rpartition(" at ")
+        widths = found.setdefault(f"{trial.data}, {name}", {f"width {width}": [] for width in reversed(DOUBLED)})
+        widths[f"width {width}"].append({images: 1000 * kid for images, kid in line["kid"]})
+    return {kind: {width: runs for width, runs in widths.items() if runs} for kind, widths in found.items()}
 
 
 def curve_table(found: Curves, every: int) -> str:
