@@ -40,6 +40,8 @@ class LongRun(NamedTuple):
     preset: str
     seed: int
     batch: int
+    rate: float
+    """Of both networks."""
     precision: str
     """Resolved: never auto."""
     device: str
@@ -47,7 +49,7 @@ class LongRun(NamedTuple):
     @property
     def name(self) -> str:
         """Name of its run directory."""
-        return f"{self.data}-{self.preset}-{self.batch}-{self.precision}-{self.seed}"
+        return f"{self.data}-{self.preset}-{self.batch}-{self.rate:.0e}-{self.precision}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def train(run: LongRun, places: Places, images: int, every: int, deadline: float
     """Train, stop at the deadline, and return the exit status."""
     words = ["--preset", run.preset, "--data", places.shards, "--run-dir", places.work / run.name, "--seed", run.seed]
     words += ["--global-batch", run.batch, "--max-steps", -(-images // run.batch), "--wandb", "disabled"]
-    words += ["--precision", run.precision]
+    words += ["--precision", run.precision, "--optimizer.lr-g", run.rate, "--optimizer.lr-d", run.rate]
     words += ["--quality.every-images", every, "--quality.fakes", FAKES, "--quality.reals", REALS]
     words += ["--quality.time-share", 1, "--log.samples-every-images", every]
     command = module("dist_dcgan.train", "--world-size", 1, *words)

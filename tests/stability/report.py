@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot
 
+from dist_dcgan.config import Config
 from tests.benchmarks import tables
 from tests.benchmarks.figures import figure
 from tests.stability import long
@@ -225,9 +226,10 @@ def long_runs() -> Curves:
     found: Curves = {}
     for row in read_rows(FOLDER / "long.jsonl"):
         data = f"{row['data']}, batch {row['batch']}, {row['precision']}"
+        data += f", rates {row['rate']:.0e}" if row["rate"] != Config().optimizer.lr_g else ""
         presets = found.setdefault(data, {f"`{preset}`": [] for preset in long.PRESETS})
         presets[f"`{row['preset']}`"].append({round(images, -4): 1000 * value for images, value in row["kid"]})
-    return found
+    return with_runs(found)
 
 
 def width_runs() -> Curves:
@@ -238,7 +240,12 @@ def width_runs() -> Curves:
         name, _, width = trial.recipe.rpartition(" at ")
         widths = found.setdefault(f"{trial.data}, {name}", {f"width {width}": [] for width in reversed(DOUBLED)})
         widths[f"width {width}"].append({images: 1000 * kid for images, kid in line["kid"]})
-    return {kind: {width: runs for width, runs in widths.items() if runs} for kind, widths in found.items()}
+    return with_runs(found)
+
+
+def with_runs(found: Curves) -> Curves:
+    """Return what has been trained at all."""
+    return {data: {kind: runs for kind, runs in kinds.items() if runs} for data, kinds in found.items()}
 
 
 def curve_table(found: Curves, every: int) -> str:

@@ -146,7 +146,7 @@ def test_the_watchdog_names_the_literal_paper_in_the_results_and_no_default() ->
 
 def test_a_result_replaces_an_earlier_one_of_the_same_run(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
-    run = long.LongRun("photos", "paper", 1, 128, "bf16", "CPU")
+    run = long.LongRun("photos", "paper", 1, 128, 2e-4, "bf16", "CPU")
     long.keep(path, run, run._asdict() | {"images": 100})
     long.keep(path, run._replace(seed=2), run._replace(seed=2)._asdict() | {"images": 100})
     long.keep(path, run, run._asdict() | {"images": 200})
@@ -156,7 +156,7 @@ def test_a_result_replaces_an_earlier_one_of_the_same_run(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_long_run_that_fails_leaves_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = long.Places(tmp_path / "missing", None, tmp_path / "work", tmp_path / "long.jsonl")
-    long.measure(places, [long.LongRun("photos", "narrow", 1, 32, "fp32", "CPU")], 64, 32, 1, 600)
+    long.measure(places, [long.LongRun("photos", "narrow", 1, 32, 2e-4, "fp32", "CPU")], 64, 32, 1, 600)
     assert "photos-narrow-32-fp32-1 ended with status 2" in capsys.readouterr().out
     assert not places.results.exists()
 
