@@ -243,7 +243,7 @@ class Invocation(Options):
     """How this process was started."""
 
     preset: str | None = None
-    """Configuration included in the package: paper (the default), paper_literal, narrow, quickstart or debug."""
+    """Packaged configuration: paper (the default), paper_literal, narrow, few_images, quickstart or debug."""
     config: UserPath | None = None
     """Configuration from a YAML file, instead of a preset."""
     world_size: int | None = Field(None, ge=1)

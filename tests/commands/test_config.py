@@ -31,7 +31,7 @@ def test_the_default_is_the_paper_stabilised() -> None:
 
 def test_the_presets_are_those_of_the_readme() -> None:
     presets = {name: from_command_line(["--preset", name])[0] for name in preset_names()}
-    assert list(presets) == ["debug", "narrow", "paper", "paper_literal", "quickstart"]
+    assert list(presets) == ["debug", "few_images", "narrow", "paper", "paper_literal", "quickstart"]
     assert presets["paper_literal"] == Config(loss="sigmoid_bce")
     assert presets["narrow"].width == 64
 

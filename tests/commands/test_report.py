@@ -250,7 +250,9 @@ def test_no_secret_and_no_home_gets_into_a_page(copied: Path, tmp_path: Path, mo
     assert str(copied.parent) not in text and "~/run/config.yaml" in text
 
 
-@pytest.mark.parametrize(("preset", "width"), [("paper", 128), ("narrow", 64), ("quickstart", 32), ("debug", 16)])
+@pytest.mark.parametrize(
+    ("preset", "width"), [("paper", 128), ("narrow", 64), ("few_images", 64), ("quickstart", 32), ("debug", 16)]
+)
 def test_a_run_is_told_by_the_preset_of_its_width(preset: str, width: int) -> None:
     config = build(Config, read_preset(preset) | {"global_batch": 16, "max_steps": 24}, "preset")
     nearest, departures = told.departures_from_preset(config)

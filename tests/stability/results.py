@@ -72,7 +72,7 @@ def gather(phase: str, work: Path) -> dict[str, Path]:
         lines = [{"trial": trial._asdict()} | _columns(work / trial.name) for trial in finished]
     (FOLDER / f"{phase}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {
-        f"{trial.recipe}\n{trial.data}, seed {trial.seed}, batch {trial.batch}": max(
+        f"{trial.recipe}\n{trial.data}, seed {trial.seed}, {trial.steps:,} steps of {trial.batch}": max(
             (work / trial.name).glob("step-*.png")
         )
         for trial in finished
