@@ -279,13 +279,15 @@ def _difference(a: Sequence[float], b: Sequence[float]) -> str:
 
 def plot_curves(found: Curves, path: Path) -> None:
     """Plot KID against images, a line per run."""
-    with figure(path, 1, len(found), figsize=(5 * len(found), 4)) as panels:
+    names = dict.fromkeys(kind for kinds in found.values() for kind in kinds)
+    colours = {kind: f"C{index}" for index, kind in enumerate(names)}
+    with figure(path, 1, len(found), sharey=True, figsize=(5 * len(found), 4)) as panels:
         for panel, (data, kinds) in zip(panels, found.items(), strict=True):
-            for colour, (kind, runs) in enumerate(kinds.items()):
+            for kind, runs in kinds.items():
                 for seed, run in enumerate(runs):
                     points = [(images / 1000, kid) for images, kid in run.items() if images]
                     label = kind.strip("`") if seed == 0 else None
-                    panel.plot(*zip(*points, strict=True), ".-", color=f"C{colour}", label=label)
+                    panel.plot(*zip(*points, strict=True), ".-", color=colours[kind], label=label)
             panel.set(title=data, xlabel="thousand images")
             panel.legend()
         panels[0].set_ylabel("1000 KID")
