@@ -63,7 +63,7 @@ class Result:
 
 
 def gather(phase: str, work: Path) -> dict[str, Path]:
-    """Write the results of the finished trials of a phase; return their last grids by what each is."""
+    """Write the results of the finished trials of a phase; return their last grids by what each is, of long ones those of the first seed."""
     finished = [trial for trial in PHASES[phase]() if (work / trial.name / "done").exists()]
     FOLDER.mkdir(exist_ok=True)
     if phase in SUMMED_UP:
@@ -76,6 +76,7 @@ def gather(phase: str, work: Path) -> dict[str, Path]:
             (work / trial.name).glob("step-*.png")
         )
         for trial in finished
+        if trial.seed == 0 or phase not in SUMMED_UP
     }
 
 
