@@ -63,7 +63,7 @@ class Result:
 
 
 def gather(phase: str, work: Path) -> dict[str, Path]:
-    """Write the results of the finished trials of a phase; return their last grids by what each is, of long ones those of the first seed."""
+    """Write the results of the finished trials of a phase; return their last grids by name (of long ones: seed 0)."""
     finished = [trial for trial in PHASES[phase]() if (work / trial.name / "done").exists()]
     FOLDER.mkdir(exist_ok=True)
     if phase in SUMMED_UP:
