@@ -48,7 +48,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="of the long runs")
     parser.add_argument("--rate", type=float, default=2e-4, help="of both networks in the long runs")
     parser.add_argument("--precision", default="auto", help="of the long runs")
-    parser.add_argument("--presets", default=",".join(long.PRESETS), help="of the long runs")
     parser.add_argument("--seconds", type=float, default=1e9, help="after which long runs are asked to end")
     parser.add_argument("--out", type=Path, default=results.FOLDER / "long.jsonl", help="results of the long runs")
     parser.add_argument("--at-once", type=int, default=2)
@@ -81,14 +80,14 @@ def run_long(options: argparse.Namespace) -> None:
     """Train at both widths with each seed."""
     shards = options.photos if options.data == "photos" else options.rooms
     places = long.Places(shards, options.held_out, options.work / "long", options.out)
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    seeds = map(int, options.seeds.split(","))
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else "CPU"
     precision = resolve_precision(options.precision, torch.device("cuda" if gpu else "cpu"))
     runs = [
         long.LongRun(options.data, preset, seed, options.batch, options.rate, precision, device)
         for seed in seeds
-        for preset in options.presets.split(",")
+        for preset in long.PRESETS
     ]
     long.measure(places, runs, options.images, options.every, options.at_once, options.seconds)
 

@@ -156,8 +156,9 @@ def test_a_result_replaces_an_earlier_one_of_the_same_run(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_long_run_that_fails_leaves_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = long.Places(tmp_path / "missing", None, tmp_path / "work", tmp_path / "long.jsonl")
-    long.measure(places, [long.LongRun("photos", "narrow", 1, 32, 2e-4, "fp32", "CPU")], 64, 32, 1, 600)
-    assert "photos-narrow-32-fp32-1 ended with status 2" in capsys.readouterr().out
+    run = long.LongRun("photos", "narrow", 1, 32, 2e-4, "fp32", "CPU")
+    long.measure(places, [run], 64, 32, 1, 600)
+    assert f"{run.name} ended with status 2" in capsys.readouterr().out
     assert not places.results.exists()
 
 
