@@ -1,4 +1,4 @@
-"""Images by seed, walks, time-lapses, arithmetic and exported folders, from a run in any state."""
+"""Images by seed, walks and arithmetic, from a run in any state."""
 
 from __future__ import annotations
 
@@ -6,71 +6,27 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageSequence
 
 from dist_dcgan import arithmetic, drawing, evaluate, export, sample, timelapse, walk
 from dist_dcgan import trained as trained_module
-from dist_dcgan.drawing import tile
 from dist_dcgan.run.checkpoint import Checkpoint, load_newest
 from dist_dcgan.run.directory import RunDirectory
-from dist_dcgan.run.history import Row, read_log, said_of
+from dist_dcgan.run.history import read_log
 from dist_dcgan.trained import Trained, load_trained
-from shards.common.errors import UserError
 from shards.common.files import final_name
-from tests.support.commands import environment, metrics, module, start, succeed, train_command
+from tests.support.commands import module, start, succeed
 from tests.support.mistakes import refusal
-from tests.support.ranks import run_ranks
+from tests.support.pictures import CPU, by_seed, pixels
 from tests.support.shards_fixtures import contents
 from tests.support.waiting import wait_until
-
-CPU = torch.device("cpu")
-Image.init()
-
-
-@pytest.fixture(scope="module")
-def finished(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 6 steps with three grids, not to be changed."""
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    flags = ["--preset", "debug", "--width", 4, "--wandb", "disabled", "--max-steps", 6, "--data", demo_shards]
-    flags += ["--log.samples-every-images", 32, "--quality.extractor", "none"]
-    succeed(train_command(1, *flags, "--run-dir", run_dir))
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def trained(finished: Path) -> Trained:
-    return load_trained(finished, False, CPU)
-
-
-@pytest.fixture(scope="module")
-def folder(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The generator of that run as a folder for other software.
-
-    Made in a process of its own: onnxruntime leaves threads behind, and a later test could not fork this one.
-    """
-    out = tmp_path_factory.mktemp("exported") / "model"
-    succeed(module("dist_dcgan.export", finished, "--out", out, "--licence", "cc0-1.0"))
-    return out
-
-
-def pixels(path: Path) -> np.ndarray[Any, Any]:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def by_seed(trained: Trained, seeds: Sequence[int]) -> torch.Tensor:
-    return trained.images(trained.latents(seeds))
 
 
 def test_an_image_depends_on_its_seed_alone(trained: Trained) -> None:
@@ -223,86 +179,6 @@ def test_a_walk_is_a_picture_of_rows(finished: Path, trained: Trained, tmp_path:
     assert np.array_equal(row[2:66, 2:66], ends[0]) and np.array_equal(row[2:66, -66:-2], ends[1])
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp", "mp4"])
-def test_a_walk_is_a_film(suffix: str, finished: Path, trained: Trained, tmp_path: Path) -> None:
-    out = tmp_path / f"walk.{suffix}"
-    words = ["--rows", "2", "--frames", "9", "--fps", "20", "--loop", "--scale", "2"]
-    walk.main([str(finished), "--out", str(out), *words])
-    frames, seconds, repeats = shown(out)
-    assert frames.shape == (9, 2 * 130 + 2, 2 * 130 + 2, 3) and seconds == pytest.approx(9 / 20)
-    assert repeats == (suffix != "mp4")
-    first = np.asarray(tile(by_seed(trained, [0, 4, 8, 12]), scale=2)).astype(int)
-    assert np.abs(frames[0] - first).mean() < 12  # palettes and compression lose a little
-    assert np.abs(frames[4] - first).mean() > np.abs(frames[0] - first).mean()
-
-
-def shown(path: Path) -> tuple[np.ndarray[Any, Any], float, bool]:
-    """The frames of a film, its seconds, and whether it repeats."""
-    if path.suffix == ".mp4":
-        import av
-
-        with av.open(str(path)) as container:
-            pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            return (
-                np.stack(pictures).astype(int),
-                len(pictures) / float(container.streams.video[0].average_rate or 0),
-                False,
-            )
-    with Image.open(path) as film:
-        assert film.is_animated  # type: ignore[attr-defined]
-        frames, milliseconds = [], 0.0
-        for frame in ImageSequence.Iterator(film):
-            frames.append(np.asarray(frame.convert("RGB")).astype(int))
-            milliseconds += frame.info["duration"]
-        return np.stack(frames), milliseconds / 1000, film.info["loop"] == 0
-
-
-def test_a_time_lapse_shows_every_grid_and_stands_still_at_the_last(finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "lapse.webp"
-    timelapse.main([str(finished), "--out", str(out), "--fps", "4"])
-    frames, seconds, repeats = shown(out)
-    grids = sorted((finished / "samples").iterdir())
-    assert [path.name for path in grids] == ["step-00000002.png", "step-00000004.png", "step-00000006.png"]
-    assert seconds == pytest.approx((3 + 2 * 4) / 4) and repeats
-    middle = slice(70, 130)  # above the caption
-    assert np.abs(frames[0][middle] - pixels(grids[0])[middle].astype(int)).mean() < 8
-    assert np.abs(frames[-1][middle] - pixels(grids[-1])[middle].astype(int)).mean() < 8
-
-
-def test_captions_say_what_had_been_seen(finished: Path, tmp_path: Path) -> None:
-    seen = [Row(10, 320), Row(20, 640, kid=0.5), Row(30, 960, kid=0.25)]
-    assert said_of(4, seen) == "step 4"
-    assert said_of(10, seen) == "320 images"
-    assert said_of(25, seen) == "800 images   1000 KID 500"
-    assert said_of(30, seen) == "960 images   1000 KID 250"
-    run_dir = tmp_path / "died"
-    shutil.copytree(finished, run_dir)
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(
-            '{"step": 7, "images_seen": 112, "quality/kid_x_std": 0.1, "quality/kid_x": 0.5}\n[]\n{"step": 8, "im'
-        )
-    rows = read_log(RunDirectory(run_dir)).rows
-    assert rows[-1][:2] == (7, 112) and rows[-1].kid == 0.5 and len(rows) == len(metrics(finished)) + 1
-
-
-def test_grids_of_different_sizes_fit_into_one_film(finished: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(finished, run_dir)
-    Image.new("RGB", (68, 68), (9, 9, 9)).save(run_dir / "samples" / "step-00000001.png")
-    timelapse.main([str(run_dir), "--out", str(tmp_path / "lapse.gif"), "--fps", "1"])
-    assert shown(tmp_path / "lapse.gif")[0].shape[1:3] == pixels(finished / "samples" / "step-00000006.png").shape[:2]
-    shutil.rmtree(run_dir / "samples")
-    assert "no grids in" in refusal(timelapse.main, run_dir, "--out", tmp_path / "other.gif")
-    (run_dir / "samples").mkdir()
-    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
-    broken = (tmp_path / "x.png").read_bytes().replace(b"IDAT", b"\xe7\xb5\x89n")
-    (tmp_path / "x.png").unlink()
-    for content in (b"no picture", broken):
-        (run_dir / "samples" / "step-00000001.png").write_bytes(content)
-        assert "cannot be read" in refusal(timelapse.main, run_dir, "--out", tmp_path / "other.gif")
-    assert sorted(os.listdir(tmp_path)) == ["lapse.gif", "run"]
-
-
 def test_arithmetic_is_that_of_the_means(finished: Path, trained: Trained, tmp_path: Path) -> None:
     out = tmp_path / "sum.png"
     arithmetic.main([str(finished), "--add", "3,17", "--subtract=5-7", "--add", "8", "--out", str(out)])
@@ -322,54 +198,6 @@ def test_arithmetic_is_that_of_the_means(finished: Path, trained: Trained, tmp_p
         [("--add", "1"), ("--subtract", "2"), ("--add", "3")],
         ["run", "--best"],
     )
-
-
-def test_an_exported_folder_draws_the_same_here(finished: Path, folder: Path, tmp_path: Path) -> None:
-    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.onnx", "model.safetensors", "sample.py"]
-    for path, out in ((finished, tmp_path / "run.png"), (folder, tmp_path / "folder.png")):
-        sample.main([str(path), "--out", str(out), "--seeds", "0-3"])
-    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "folder.png").read_bytes()
-    walk.main([str(folder), "--out", str(tmp_path / "walk.png"), "--rows", "1", "--frames", "3"])
-    assert "leave out --best" in refusal(sample.main, folder, "--out", tmp_path / "best.png", "--best")
-    card = (folder / "README.md").read_text()
-    digest = json.loads((folder / "config.json").read_text())["sha256"]
-    for words in ("license: cc0-1.0", "pipeline_tag: unconditional-image-generation", digest, "| Step | 6 |", "| 96 |"):
-        assert words in card, card
-
-
-def test_its_script_draws_the_same_without_torch(folder: Path, trained: Trained, tmp_path: Path) -> None:
-    blocked = "import runpy, sys; sys.modules.update(torch=None, dist_dcgan=None); sys.argv = sys.argv[1:]; "
-    blocked += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    words = [sys.executable, "-c", blocked, folder / "sample.py", tmp_path / "grid.png", "9"]
-    subprocess.run([str(word) for word in words], check=True, cwd=tmp_path, env=environment())
-    grid = pixels(tmp_path / "grid.png").reshape(3, 64, 3, 64, 3).swapaxes(1, 2).reshape(9, 64, 64, 3)
-    expected = by_seed(trained, range(9)).permute(0, 2, 3, 1).numpy()
-    assert np.abs(grid.astype(int) - expected.astype(int)).max() <= 1
-    for wrong in ("0", "-1", "many", ""):
-        done = subprocess.run([str(word) for word in [*words[:-1], wrong]], capture_output=True, env=environment())
-        assert done.returncode == 1 and done.stderr.startswith(b"Draw a grid: python sample.py"), done.stderr
-
-
-def test_normal_latents_are_the_same_in_the_script(trained: Trained) -> None:
-    normal = Trained(trained.network, trained.description | {"latent": "normal"}, CPU)
-    for of in (trained, normal):
-        text = export.script(of.description)
-        names: dict[str, Any] = {}
-        exec(text[text.index("import hashlib") : text.index("out, count =")], names)
-        found = np.stack([names["latent"](seed) for seed in range(5)])
-        assert np.abs(found - of.latents(range(5)).numpy()).max() < 1e-5
-
-
-def refusal_of_any_difference(run_dir: Path, out: Path) -> str:
-    with mock.patch.object(export, "MOST_DIFFERENCE", -1.0):
-        return refusal(export.main, run_dir, "--out", out)
-
-
-@pytest.mark.slow
-def test_onnx_that_draws_otherwise_is_refused_and_leaves_nothing(finished: Path, tmp_path: Path) -> None:
-    (message,) = run_ranks(1, refusal_of_any_difference, finished, tmp_path / "model")
-    assert "draws other images than torch" in message
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_run_that_died_is_drawn_from_its_newest_checkpoint(
@@ -425,9 +253,3 @@ def test_logs_and_folders_that_others_wrote_are_passed_over_or_refused(finished:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "source.json").write_bytes(b"[" * 100_000)
     assert "of another generator" in refusal(sample.main, finished, "--separate", tmp_path / "images")
-
-
-def test_a_film_that_is_too_large_for_its_format_gives_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="frames may be too large"):
-        drawing.save_film([Image.new("RGB", (16_400, 8))] * 2, tmp_path / "x.webp", 10)
-    assert not os.listdir(tmp_path)
