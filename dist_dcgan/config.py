@@ -52,7 +52,7 @@ class LocationOptions(Options):
     """Folder or address (http, https) of shards that `python -m shards convert` wrote."""
     cache_dir: UserPath | None = _changeable(None)
     """Folder on a local disk of each machine to which shards are copied: for an address, or a slow file system."""
-    cache_gb: float = _changeable(50.0, gt=0, allow_inf_nan=False)
+    cache_gb: float = _changeable(50.0, gt=0)
     """Maximum size of cache_dir in gigabytes; least recently used shards are evicted."""
 
     @model_validator(mode="before")
@@ -133,10 +133,14 @@ class LogOptions(Options):
     """Images in a grid."""
 
 
+ExtractorName = Literal["efficientnet-lite0", "inception"]
+"""A network of `metrics/extractors.py`."""
+
+
 class QualityOptions(Options):
     """Image quality, scored during training; `dist_dcgan.evaluate` scores a finished run."""
 
-    extractor: Literal["auto", "efficientnet-lite0", "inception", "none"] = _changeable("auto")
+    extractor: Literal["auto", ExtractorName, "none"] = _changeable("auto")
     """Feature network; auto: efficientnet-lite0 if the `eval` extra is installed, else none."""
     weights: UserPath | None = _changeable(None)
     """File of Inception's weights (see `dist_dcgan.evaluate`)."""
@@ -164,7 +168,7 @@ class WandbOptions(Options):
 class CheckpointOptions(Options):
     """Checkpoints, from which a run can be continued."""
 
-    every_minutes: float | None = _changeable(None, gt=0, allow_inf_nan=False)
+    every_minutes: float | None = _changeable(None, gt=0)
     """Minutes between checkpoints. If this and every_steps are none: 10 on GPUs, and every 1,000 steps on CPUs."""
     every_steps: int | None = _changeable(None, ge=1)
     """Steps between checkpoints, instead of minutes or in addition; one is always written at the end and on a stop."""
@@ -262,6 +266,8 @@ class _CommandLine(Config, Invocation):
 
 CONSENT = {"--data.allow-commands": "--allow-commands", "--no-data.allow-commands": "--no-allow-commands"}
 """Another name of the flag, beside those of the data set."""
+_EITHER = (("global_batch", "batch_per_rank"), ("epochs", "max_steps"))
+"""Options of which one replaces the other."""
 SHORT_FLAGS = {"--data": "--data.path", "--wandb": "--wandb.mode", **CONSENT}
 
 
@@ -281,10 +287,11 @@ def from_command_line(
     else:
         base, where = read_preset(invocation.preset or "paper"), f"preset {invocation.preset or 'paper'}"
     build(Config, base, where)  # so that the message says whether the file or a flag is wrong
-    if "batch_per_rank" in flags and "global_batch" not in flags:
-        base.pop("global_batch", None)  # the command line's choice replaces the file's
-    if "global_batch" in flags and "batch_per_rank" not in flags:
-        base.pop("batch_per_rank", None)
+    for one, other in _EITHER:
+        if one in flags and other in flags:
+            raise UserError(f"{one} and {other} exclude each other: give one of them")
+        if one in flags or other in flags:
+            base.pop(other if one in flags else one, None)  # the command line's choice replaces the file's
     return build(Config, _merge(base, flags)), invocation
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
-from dist_dcgan.config import CONSENT, LocationOptions
+from dist_dcgan.config import CONSENT, ExtractorName, LocationOptions
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.collectives import from_rank_zero
@@ -53,7 +53,7 @@ class Evaluate(Options):
     """Generated images (`--num` for short, except under torchrun, which takes it for an option of its own)."""
     reals: int = Field(50_000, ge=4)
     """Real images; all if the data set has fewer."""
-    extractor: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
+    extractor: ExtractorName = "efficientnet-lite0"
     """Feature network; inception, with its 2015 weights, gives FID."""
     weights: UserPath | None = None
     """File of Inception's weights (weights-inception-2015-12-05-6726825d.pth of torch-fidelity)."""

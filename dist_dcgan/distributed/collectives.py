@@ -68,12 +68,12 @@ def _bytes(content: bytes, size: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(content.ljust(size, b"\0")), dtype=torch.uint8)
 
 
-def require_same(value: str, what: str) -> None:
+def require_same(value: str, what: str, remedy: str) -> None:
     """Raise UserError on all ranks if `value` differs between them."""
     values = gather(value)
     for rank, other in enumerate(values):
         if other != values[0]:
-            raise UserError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}")
+            raise UserError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}: {remedy}")
 
 
 def broadcast_from_rank_zero(tensors: Iterable[torch.Tensor]) -> None:

@@ -79,6 +79,7 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
         return _inception(weights, device)
     if weights is not None:
         raise UserError(f"--weights {weights} is for --extractor inception: {name} comes with its own")
+    assert name == "efficientnet-lite0", name
     return _efficientnet_lite0(device)
 
 

@@ -296,6 +296,8 @@ def _errors(path: Path) -> Iterator[None]:
 
 def _require_equal(what: str, stored: Config, config: Config) -> None:
     changed = differences(stored, config)
+    if stored.batch_per_rank or config.batch_per_rank:  # what they make of it is compared with the checkpoint's
+        changed = [line for line in changed if not line.startswith(("global_batch:", "batch_per_rank:"))]
     if changed:
         raise UserError(
             f"{what} of another configuration ({'; '.join(changed)}): use the same, or name another with --run-dir"

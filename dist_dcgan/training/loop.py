@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
@@ -40,7 +40,7 @@ from dist_dcgan.training.meter import Meter
 from dist_dcgan.training.quality import QualityMeter
 from dist_dcgan.training.reporting import log_samples, watch
 from dist_dcgan.training.stopping import StepAgreement
-from dist_dcgan.training.train_state import TrainState
+from dist_dcgan.training.train_state import TrainState, resolve_precision
 from dist_dcgan.training.watchdog import was_skipped
 from shards.common.errors import UserError
 from shards.common.messages import tell, warn
@@ -71,7 +71,9 @@ def train_in(
         schedule = make_schedule(config.checkpoint, world.device)
         agreement = stack.enter_context(StepAgreement(schedule.seconds))
         digest = manifest.digest()
-        require_same(digest, f"the data set at {config.data.name}")
+        require_same(digest, f"the data set at {config.data.name}", "let every node see the same")
+        precision = resolve_precision(config.precision, world.device)
+        require_same(precision, f"what --precision {config.precision} means", "name one that all GPUs support")
         run = RunDirectory(config.run_dir)
         from_rank_zero(lambda: asdict(resolve_wandb(config, None)))  # refuses before anything is written
         from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
@@ -138,6 +140,7 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
             if found is not None:
                 require_same_run(run, state.config, state.plan.global_batch, digest, found.values)
                 state.load_tensors(found.tensors)
+                warn_of_other_precision(found.values, state.precision)
                 state.load_values(found.values)
         if found is None:
             require_new(run)
@@ -154,6 +157,13 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
         state.load_values(values)
     state.wandb_run_id = wandb_run.run_id
     return wandb_run
+
+
+def warn_of_other_precision(values: Mapping[str, Any], precision: str) -> None:
+    """Say so if `--precision auto` selects another one here than where the checkpoint was written."""
+    before = values.get("precision", precision)
+    if before != precision:
+        warn(f"the steps so far were made in {before}; here --precision auto selects {precision}")
 
 
 def record_this_start(

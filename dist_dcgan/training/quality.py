@@ -20,7 +20,7 @@ from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import export_generator, is_finite
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.train_state import TrainState
-from shards.common.messages import warn
+from shards.common.messages import tell, warn
 
 SHARE_ON_GPU = 0.03
 
@@ -62,7 +62,7 @@ class QualityMeter:
         self.extractor = _load(options, state.world) if reached else None
         """None: images are not scored."""
         share = options.time_share or (SHARE_ON_GPU if state.world.device.type == "cuda" else 1.0)
-        self._time = TimeShare(share, clock)
+        self._time, self._told = TimeShare(share, clock), False
 
     def read(self) -> dict[str, float]:
         """Return the scores, equal on all ranks, if the last step passed a multiple of `every_images`.
@@ -74,9 +74,17 @@ class QualityMeter:
             return {}
         if not is_finite(state.generator_ema):  # on all ranks alike; the watchdog says so
             return {}
-        if self._time.share < 1 and not from_rank_zero(self._time.allows, state.world.slow_group):
+        if self._time.share < 1 and not from_rank_zero(self._has_time, state.world.slow_group):
             return {}
         return self._score(self.extractor)
+
+    def _has_time(self) -> bool:
+        allowed = self._time.allows()
+        if not (allowed or self._told):
+            share = f"{self._time.share:.0%} of the time"
+            tell(f"a score is left out, as scores may take {share}: --quality.time-share 1 leaves out none")
+            self._told = True
+        return allowed
 
     def _score(self, extractor: Extractor) -> dict[str, float]:
         """Return the scores; ranks wait for each other in the slow group, whose timeout is long."""
@@ -89,6 +97,9 @@ class QualityMeter:
         with self._time.spending():  # without the real images: only the first score extracts their features
             recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
             fake = extract(draw, options.fakes, extractor, state.world)
+            if state.best_kid_extractor not in (extractor.name, None):  # two networks' distances do not compare
+                state.best_kid = None
+            state.best_kid_extractor = extractor.name
             scores, state.best_kid = from_rank_zero(lambda: self._judge(real, fake, extractor), state.world.slow_group)
         return scores
 

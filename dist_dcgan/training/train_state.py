@@ -87,6 +87,7 @@ class TrainState:
         self.skipped_steps = 0
         self.wandb_run_id: str | None = None
         self.best_kid: float | None = None
+        self.best_kid_extractor: str | None = None
         self.watchdog = Watchdog()
 
         norm = make_norm(config.distributed.batchnorm, world.device)
@@ -161,6 +162,8 @@ class TrainState:
             "global_batch": self.plan.global_batch,
             "wandb_run_id": self.wandb_run_id,
             "best_kid": self.best_kid,
+            "best_kid_extractor": self.best_kid_extractor,
+            "precision": self.precision,
             "watchdog": self.watchdog.values(),
             "scaler_g": self.scaler_g.state_dict(),
             "scaler_d": self.scaler_d.state_dict(),
@@ -188,8 +191,9 @@ class TrainState:
         """Set the values of a checkpoint."""
         self.step, self.skipped_steps = values["step"], values["skipped_steps"]
         self.wandb_run_id, self.best_kid = values["wandb_run_id"], values["best_kid"]
+        self.best_kid_extractor = values.get("best_kid_extractor")
         self.watchdog.load_values(values["watchdog"])
-        if self.precision == "fp16":
+        if self.precision == values.get("precision") == "fp16":  # other precisions have no scale to go on from
             self.scaler_g.load_state_dict(values["scaler_g"])
             self.scaler_d.load_state_dict(values["scaler_d"])
 

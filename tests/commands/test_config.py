@@ -67,6 +67,9 @@ def test_the_stored_configuration_reads_back_the_same(flags: list[str], tmp_path
         (["--precision", "fp8"], "precision: input should be 'auto', 'fp64', .* got 'fp8'"),
         (["--preset", "papr"], "unknown preset 'papr'; did you mean paper?"),
         (["--global-batch", "8", "--batch-per-rank", "2"], "global_batch and batch_per_rank exclude each other"),
+        (["--epochs", "8", "--max-steps", "2"], "epochs and max_steps exclude each other"),
+        (["--epochs", "inf"], "epochs: input should be a finite number"),
+        (["--distributed.timeout-seconds", "inf"], "timeout_seconds: input should be a finite number"),
         (["--preset", "debug", "--config", "x.yaml"], "--preset debug and --config x.yaml exclude each other"),
         (["--config", "none.yaml"], "cannot read configuration none.yaml"),
         (["--log.every-steps", "11"], "log.every_steps: input should be less than or equal to 10"),
@@ -136,6 +139,12 @@ def test_sizes_that_do_not_fit_are_named(flags: list[str], world_size: int, samp
     config, _ = from_command_line(flags)
     with pytest.raises(UserError, match=message):
         make_plan(config, world_size, samples)
+
+
+@pytest.mark.parametrize(("flag", "length"), [("--epochs", (None, 3.0)), ("--max-steps", (3, 5.0))])
+def test_the_command_line_says_how_long_whatever_the_preset_says(flag: str, length: tuple[int | None, float]) -> None:
+    config, _ = from_command_line(["--preset", "few_images", flag, "3"])
+    assert (config.max_steps, config.epochs) == length
 
 
 def test_a_data_set_is_a_path_or_an_address() -> None:

@@ -70,18 +70,21 @@ class Job:
     expected: tuple[int, bool]
     """The status of the job, and whether it queues itself again."""
     earlier: str = ""
-    """What an earlier job has left."""
-    restarts: int = 0
-    """How often it has been queued again."""
+    """What an earlier job, or earlier starts of this one, have left."""
 
 
+STARTS = " ".join(f"logs/7-{start}" for start in range(100, 109))
 JOBS = {
     "it saved itself before the limit": Job(signal.SIGUSR1, "STOPPED", 1, (0, True)),
     "it saved itself, and torchrun ended well": Job(signal.SIGUSR1, "STOPPED", 0, (0, True)),
     "the limit came before it had anything to save": Job(signal.SIGUSR1, "", 1, (0, True)),
-    "the limit came again and again before that": Job(signal.SIGUSR1, "", 1, (1, False), restarts=10),
+    "the limit came again and again before that": Job(signal.SIGUSR1, "", 1, (1, False), earlier=STARTS),
+    "so it did, and once after a checkpoint": Job(
+        signal.SIGUSR1, "", 1, (0, True), earlier=f"{STARTS} checkpoints/step-00000008"
+    ),
+    "so it did to another job": Job(signal.SIGUSR1, "", 1, (0, True), earlier=STARTS.replace("logs/7", "logs/77")),
     "it got further before the limit, as often before": Job(
-        signal.SIGUSR1, "STOPPED checkpoints/step-00000008", 1, (0, True), restarts=10
+        signal.SIGUSR1, "STOPPED checkpoints/step-00000008", 1, (0, True), earlier=STARTS
     ),
     "it ended as the limit came": Job(signal.SIGUSR1, "", 0, (0, False)),
     "it was cancelled": Job(signal.SIGTERM, "STOPPED", 1, (1, False)),
@@ -103,7 +106,7 @@ JOBS = {
 def test_which_jobs_queue_themselves_again(job: Job, stand_ins: dict[str, str], tmp_path: Path) -> None:
     for name in job.earlier.split():
         (tmp_path / "run" / name).mkdir(parents=True)
-    env = stand_ins | {"LEAVES": job.leaves, "STATUS": str(job.status), "SLURM_RESTART_COUNT": str(job.restarts)}
+    env = stand_ins | {"LEAVES": job.leaves, "STATUS": str(job.status)}
     process = subprocess.Popen(launcher("train.sbatch", "--run-dir", tmp_path / "run"), cwd=ROOT, env=env)
     wait_until((tmp_path / "started").exists, process)
     if job.number is not None:

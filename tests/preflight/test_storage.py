@@ -141,6 +141,12 @@ def test_a_run_that_is_there_is_looked_at_and_not_touched(
     of, other = (with_data(demo_shards, run_dir=tmp_path, seed=seed, ema={"statistics_images": 32}) for seed in (0, 1))
     assert storage.run_directory(of) == Finding("ok", f"{tmp_path} holds this run, which goes on from step 2")
     assert "holds a run of another configuration (seed: 0 -> 1)" in failure(storage.run_directory, other)
+    of.config = of.config.model_copy(update={"batch_per_rank": 6})  # with other ranks, as large a batch in all
+    of.plan = make_plan(of.config, 2, 96)
+    assert storage.run_directory(of).level == "ok"
+    of.plan = make_plan(of.config, 4, 96)
+    assert "batch 12, this start makes it 24: give --global-batch 12" in failure(storage.run_directory, of)
+    of = with_data(demo_shards, run_dir=tmp_path, ema={"statistics_images": 32})
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("WANDB_RUN_ID", "another")
         found = load_newest(tmp_path / "checkpoints")

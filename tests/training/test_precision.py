@@ -46,6 +46,19 @@ def steps_with_overflow(network: str, precision: str, factor: float) -> dict[str
         return {"steps": record, "step": state.step}
 
 
+@pytest.mark.parametrize(("before", "scale"), [("fp16", 8.0), ("bf16", 2.0**16)])
+def test_only_a_run_in_half_precision_has_a_loss_scale_to_go_on_from(before: str, scale: float) -> None:
+    """`--precision auto` may select another precision on another machine; from a scale of 1 gradients would vanish."""
+    with process_group(60, "cpu") as world:
+        old, new = (
+            make_state(world, {"width": 4, "global_batch": 4, "precision": precision}) for precision in (before, "fp16")
+        )
+        if before == "fp16":
+            old.scaler_d.load_state_dict(old.scaler_d.state_dict() | {"scale": 8.0})
+        new.load_values(old.values())
+        assert new.scaler_d.get_scale() == scale
+
+
 def changed(before: dict[str, Any], after: dict[str, Any], prefix: str) -> bool:
     """Whether a trained value differs; batch-norm statistics belong to the forward pass and move anyway."""
     names = [name for name in before["tensors"] if name.startswith(prefix) and name.endswith(("weight", "bias"))]

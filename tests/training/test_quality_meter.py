@@ -40,3 +40,28 @@ def test_a_score_that_fails_is_reported_and_training_goes_on(
     assert ("warning: " in warned) == (fault in ("comparison fails", "disk is full"))
     assert RunDirectory(tmp_path).best.is_file() == (state.best_kid is not None) == (fault == "none")
     assert (scores == {}) == (fault in ("comparison fails", "generator is not finite"))
+
+
+@pytest.mark.parametrize(("extractor", "replaced"), [("mosaic", False), ("another", True)])
+def test_the_best_so_far_is_the_best_by_one_extractor(
+    extractor: str, replaced: bool, demo_shards: Path, tmp_path: Path
+) -> None:
+    with process_group(60, "cpu") as world:
+        meter, state = meter_of(demo_shards, tmp_path, world, time.monotonic)
+        before, state.best_kid, state.best_kid_extractor = -1.0, -1.0, extractor
+        state.step = 1
+        assert meter.read()
+        assert (state.best_kid != before) == RunDirectory(tmp_path).best.is_file() == replaced
+        assert state.best_kid_extractor == "mosaic"
+
+
+def test_the_first_score_that_is_left_out_is_told(
+    demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with process_group(60, "cpu") as world:
+        meter, state = meter_of(demo_shards, tmp_path, world, time.monotonic, time_share=1e-9)
+        scored = []
+        for state.step in (1, 2, 3):
+            scored.append(meter.read() != {})
+    assert scored == [True, False, False]
+    assert capsys.readouterr().err.count("a score is left out, as scores may take 0% of the time: --quality") == 1
