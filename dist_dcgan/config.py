@@ -236,6 +236,12 @@ class Config(Options):
     distributed: DistributedOptions = DistributedOptions()
     """Communication between ranks."""
 
+    def architecture(self, image_size: int) -> dict[str, Any]:
+        """Return the arguments of the generator for images of `image_size` pixels a side."""
+        model = self.model
+        sizes = {"latent_dim": model.latent_dim, "kernel_size": model.kernel_size}
+        return {"width": self.width, "image_size": image_size, **sizes}
+
     @model_validator(mode="after")
     def _one_batch(self) -> Config:
         if self.batch_per_rank is not None and "global_batch" in self.model_fields_set:

@@ -123,12 +123,7 @@ def _of_newest_checkpoint(run: RunDirectory, device: torch.device) -> tuple[nn.M
     prefix = "generator_ema."
     weights = {name.removeprefix(prefix): value for name, value in found.tensors.items() if name.startswith(prefix)}
     convolutions = sum(tensor.dim() == 4 for tensor in weights.values())
-    architecture = {
-        "width": config.width,
-        "image_size": 2 ** (convolutions + 1),
-        "latent_dim": config.model.latent_dim,
-        "kernel_size": config.model.kernel_size,
-    }
+    architecture = config.architecture(image_size=2 ** (convolutions + 1))
     try:
         with torch.device("meta"):  # before memory is taken: both files may come from others
             network = Generator(**architecture)

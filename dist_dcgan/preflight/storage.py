@@ -193,7 +193,7 @@ def networks_on_meta(config: Config, image_size: int) -> tuple[torch.nn.Module, 
     """Return both networks on the meta device, without memory."""
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     with torch.device("meta"):
-        generator = Generator(config.width, image_size, config.model.latent_dim, config.model.kernel_size)
+        generator = Generator(**config.architecture(image_size))
         discriminator = Discriminator(config.width, image_size, config.model.kernel_size)
     return generator.to(dtype), discriminator.to(dtype)
 

@@ -70,12 +70,7 @@ def export_generator(
         "step": step,
         "scores": dict(scores or {}),
         "latent": config.model.latent,
-        "architecture": {
-            "width": config.width,
-            "image_size": image_size,
-            "latent_dim": config.model.latent_dim,
-            "kernel_size": config.model.kernel_size,
-        },
+        "architecture": config.architecture(image_size),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
     with atomic_file(path) as file, atomic_file(path.with_suffix(".json")) as description_file:

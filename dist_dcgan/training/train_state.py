@@ -91,13 +91,13 @@ class TrainState:
         self.watchdog = Watchdog()
 
         norm = make_norm(config.distributed.batchnorm, world.device)
-        kernel_size, latent_dim = config.model.kernel_size, config.model.latent_dim
-        generator = Generator(config.width, image_size, latent_dim, kernel_size, norm)
-        discriminator = Discriminator(config.width, image_size, kernel_size, norm)
+        architecture = config.architecture(image_size)
+        generator = Generator(**architecture, norm=norm)
+        discriminator = Discriminator(config.width, image_size, config.model.kernel_size, norm)
         init_weights(generator, _weight_stream(config, "weights of G"))
         init_weights(discriminator, _weight_stream(config, "weights of D"))
         # The averaged generator has local batch norms, so that one rank can run it alone.
-        averaged = Generator(config.width, image_size, latent_dim, kernel_size)
+        averaged = Generator(**architecture)
         averaged.load_state_dict(generator.state_dict())
         self.generator, self.discriminator = self._place(generator), self._place(discriminator)
         self.generator_ema = self._place(averaged).eval().requires_grad_(False)

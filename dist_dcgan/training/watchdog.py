@@ -56,10 +56,10 @@ RULES = (
         "--precision fp32, or a smaller --optimizer.lr-g and --optimizer.lr-d; earlier checkpoints are sound",
     ),
     Rule(
-        "nothing but skipped steps",
+        "most steps are skipped",
         was_skipped,
         50,
-        "gradients are infinite or not a number in every step, so that no network learns",
+        "gradients are infinite or not a number in most steps, so that the networks hardly learn",
         "--precision fp32, or a smaller --optimizer.lr-g and --optimizer.lr-d, from an earlier checkpoint",
         fatal=True,
     ),

@@ -23,7 +23,7 @@ HEALTHY = {
 }
 BROKEN: dict[str, dict[str, float]] = {
     "not finite": {"loss/d": math.nan},
-    "nothing but skipped steps": {"grad_norm/d": math.inf},
+    "most steps are skipped": {"grad_norm/d": math.inf},
     "the discriminator has won": {"grad_norm/g": 1e-4, "loss/g": 42.0},
     "the generator has won": {"score/fake": 0.99, "loss/g": 0.01, "grad_norm/g": 1e-4},
     "mode collapse": {"diversity/fake": 0.02},
