@@ -2,7 +2,7 @@
 
 run PHASE    train the trials of a phase, some at once, one thread each: one that was killed goes on, one that is done
              is left, as are long ones whose results are there; then gather their results
-gather PHASE write the results of those trials of a phase that are done so far
+gather PHASE add those trials of a phase that are done so far to its results
 long         train the paper's width and half of it on many images, as people do, with the command itself
 evidence     train the usual loop and this project at both widths, 40 minutes each, by turns
 jump         measure how far one update of D moves its logit
@@ -68,12 +68,14 @@ def main() -> None:
         run_locked(next(trial for trial in PHASES[options.phase]() if trial.name == options.trial), options)
     else:
         if options.command == "run":
-            left = [trial for trial in PHASES[options.phase]() if trial not in results.kept(options.phase)]
+            there = results.kept(options.phase) if options.phase in results.SUMMED_UP else {}
+            left = [trial for trial in PHASES[options.phase]() if trial not in there]
             with ThreadPoolExecutor(options.at_once) as pool:
                 list(pool.map(lambda trial: start(trial, options), left))
-        grids = results.gather(options.phase, options.work)
-        report.show_grids(grids, report.PLOTS / f"{options.phase}_grids.jpg")
-        print(f"{len(grids)} trials gathered")
+        gathered, grids = results.gather(options.phase, options.work)
+        if grids:
+            report.show_grids(grids, report.PLOTS / f"{options.phase}_grids.jpg")
+        print(f"{gathered} trials gathered")
 
 
 def run_long(options: argparse.Namespace) -> None:

@@ -62,37 +62,36 @@ class Result:
         return Watchdog().observe(list(self.rows()))
 
 
-def gather(phase: str, work: Path) -> dict[str, Path]:
-    """Write the results of the finished trials of a phase; return their last grids by name (of long ones: seed 0)."""
-    finished = [trial for trial in PHASES[phase]() if (work / trial.name / "done").exists()]
+def gather(phase: str, work: Path) -> tuple[int, dict[str, Path]]:
+    """Add the finished trials in `work` to the results of a phase; return their number and all last grids by name.
+
+    No grids if some of them lie elsewhere: the picture that was made of them stays. Of long trials: those of seed 0.
+    """
+    trials = PHASES[phase]()
+    finished = [trial for trial in trials if (work / trial.name / "done").exists()]
+    result = _summary if phase in SUMMED_UP else _whole
+    found = kept(phase) | {trial: result(trial, read_rows(work / trial.name / "rows.jsonl")) for trial in finished}
+    lines = [found[trial] for trial in trials if trial in found]
     FOLDER.mkdir(exist_ok=True)
-    if phase in SUMMED_UP:
-        lines = _with_earlier(phase, finished, work)
-    else:
-        lines = [{"trial": trial._asdict()} | _columns(work / trial.name) for trial in finished]
     (FOLDER / f"{phase}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {
+    shown = [trial for trial in trials if trial in found and (trial.seed == 0 or phase not in SUMMED_UP)]
+    grids = {
         f"{trial.recipe}\n{trial.data}, seed {trial.seed}, {trial.steps:,} steps of {trial.batch}": max(
             (work / trial.name).glob("step-*.png")
         )
-        for trial in finished
-        if trial.seed == 0 or phase not in SUMMED_UP
+        for trial in shown
+        if trial in finished
     }
-
-
-def _with_earlier(phase: str, finished: list[Trial], work: Path) -> list[dict[str, Any]]:
-    """Return a short result per trial of the factors, which take many hours: also those gathered from elsewhere."""
-    found = kept(phase) | {trial: _summary(trial, read_rows(work / trial.name / "rows.jsonl")) for trial in finished}
-    return [found[trial] for trial in PHASES[phase]() if trial in found]
+    return len(finished), grids if len(grids) == len(shown) else {}
 
 
 def kept(phase: str) -> dict[Trial, dict[str, Any]]:
-    """Return the results of a phase of long trials that are there already."""
-    return {Trial(**line["trial"]): line for line in read_rows(FOLDER / f"{phase}.jsonl")} if phase in SUMMED_UP else {}
+    """Return the results of a phase that are there already."""
+    return {Trial(**line["trial"]): line for line in read_rows(FOLDER / f"{phase}.jsonl")}
 
 
 def _summary(trial: Trial, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return scores by images seen, what the watchdog names, and the last tenth's medians of a trial."""
+    """Return scores by images seen, what the watchdog names, and the last tenth's medians of a long trial."""
     last: dict[str, float] = {}
     steps = []
     for row in rows:
@@ -123,11 +122,12 @@ def read(phase: str) -> list[Result]:
     return [Result(Trial(**item["trial"]), item["columns"], item["layers"]) for item in found]
 
 
-def _columns(folder: Path) -> dict[str, dict[str, list[Value]]]:
-    rows = read_rows(folder / "rows.jsonl")
+def _whole(trial: Trial, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return every step of a trial."""
     of_layers = [row for row in rows if any(map(_of_layer, row)) and (row["step"] - 1) % LAYERS_EVERY == 0]
     keys = dict.fromkeys(key for row in rows for key in row)
     return {
+        "trial": trial._asdict(),
         "columns": {key: [_value(row, key) for row in rows] for key in keys if not _of_layer(key)},
         "layers": {key: [_value(row, key) for row in of_layers] for key in keys if key == "step" or _of_layer(key)},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -160,6 +161,27 @@ def test_a_long_run_that_fails_leaves_no_result(tmp_path: Path, capsys: pytest.C
     long.measure(places, [run], 64, 32, 1, 600)
     assert f"{run.name} ended with status 2" in capsys.readouterr().out
     assert not places.results.exists()
+
+
+@pytest.mark.parametrize("phase", sorted(PHASES))
+def test_what_is_gathered_is_added_to_what_is_there(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = (results.FOLDER / f"{phase}.jsonl").read_text()
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    (tmp_path / f"{phase}.jsonl").write_text(there)
+    assert results.gather(phase, tmp_path / "nothing") == (0, {})
+    assert sorted((tmp_path / f"{phase}.jsonl").read_text().splitlines()) == sorted(there.splitlines())
+    trial = PHASES[phase]()[-1]
+    folder = tmp_path / "work" / trial.name
+    folder.mkdir(parents=True)
+    for name in ("done", "step-00011.png"):
+        (folder / name).touch()
+    row = dict.fromkeys([*results.MEDIANS, "kid", "seconds", "loss/g", "logit/fake", "logit/fake_updated"], 0.5)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row | {"step": step}) + "\n" for step in range(1, 12)))
+    assert results.gather(phase, tmp_path / "work") == (1, {})  # other pictures lie elsewhere
+    assert json.loads((tmp_path / f"{phase}.jsonl").read_text().splitlines()[-1])["trial"] == trial._asdict()
+    assert trial in results.kept(phase) and len(results.kept(phase)) >= len(there.splitlines())
 
 
 def test_the_interval_is_that_of_welch() -> None:
