@@ -20,14 +20,14 @@ from torch import Tensor
 from dist_dcgan.config import CONSENT, ExtractorName, LocationOptions
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.opening import open_location
-from dist_dcgan.distributed.collectives import from_rank_zero
+from dist_dcgan.distributed.collectives import from_rank_zero, require_same
 from dist_dcgan.distributed.world import SLOW_SECONDS, process_group, run_rank
 from dist_dcgan.drawing import check_out, reported_as, save_png, tile, to_pixels
 from dist_dcgan.metrics.extractors import Extractor, load_extractor
 from dist_dcgan.metrics.features import beside_nearest, extract, real_features
 from dist_dcgan.metrics.quality import Quality, coverage, quality
 from dist_dcgan.run.export import sampling_config
-from dist_dcgan.trained import load_trained
+from dist_dcgan.trained import CHANGED_MEANWHILE, load_trained
 from dist_dcgan.training.ema import sample_images
 from shards.common.command_line import Options, UserPath, build, parse_flags
 from shards.common.errors import UserError
@@ -76,6 +76,7 @@ def main(argv: Sequence[str]) -> None:
     reader = ShardReader(open_location(options.data, options.allow_commands))
     check_data(options.data.name, reader.manifest, description["architecture"]["image_size"])
     with process_group(SLOW_SECONDS) as world:
+        require_same(f"step {description['step']}", f"the generator of {options.run_dir}", CHANGED_MEANWHILE)
         extractor = load_extractor(options.extractor, options.weights, world.device)
         generator.to(world.device).to(memory_format=torch.channels_last)
         config = sampling_config(description, options.seed)

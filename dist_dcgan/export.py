@@ -232,7 +232,8 @@ model = onnxruntime.InferenceSession(str(pathlib.Path(__file__).with_name("model
 images = model.run(None, {{"z": np.stack([latent(seed) for seed in range(count)])}})[0]
 pixels = ((images + 1) * 127.5).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 columns = round(count**0.5)
-rows = [np.hstack(pixels[i : i + columns]) for i in range(0, count // columns * columns, columns)]
+pixels = np.concatenate([pixels, np.zeros_like(pixels[: -count % columns])])  # an incomplete last row
+rows = [np.hstack(pixels[i : i + columns]) for i in range(0, len(pixels), columns)]
 Image.fromarray(np.vstack(rows)).save(out)
 '''
 

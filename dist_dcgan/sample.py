@@ -17,11 +17,11 @@ from PIL import Image
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from dist_dcgan.distributed.collectives import from_rank_zero
+from dist_dcgan.distributed.collectives import from_rank_zero, require_same
 from dist_dcgan.distributed.launch import launched
 from dist_dcgan.distributed.world import SLOW_SECONDS, World, process_group, run_rank
 from dist_dcgan.drawing import check_out, reported_as, save_png, tile
-from dist_dcgan.trained import BATCH, Trained, load_trained, parse_seeds
+from dist_dcgan.trained import BATCH, CHANGED_MEANWHILE, Trained, load_trained, parse_seeds
 from shards.common.command_line import Options, UserPath, build, parse_flags
 from shards.common.errors import UserError
 from shards.common.files import final_name, publish, read_plain, remove_leftovers
@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--labels belongs to the grid of --out: with --separate the seed is in the file's name")
     with process_group(SLOW_SECONDS) as world:
         trained = load_trained(options.run_dir, options.best, world.device)
+        require_same(f"step {trained.description['step']}", f"the generator of {options.run_dir}", CHANGED_MEANWHILE)
         if options.out is not None:
             labels = [str(seed) for seed in seeds] if options.labels else []
             picture = tile(trained.images(trained.latents(seeds)), labels=labels, scale=options.scale)

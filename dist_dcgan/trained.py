@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from shards.common.progress import Progress
 
 BATCH = 32
 """Images drawn at a time. Always so many: values differ by 3e-7 from those of another number, with two threads."""
+CHANGED_MEANWHILE = "it is in training and has just saved: give the same command again"
 _MANY = 500
 """Images from which on progress is shown."""
 _MOST_SEEDS = 10_000_000
@@ -59,7 +61,7 @@ class Trained:
         with Progress(len(z), "images", shown=len(z) >= _MANY) as progress:
             for part in z.split(BATCH):
                 padded = torch.cat([part, part.new_zeros(BATCH - len(part), part.shape[1])])
-                with torch.no_grad(), cudnn.flags(deterministic=True, allow_tf32=False):
+                with torch.no_grad(), _same_everywhere():
                     images.append(to_pixels(self.network(padded)[: len(part)].float()).cpu())
                 progress.advance(len(part))
         return torch.cat(images)
@@ -103,6 +105,11 @@ def parse_seeds(text: str, flag: str) -> list[int]:
     return seeds
 
 
+def _same_everywhere() -> AbstractContextManager[None]:
+    """Return the context in which cuDNN computes in float32 and always alike; its default would be to switch it off."""
+    return cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
 def _is_outdated(run: RunDirectory) -> bool:
     """Return whether there is a checkpoint of a later step than the export."""
     checkpoints = list_checkpoints(run.checkpoints)
@@ -134,8 +141,9 @@ def _of_newest_checkpoint(run: RunDirectory, device: torch.device) -> tuple[nn.M
     network = network.float().to(device).to(memory_format=torch.channels_last)  # as in training
     if not is_finite(network):
         raise UserError(f"the weights of the newest checkpoint in {run.checkpoints} are not finite")
-    recompute_statistics(network, config, device, torch.float32)
-    content = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
+    content = save({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()})
+    with _same_everywhere():
+        recompute_statistics(network, config, device, torch.float32)
     description = {
         "step": found.values["step"],
         "scores": {},

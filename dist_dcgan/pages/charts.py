@@ -136,12 +136,10 @@ def _shown(title: str, wanted: Wanted, found: dict[str, list[Point]]) -> list[Pa
 
 
 def points(rows: Sequence[Row], name: str, factor: float = 1.0) -> list[Point]:
-    """Return the values of a metric; `kid` is that of whatever extractor the run has."""
-    found = []
-    for row in rows:
-        names = [key for key in row.values if is_kid(key)] if name == "kid" else [name]
-        found += [Point(row.images, row.seconds, factor * row.values[key]) for key in names if key in row.values]
-    return found
+    """Return the values of a metric; `kid` is that of the extractor that the run had last."""
+    if name == "kid":
+        name = next((key for row in reversed(rows) for key in row.values if is_kid(key)), name)
+    return [Point(row.images, row.seconds, factor * row.values[name]) for row in rows if name in row.values]
 
 
 def thin(points: Sequence[Point], buckets: int = BUCKETS) -> list[Point]:

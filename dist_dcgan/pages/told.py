@@ -8,6 +8,7 @@ import statistics
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,10 +47,18 @@ class Run:
         """The last row of the log."""
         return self.log.rows[-1]
 
-    @property
+    @cached_property
     def scored(self) -> list[Row]:
         """The rows with a score."""
         return [row for row in self.log.rows if row.score is not None and math.isfinite(row.score)]
+
+    @property
+    def best(self) -> Row:
+        """The row with the best score, of those by the extractor of the last one; there must be one."""
+        return min(
+            (row for row in self.scored if extractors(row) == extractors(self.scored[-1])),
+            key=lambda row: row.score or 0.0,
+        )
 
 
 class Event(NamedTuple):
@@ -144,13 +153,14 @@ def quality_line(run: Run) -> str:
     """Return the best and the last score, and what they compare."""
     if not run.scored:
         return "no score was taken in training: `python -m dist_dcgan.evaluate` takes one"
-    best = min(run.scored, key=lambda row: row.score or 0.0)
-    last = run.scored[-1]
+    best, last = run.best, run.scored[-1]
     text = f"1000 KID {thousand(last)} after {last.images:,} images"
     if best is not last:
         text += f"; best {thousand(best)} after {best.images:,}"
-    counts = [f"{last.values[name]:,.0f} {word}" for name, word in _COUNTS.items() if name in last.values]
-    return f"{text} ({', '.join([' against '.join(counts), *extractors(last)])})"
+    counts = " against ".join(
+        f"{last.values[name]:,.0f} {word}" for name, word in _COUNTS.items() if name in last.values
+    )
+    return f"{text} ({', '.join([counts] * bool(counts) + extractors(last))})"
 
 
 _COUNTS = {"quality/fakes": "generated", "quality/reals": "real images"}
@@ -158,7 +168,8 @@ _COUNTS = {"quality/fakes": "generated", "quality/reals": "real images"}
 
 def extractors(row: Row) -> list[str]:
     """Return the feature networks by which a row is scored."""
-    return [f"by {name.removeprefix('quality/kid_')}" for name in row.values if is_kid(name)]
+    names = [name.removeprefix("quality/kid").removeprefix("_") for name in row.values if is_kid(name)]
+    return [f"by {name or 'inception'}" for name in names]  # only that of the FID network bears no name
 
 
 def thousand(row: Row) -> str:
@@ -293,13 +304,16 @@ def summary(runs: Sequence[Run]) -> list[dict[str, str]]:
             "time": duration(run.last.seconds),
             "images/s": _number(run.last.values.get("throughput/images_per_second", math.nan)),
             "1000 KID, last": thousand(run.scored[-1]) if run.scored else "-",
-            "1000 KID, best": thousand(min(run.scored, key=lambda row: row.score or 0.0)) if run.scored else "-",
+            "1000 KID, best": thousand(run.best) if run.scored else "-",
         }
         for run in runs
     ]
-    last = [1000 * (run.scored[-1].score or 0.0) for run in runs if run.scored]
-    if differences(runs).keys() <= {"seed"} and len(last) > 1:
-        mean = f"{statistics.mean(last):.0f} ± {statistics.stdev(last):.0f} (of {len(last)} seeds)"
+    last = [run.scored[-1] for run in runs if run.scored]
+    comparable = len(last) > 1 and len({(row.images, *extractors(row)) for row in last}) == 1
+    seeds = differences(runs).get("seed", [])
+    if comparable and differences(runs).keys() == {"seed"} and len(set(seeds)) == len(runs):
+        found = [1000 * (row.score or 0.0) for row in last]
+        mean = f"{statistics.mean(found):.0f} ± {statistics.stdev(found):.0f} (of {len(found)} seeds)"
         rows.append(dict.fromkeys(rows[0], "") | {"run": "mean and standard deviation", "1000 KID, last": mean})
     return rows
 

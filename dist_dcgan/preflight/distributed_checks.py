@@ -126,11 +126,14 @@ def parameters(subject: Subject) -> Finding:
 
 def scores(subject: Subject) -> Finding:
     """Load the feature network that scores images during training; every rank takes part."""
-    QualityMeter(subject.state, ShardReader(subject.location), RunDirectory(subject.config.run_dir))
+    meter = QualityMeter(subject.state, ShardReader(subject.location), RunDirectory(subject.config.run_dir))
     options = subject.config.quality
     if subject.state.plan.total_steps * subject.state.plan.global_batch < options.every_images:
         return Finding("ok", f"none: the run ends before {options.every_images:,} images")
-    return Finding("ok", f"every {options.every_images:,} images, by extractor {options.extractor}")
+    if meter.extractor is None:
+        asked = "--quality.extractor is none" if options.extractor == "none" else "the `eval` extra is not installed"
+        return Finding("ok", f"none: {asked}")
+    return Finding("ok", f"every {options.every_images:,} images, by extractor {meter.extractor.name}")
 
 
 def fingerprint(tensor: Tensor) -> str:

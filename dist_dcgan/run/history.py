@@ -33,7 +33,7 @@ _MOST_STEP_SECONDS = 1e9
 """Longer ones are an error of whoever wrote the log, and their sums would be infinite."""
 _GRID = re.compile(r"step-(\d{1,16})\.png")
 _NAME = re.compile(r"[a-z0-9_]{1,40}(/[a-z0-9_]{1,60})?")
-_KID = re.compile(r"quality/kid_\w+(?<!_std)")
+_KID = re.compile(r"quality/kid(_\w+)?(?<!_std)")
 
 State = Literal["running", "finished", "stopped", "died", "unknown"]
 """`stopped` by a signal; `died` is any end that training could not put down, `unknown` if it may be running as well."""

@@ -207,7 +207,7 @@ def save(state: TrainState, saver: Saver, digest: str) -> None:
 
 
 def finish(state: TrainState, run: RunDirectory, saver: Saver, manifest: Manifest) -> None:
-    """On rank 0, wait for the last checkpoint, draw the curves and export the averaged generator.
+    """On rank 0, wait for the last checkpoint, export the averaged generator and draw the curves.
 
     Also write a marker file if the run was stopped before its last step. Raises UserError if a file that is due cannot
     be written: of a stopped run the checkpoint and the marker, as the same command goes on from them.
@@ -216,7 +216,6 @@ def finish(state: TrainState, run: RunDirectory, saver: Saver, manifest: Manifes
     stopped = state.step < state.plan.total_steps
     if stopped:
         record_stopped(run, state.step)
-    draw_curves(run.metrics, run.curves)
     recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
     try:
         export_generator(run.generator, state.generator_ema, state.config, manifest.image_size, state.step)
@@ -225,4 +224,5 @@ def finish(state: TrainState, run: RunDirectory, saver: Saver, manifest: Manifes
         if not stopped:
             raise UserError(f"{failure}: mend that, and the same command exports it") from None
         warn(failure)
+    draw_curves(run.metrics, run.curves)
     tell(f"to see how it went: python -m dist_dcgan.report {shlex.quote(str(run.path))}")

@@ -97,9 +97,10 @@ class QualityMeter:
         with self._time.spending():  # without the real images: only the first score extracts their features
             recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
             fake = extract(draw, options.fakes, extractor, state.world)
-            if state.best_kid_extractor not in (extractor.name, None):  # two networks' distances do not compare
+            network = f"{extractor.name} {extractor.weights_sha256}"
+            if state.best_kid_extractor not in (network, None):  # two networks' distances do not compare
                 state.best_kid = None
-            state.best_kid_extractor = extractor.name
+            state.best_kid_extractor = network
             scores, state.best_kid = from_rank_zero(lambda: self._judge(real, fake, extractor), state.world.slow_group)
         return scores
 

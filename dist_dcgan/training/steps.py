@@ -73,8 +73,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def memory_remedy(error: RuntimeError, config: Config, plan: Plan) -> str:
     """Return the sizes that took too much memory, the remedy and the reason, for an error message."""
     smaller = "a smaller --batch-per-rank" if config.batch_per_rank else "more ranks, or a smaller --global-batch"
+    scores = "" if config.quality.extractor == "none" else ", or --quality.extractor none if a score took it"
     return (
-        f"with {plan.batch_per_rank} images per rank at width {config.width}: use {smaller} or --width "
+        f"with {plan.batch_per_rank} images per rank at width {config.width}: use {smaller} or --width{scores} "
         f"({str(error).splitlines()[0]})"
     )
 

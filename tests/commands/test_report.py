@@ -19,7 +19,7 @@ from PIL import Image
 
 from dist_dcgan import drawing, report
 from dist_dcgan.config import Config, read_preset
-from dist_dcgan.pages import pictures, told
+from dist_dcgan.pages import charts, pictures, told
 from dist_dcgan.run import history
 from dist_dcgan.run.directory import RunDirectory, locked
 from dist_dcgan.run.starts import Start, how_it_ended, read_starts
@@ -192,6 +192,9 @@ def test_several_runs_are_compared(finished: Path, copied: Path, tmp_path: Path)
         and "mean and standard deviation" in page.text
         and "150 ± 71 (of 2 seeds)" in page.text
     )
+    add_rows(third, [{"step": 8, "images_seen": 128, "quality/kid_x": 0.1, "quality/kid_x_std": 0.01}])
+    further = page_of(copied, third, out=tmp_path / "further.html")
+    assert "mean and standard deviation" not in further.text  # after as many images only
     panels = data_of(page)["panels"]
     assert [curve["label"] for curve in panels[0]["curves"]] == told.names_of([finished, copied, third])
     assert len({curve["colour"] for curve in panels[0]["curves"]}) == 3
@@ -320,6 +323,15 @@ def test_wild_numbers_are_told(copied: Path, tmp_path: Path, rows: list[dict[str
     page_of(copied, out=tmp_path / "r.html")
     table = told.score_table(told.read_run(copied, "x"))
     assert len({tuple(row) for row in table}) <= 1
+
+
+def test_scores_are_compared_with_those_of_the_same_network(copied: Path, tmp_path: Path) -> None:
+    """`quality/kid` is that of the network of FID."""
+    kids = {"quality/kid_x": 0.1, "quality/kid_x_std": 0.01}, {"quality/kid": 0.3}, {"quality/kid": 0.2}
+    add_rows(copied, [{"step": 9 + n, "images_seen": 16 * (9 + n)} | kid for n, kid in enumerate(kids)])
+    run = told.read_run(copied, "x")
+    assert told.quality_line(run) == "1000 KID 200 after 176 images (by inception)"
+    assert [point.value for point in charts.points(run.log.rows, "kid")] == [0.3, 0.2]
 
 
 def test_of_thousands_of_alerts_the_first_are_told(copied: Path, tmp_path: Path) -> None:

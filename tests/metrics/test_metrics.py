@@ -27,7 +27,7 @@ from dist_dcgan.metrics import distances
 from dist_dcgan.metrics.distances import frechet_distance, kernel_distance, precision_recall
 from dist_dcgan.metrics.extractors import FID_WEIGHTS, Extractor, load_extractor
 from dist_dcgan.metrics.features import read_images, real_features, scored_samples
-from dist_dcgan.metrics.quality import quality
+from dist_dcgan.metrics.quality import coverage, quality
 from shards.common.errors import OneRankError, UserError
 from tests.metrics.test_ranks import mosaic_extractor, mosaics
 from tests.support.mistakes import flip_bit
@@ -123,6 +123,16 @@ def test_precision_and_recall_count_those_within_reach_of_the_other_set(
     expected = share_within(fake, real), share_within(real, fake)
     assert 0 < expected[0] < expected[1] - 0.1 < 0.9  # which is which shows
     assert precision_recall(REAL, FAKE) == pytest.approx(expected, rel=1e-4)
+
+
+def test_of_many_images_some_evenly_spaced_ones_are_covered() -> None:
+    found = coverage(REAL, FAKE, most=40)
+    every = -(-len(REAL) // 40), -(-len(FAKE) // 40)
+    assert every[0] > 1 and (found["precision"], found["recall"]) == precision_recall(
+        REAL[:: every[0]], FAKE[:: every[1]]
+    )
+    assert found["manifold_reals"] == len(REAL[:: every[0]]) <= 40
+    assert coverage(REAL, FAKE)["manifold_reals"] == len(REAL)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -42,7 +42,7 @@ def test_a_score_that_fails_is_reported_and_training_goes_on(
     assert (scores == {}) == (fault in ("comparison fails", "generator is not finite"))
 
 
-@pytest.mark.parametrize(("extractor", "replaced"), [("mosaic", False), ("another", True)])
+@pytest.mark.parametrize(("extractor", "replaced"), [(f"mosaic {0:064}", False), (f"mosaic {1:064}", True)])
 def test_the_best_so_far_is_the_best_by_one_extractor(
     extractor: str, replaced: bool, demo_shards: Path, tmp_path: Path
 ) -> None:
@@ -52,7 +52,7 @@ def test_the_best_so_far_is_the_best_by_one_extractor(
         state.step = 1
         assert meter.read()
         assert (state.best_kid != before) == RunDirectory(tmp_path).best.is_file() == replaced
-        assert state.best_kid_extractor == "mosaic"
+        assert state.best_kid_extractor == f"mosaic {0:064}"
 
 
 def test_the_first_score_that_is_left_out_is_told(
