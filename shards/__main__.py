@@ -170,7 +170,8 @@ def convert_command(options: ConvertOptions) -> None:
     was_complete = (options.out / MANIFEST_NAME).is_file()
     if of == 1 or was_complete:
         manifest = convert(sources, options.out, settings, options.workers)
-        say(("nothing to do: " if was_complete else "") + _converted(manifest, options.out))
+        done = _converted(manifest, options.out)
+        say(f"nothing to do: {done}; what the sources hold now was not looked at" if was_complete else done)
     else:
         convert_part(sources, options.out, Part(number, of), settings, options.workers)
         say(f"part {options.part} at {options.out}; after the last: {PROG} merge {options.out}")

@@ -25,7 +25,9 @@ ORDER_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 MOST_MANIFEST_BYTES = 1 << 24
-"""Largest manifest read, of about 80,000 shards: JSON of one byte takes up to 30 bytes of memory."""
+"""Largest manifest read: JSON of one byte takes up to 30 bytes of memory."""
+MOST_SHARDS = 80_000
+"""About as many have a manifest of that size."""
 _MOST_SAMPLES = 1 << 32
 
 TAR_BLOCK = 512
@@ -171,7 +173,15 @@ class Manifest(Options):
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest atomically and durably; it must be the last file written of a data set."""
     content = manifest.model_dump(mode="json") | {"samples": manifest.samples, "digest": manifest.digest()}
-    publish(directory / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    encoded = (json.dumps(content, indent=1) + "\n").encode()
+    if len(encoded) > MOST_MANIFEST_BYTES:
+        raise too_many_shards(len(manifest.shards))
+    publish(directory / MANIFEST_NAME, encoded)
+
+
+def too_many_shards(count: int) -> UserError:
+    """Return the error of a data set whose manifest nobody would read."""
+    return UserError(f"{count:,} shards are more than some {MOST_SHARDS:,} that may be: give more --samples-per-shard")
 
 
 def read_manifest(directory: Path) -> Manifest:

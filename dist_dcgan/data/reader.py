@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
@@ -64,9 +64,19 @@ class ShardReader:
         """Write bytes [start, start + length) of each sample's stride into `out`, one after the other."""
         shards = np.searchsorted(self._ends, samples, "right")
         offsets = (samples - self._firsts[shards]) * self.manifest.layout.stride + start
-        opened = self._opened(np.unique(shards).tolist())
-        view, position = memoryview(out).cast("B"), 0
-        for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
+        positions = np.arange(len(samples)) * length
+        view, names = memoryview(out).cast("B"), np.unique(shards)
+        for first in range(0, len(names), _OPEN_SHARDS):
+            group = names[first : first + _OPEN_SHARDS]
+            inside = slice(None) if len(group) == len(names) else np.isin(shards, group)
+            reads = zip(shards[inside].tolist(), offsets[inside].tolist(), positions[inside].tolist(), strict=True)
+            self._read_group(self._opened(group.tolist()), reads, length, view)
+
+    def _read_group(
+        self, opened: dict[int, _Stream], reads: Iterable[tuple[int, int, int]], length: int, view: memoryview
+    ) -> None:
+        """Read `length` bytes for each (shard, offset, position in `view`)."""
+        for shard, offset, position in reads:
             source = opened[shard]
             try:
                 count = os.preadv(source.file.fileno(), [view[position : position + length]], offset)
@@ -74,29 +84,32 @@ class ShardReader:
                 raise unreadable(source.found.path, error) from None
             if count != length:
                 raise changed(source.found.path)
-            position += length
         for source in opened.values():  # after the reads, to detect a change during them
             if state_of(source.file) != source.found.state:
                 raise changed(source.found.path)
 
     def _opened(self, shards: list[int]) -> dict[int, _Stream]:
         """Return the open files of `shards`; closes other files that were removed or exceed the limit."""
-        opened = {}
+        opened: dict[int, _Stream] = {}
         for shard in shards:
             asked, stream = self._files(shard), self._streams.pop(shard, None)
             if stream is None or stream.asked != asked:
                 if stream is not None:
                     stream.file.close()
-                self._close_some()
+                self._close_some(_OPEN_SHARDS - len(opened))
                 stream = self._open(shard, asked)
             opened[shard] = stream
         self._streams |= opened
         return opened
 
-    def _close_some(self) -> None:
-        """Close files that exceed the limit or were removed, which take disk space until they are closed."""
+    def close(self) -> None:
+        """Close all files; they are opened again when they are needed."""
+        self._close_some(0)
+
+    def _close_some(self, room: int) -> None:
+        """Close files, until fewer than `room` are open, and such as were removed: they take disk space until then."""
         for shard, stream in list(self._streams.items()):
-            if len(self._streams) >= _OPEN_SHARDS or os.fstat(stream.file.fileno()).st_nlink == 0:
+            if len(self._streams) >= room or os.fstat(stream.file.fileno()).st_nlink == 0:
                 self._streams.pop(shard).file.close()
 
     def _open(self, shard: int, asked: ShardFile) -> _Stream:

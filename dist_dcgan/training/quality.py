@@ -94,6 +94,7 @@ class QualityMeter:
             return to_pixels(sample_images(state.generator_ema, state.config, slots, state.world.device, "quality"))
 
         real = real_features(self._reader, extractor, options.reals, state.world)
+        self._reader.close()  # they are cached: a shard that a cache evicts later takes no space
         with self._time.spending():  # without the real images: only the first score extracts their features
             recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
             fake = extract(draw, options.fakes, extractor, state.world)

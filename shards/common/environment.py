@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from shards.common.errors import UserError
+
 SAFE_DIRECTORY = "/"
 """Folder in which no other user can put a file. The working directory may be somebody's."""
 
@@ -38,7 +40,14 @@ def in_safe_directory() -> Iterator[str]:
 
     Yield the working directory. For blocks during which no other thread opens a file by a relative path.
     """
-    before = os.getcwd()
+    try:
+        before = os.getcwd()
+        os.chdir(before)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"the working directory cannot be entered: {reason}: start in a folder that you may enter"
+        ) from None
     os.chdir(SAFE_DIRECTORY)
     try:
         yield before

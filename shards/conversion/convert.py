@@ -18,7 +18,7 @@ from shards.conversion.reports import Part, PartRecord, hash_of, write_report
 from shards.conversion.shard_task import Run, ShardTask
 from shards.conversion.sources.entries import Selection, Source, Walk, as_text
 from shards.conversion.sources.folder_source import EXTENSIONS
-from shards.manifest import Layout, Manifest, Origin, Preparation
+from shards.manifest import MOST_SHARDS, Layout, Manifest, Origin, Preparation, too_many_shards
 
 
 class Settings(NamedTuple):
@@ -87,6 +87,8 @@ def _claimed(sources: Sequence[Source], out: Path, settings: Settings, part: Par
     total = sum(count or 0 for count in counts)
     if settings.selection.limit is not None:
         total = min(total, settings.selection.limit)
+    if total > MOST_SHARDS * settings.samples_per_shard:
+        raise too_many_shards(-(-total // settings.samples_per_shard))
     layout, entries = Layout(settings.image_size), part.entries_of(total, settings.samples_per_shard)
     shards = -(-entries // settings.samples_per_shard)
     try:
@@ -130,6 +132,7 @@ def _record(sources: Sequence[Source], settings: Settings, walk: Walk, identitie
         max_rejected=settings.max_rejected,
         excluded=walk.excluded,
         shards=-(-sum(walk.taken) // settings.samples_per_shard),
+        entries_sha256=walk.digest.hexdigest(),
         chain=hash_of(identities),
     )
 

@@ -55,11 +55,21 @@ def existing(out: Path, settings: Mapping[str, Any], sources: Sequence[Mapping[s
         return None
     manifest = read_manifest(out)
     finish(out)
-    found = manifest.model_dump(include=set(settings))
-    names = [origin.model_dump(include={"kind", "name"}) for origin in manifest.sources]
-    if found != settings or names != sources:
-        raise UserError(f"{out} already holds another data set: give another --out, or remove it first")
+    found = _compared(manifest.model_dump(include=set(settings)))
+    found["sources"] = [origin.model_dump(include={"kind", "name"}) for origin in manifest.sources]
+    wanted = _compared(settings) | {"sources": list(sources)}
+    different = [f"{name}: {found[name]} -> {wanted[name]}" for name in wanted if found[name] != wanted[name]]
+    if different:
+        raise UserError(
+            f"{out} already holds another data set ({'; '.join(different)}): give another --out, or remove it first"
+        )
     return manifest
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without the versions of the decoder: a newer one is no reason to convert again."""
+    preparation = {name: value for name, value in settings["preparation"].items() if name != "decoder"}
+    return {**settings, "preparation": preparation}
 
 
 def merge(out: Path) -> Manifest:
@@ -106,7 +116,7 @@ def merge_claimed(out: Path, parts: int) -> Manifest:
     lists[REJECTED_NAME] = write_json_lines(out / REJECTED_NAME, rejected)
     clean_up(out, len(shards))
     manifest = Manifest(
-        **record.model_dump(exclude={"max_rejected", "shards", "chain"}),
+        **record.model_dump(exclude={"max_rejected", "shards", "entries_sha256", "chain"}),
         rejected=rejects.count,
         lists={name: sha256 for name, sha256 in lists.items() if sha256 is not None},
         shards=tuple(shards),

@@ -32,8 +32,8 @@ def claim(out: Path, part: Part, required_bytes: int = 0) -> Iterator[None]:
     anything on the disk changes, if `out` contains other files or its disk has no room for `required_bytes`; and
     if another conversion is writing this part or has another number of parts.
     """
-    ours = _ours(out)
-    check_room(out, required_bytes - sum(map(_size, ours)), "the shards take")
+    own = [path for path in _ours(out) if part.of == 1 or _is_shard_of(part, path)]
+    check_room(out, required_bytes - sum(map(_size, own)), "the shards take")
     (out / FOLDER_NAME).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = stack.enter_context(Lock(out / FOLDER_NAME / _LOCK_NAME))
@@ -43,6 +43,9 @@ def claim(out: Path, part: Part, required_bytes: int = 0) -> Iterator[None]:
         else:
             _lock_with_other_parts(lock, str(part.of), out)
             _lock(stack.enter_context(Lock(out / FOLDER_NAME / f"{part.name}.{_LOCK_NAME}")), out)
+        for path in own:
+            if path.name != final_name(path.name):  # of a killed conversion
+                path.unlink(missing_ok=True)
         yield
 
 
@@ -66,8 +69,8 @@ def claim_whole(out: Path) -> Iterator[int]:
 def clean_up(out: Path, shards: int) -> None:
     """Remove temporary files from `out`, and shards of older conversions after the first `shards`."""
     for path in _ours(out):
-        match = re.fullmatch(r"shard-(\d{6,})\.tar", path.name)
-        if path.name != final_name(path.name) or (match and int(match[1]) >= shards):
+        number = _shard_number(path)
+        if path.name != final_name(path.name) or (number is not None and number >= shards):
             path.unlink()
 
 
@@ -96,6 +99,17 @@ def _ours(out: Path) -> list[Path]:
     if foreign:
         raise UserError(f"--out {out} is not empty (it holds {foreign[0]}): give a folder that is new or empty")
     return ours
+
+
+def _shard_number(path: Path) -> int | None:
+    """Return the number of a shard, also of one that is being written; None if it is another file."""
+    match = re.fullmatch(r"shard-(\d{6,})\.tar", final_name(path.name))
+    return int(match[1]) if match else None
+
+
+def _is_shard_of(part: Part, path: Path) -> bool:
+    number = _shard_number(path)
+    return number is not None and part.has(number)
 
 
 def _size(path: Path) -> int:

@@ -38,7 +38,7 @@ class Part(NamedTuple):
     def entries_of(self, total: int, samples_per_shard: int) -> int:
         """Return the number of entries of this part, out of `total`."""
         starts = range((self.number - 1) * samples_per_shard, total, self.of * samples_per_shard)
-        return sum(min(samples_per_shard, total - start) for start in starts)
+        return len(starts[:-1]) * samples_per_shard + min(samples_per_shard, total - starts[-1]) if starts else 0
 
     def has(self, shard: int) -> bool:
         """Return whether a shard, counted from 0, belongs to this part."""
@@ -73,6 +73,8 @@ class PartRecord(Options):
     max_images: int | None
     shards: int = Field(ge=1)
     """Number of shards of all parts."""
+    entries_sha256: str
+    """Of the keys and places of the entries of all parts."""
     chain: str
     """Hash of the identities of this part's shards, in order."""
 

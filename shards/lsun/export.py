@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from shards.common.errors import UserError
-from shards.common.files import atomic_file, read_plain, remove_leftovers
+from shards.common.files import atomic_file, read_plain, remove_leftovers, require_own_folder
 from shards.common.locks import Lock, NoLocksError
 from shards.common.progress import Progress
 from shards.conversion.images import ImageError
@@ -52,13 +52,14 @@ def export(source: LmdbSource, out: Path, *, flat: bool = False, limit: int | No
         raise UserError(f"--out {out} is a file: give a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        folders = OwnFolders(out)
         with _held(out), Progress(count, "export") as progress:
             for key, place in islice(source.walk(), count):
                 value = _read(source, key, place)
                 name, extension = _unique_name(source, key), extension_of(value)
                 report.extensions[extension] += 1
                 report.renamed += name.encode() != key
-                path = out / folder_of(name, flat) / (name + extension)
+                path = folders.checked(folder_of(name, flat)) / (name + extension)
                 report.present += _store(path, key, value, is_first=report.present == report.extensions.total() - 1)
                 progress.advance(1)
             # One sync at the end: fsync of each of three million files would take hours.
@@ -69,6 +70,21 @@ def export(source: LmdbSource, out: Path, *, flat: bool = False, limit: int | No
             f"cannot write {where} ({error.strerror}): mend that and give the same command again, or another --out"
         ) from None
     return report
+
+
+class OwnFolders:
+    """The folders of an export, of which none may be a link of another user."""
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._checked = out, set[Path]()
+
+    def checked(self, folder: Path) -> Path:
+        """Return a folder given relative to `out`; raises OSError if it, or one above it, is such a link."""
+        for part in (folder, *folder.parents):
+            if part not in self._checked:
+                require_own_folder(self._out / part)
+                self._checked.add(part)
+        return self._out / folder
 
 
 def _read(source: LmdbSource, key: bytes, place: ValueLocation) -> bytes:

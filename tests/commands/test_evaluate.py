@@ -81,6 +81,8 @@ def test_scores_are_finite_and_say_what_they_were_taken_with(scored: Scored, dem
         "fakes": FAKES,
         "reals": REALS,
         "subset_size": FAKES // 2,
+        "manifold_fakes": FAKES,
+        "manifold_reals": REALS,
         "generator": f"{scored.run.path}, latest, step 5",
         "generator_sha256": file_sha256(scored.run.generator),
         "data": str(demo_shards),

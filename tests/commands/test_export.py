@@ -54,7 +54,7 @@ def test_its_script_draws_the_same_without_torch(folder: Path, trained: Trained,
     expected = by_seed(trained, range(9)).permute(0, 2, 3, 1).numpy()
     assert np.abs(grid.astype(int) - expected.astype(int)).max() <= 1
     subprocess.run([*map(str, words[:-1]), "8"], check=True, cwd=tmp_path, env=environment())
-    assert np.array_equal(pixels(tmp_path / "grid.png")[-64:, :128], np.hstack(grid[6:8]))
+    assert np.array_equal(pixels(tmp_path / "grid.png")[-64:, :128], np.concatenate(grid[6:8], axis=1))
     for wrong in ("0", "-1", "many", ""):
         done = subprocess.run([str(word) for word in [*words[:-1], wrong]], capture_output=True, env=environment())
         assert done.returncode == 1 and done.stderr.startswith(b"Draw a grid: python sample.py"), done.stderr

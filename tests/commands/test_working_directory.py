@@ -20,6 +20,7 @@ from dist_dcgan.loggers.wandb_settings import WandbRun
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training.train_state import TrainState
 from shards.common.environment import in_safe_directory
+from shards.common.errors import UserError
 from tests.commands.test_launch import launcher, script
 from tests.support.commands import environment
 from tests.support.http_server import Answer, serve
@@ -192,3 +193,14 @@ def test_the_working_directory_comes_back_after_an_error(hostile: Path) -> None:
         assert (before, os.getcwd()) == (str(hostile), "/")
         raise ZeroDivisionError
     assert os.getcwd() == str(hostile)
+
+
+def test_a_working_directory_that_has_gone_is_told(hostile: Path) -> None:
+    (hostile / "gone").mkdir()
+    os.chdir(hostile / "gone")
+    try:
+        (hostile / "gone").rmdir()
+        with pytest.raises(UserError, match="start in a folder that you may enter"), in_safe_directory():
+            pass
+    finally:
+        os.chdir(hostile)

@@ -139,6 +139,11 @@ def test_a_shard_that_is_damaged_at_its_source_is_named(source: Path, web: str, 
         assert not list(tmp_path.glob("*/*.part*"))
 
 
+def test_a_cache_that_is_emptied_is_not_taken_for_a_source_without_the_shard(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}/parts has gone"):
+        remote.copy(source / "shard-000000.tar", tmp_path / "parts" / "a", 1 << 20)
+
+
 def test_a_shard_that_is_missing_at_its_source_is_named(source: Path, web: str, tmp_path: Path) -> None:
     places = staged(source, tmp_path / "a"), staged(web, tmp_path / "b")
     (source / "shard-000004.tar").unlink()
@@ -197,7 +202,7 @@ def test_a_server_that_gives_nothing_for_long_is_given_up(
     ("command", "message"),
     [
         ("cat {} && exit 3", "the command ends with status"),
-        ("sleep 30; cat {}", "the command prints nothing for 0.1 seconds"),
+        ("sleep 30; cat {}", "the command prints nothing for 0.3 seconds"),
         ("cat {}; exec >&-; sleep 30", "the command does not end"),
         ("cat", "no {} in pipe:***: it stands for a file's name"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 import time
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from dist_dcgan.config import Config, make_plan
+from dist_dcgan.data import reader as reader_module
 from dist_dcgan.data.loader import Batch, BatchLoader, flip, to_images
 from dist_dcgan.data.reader import ShardReader
 from dist_dcgan.data.storage.location import Folder
@@ -55,6 +57,30 @@ def test_every_sample_equals_what_tar_and_pillow_read(demo_shards: Path) -> None
     order = np.random.default_rng(0).permutation(len(expected)).tolist()
     assert np.array_equal(gather(reader, order), np.stack([expected[i] for i in order]))
     assert reader.keys(np.array(order)) == [keys[i] for i in order]
+
+
+def test_no_more_files_are_open_than_allowed(demo_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened() -> int:
+        links = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+        return sum(link.startswith(str(demo_shards.resolve())) for link in links)
+
+    order = np.random.default_rng(0).permutation(96).tolist()
+    usual = ShardReader(Folder(demo_shards))
+    expected = gather(usual, order)
+    assert opened() == len(usual.manifest.shards) > 6
+    usual.close()
+    assert opened() == 0
+    monkeypatch.setattr(reader_module, "_OPEN_SHARDS", 3)
+    reader, most = ShardReader(Folder(demo_shards)), 0
+    group = reader._read_group
+
+    def counted(*arguments: Any) -> None:
+        nonlocal most
+        most = max(most, opened())
+        group(*arguments)
+
+    monkeypatch.setattr(reader, "_read_group", counted)
+    assert np.array_equal(gather(reader, order), expected) and most == 3
 
 
 @pytest.mark.parametrize("checked", [False, True])

@@ -127,11 +127,9 @@ def test_precision_and_recall_count_those_within_reach_of_the_other_set(
 
 def test_of_many_images_some_evenly_spaced_ones_are_covered() -> None:
     found = coverage(REAL, FAKE, most=40)
-    every = -(-len(REAL) // 40), -(-len(FAKE) // 40)
-    assert every[0] > 1 and (found["precision"], found["recall"]) == precision_recall(
-        REAL[:: every[0]], FAKE[:: every[1]]
-    )
-    assert found["manifold_reals"] == len(REAL[:: every[0]]) <= 40
+    real, fake = (features[:: -(-len(features) // 40)] for features in (REAL, FAKE))
+    assert (found["precision"], found["recall"]) == precision_recall(real, fake)
+    assert found["manifold_reals"] == len(real) <= 40 < len(REAL)
     assert coverage(REAL, FAKE)["manifold_reals"] == len(REAL)
 
 

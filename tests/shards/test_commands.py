@@ -121,7 +121,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("convert BEDROOM.ZIP --out OUT", "is a file, not the folder of an LMDB: unzip it first"),
         ("convert ARCHIVES --out OUT", "/archives is not the folder of an LMDB: no data.mdb in it; unzip "),
         ("convert ABOVE/UNZIPPED --out OUT", "/unzipped/bedroom_lmdb does: give that folder"),
-        ("convert SOURCE --out DATA", "already holds another data set: give another --out"),
+        (
+            "convert SOURCE --out DATA",
+            "data set (image_size: 16 -> 64; samples_per_shard: 4 -> 4096): give",
+        ),
         ("convert SOURCE --out FOLDER", "is not empty (it holds shard-000000.tar)"),
         ("convert SOURCE --out SOURCE", "is not empty (it holds data.mdb)"),
         ("convert SOURCE --out FILE.PNG", "is a file: give a folder that is new or empty"),

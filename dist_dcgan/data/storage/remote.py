@@ -22,6 +22,8 @@ _SILENCE_SECONDS = 5.0
 _ATTEMPTS = 5
 _LONGEST_PAUSE_SECONDS = 8.0
 """The limits end a transfer after about 40 seconds of silence, before distributed.timeout_seconds (60 by default)."""
+_STARTS = 3
+"""A command may be silent for so many times longer before its first byte, as interpreters take seconds to start."""
 _LEAST_RATE = 10_000.0
 """Bytes per second; below an image of 64x64 pixels a second, a source is as useless as a silent one."""
 _CHUNK_BYTES = 1 << 20
@@ -59,16 +61,22 @@ class OtherFolder:
 def copy(source: Path, path: Path, most_bytes: int) -> None:
     """Copy a regular file to the new file `path`, not more than `most_bytes` of it; raises as `Remote.fetch` does."""
     try:
-        with open_plain(source) as file, path.open("xb") as out:
+        file = open_plain(source)
+    except FileNotFoundError:
+        raise UserError(f"no {source.name} in {source.parent}") from None
+    except NotPlainError:
+        raise FailedError("it is not a plain file") from None
+    except OSError as error:
+        raise FailedError(error.strerror or str(error)) from None
+    try:
+        with file, path.open("xb") as out:
             if os.fstat(file.fileno()).st_size > most_bytes:
                 raise FailedError(f"it has more than {most_bytes:,} bytes")
             while most_bytes and (chunk := file.read(min(_CHUNK_BYTES, most_bytes))):  # it may grow meanwhile
                 out.write(chunk)
                 most_bytes -= len(chunk)
     except FileNotFoundError:
-        raise UserError(f"no {source.name} in {source.parent}") from None
-    except NotPlainError:
-        raise FailedError("it is not a plain file") from None
+        raise UserError(f"{path.parent} has gone: nobody may remove it meanwhile") from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
@@ -141,10 +149,12 @@ class Command:
             command, shell=True, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
         )
         assert process.stdout is not None
-        written, started = 0, time.monotonic()
+        written, started, patience = 0, time.monotonic(), _STARTS * _SILENCE_SECONDS
         try:
             with process.stdout as output, path.open("xb") as file:
-                while chunk := _next_bytes(output.fileno()):
+                while chunk := _next_bytes(output.fileno(), patience):
+                    if not written:
+                        started, patience = time.monotonic(), _SILENCE_SECONDS
                     written += len(chunk)
                     if written < _LEAST_RATE * (time.monotonic() - started - 2 * _SILENCE_SECONDS):
                         raise FailedError(f"the command prints less than {_LEAST_RATE:,.0f} bytes a second")
@@ -161,10 +171,10 @@ class Command:
                 process.wait()
 
 
-def _next_bytes(descriptor: int) -> bytes:
-    """Return the next bytes of a pipe, empty at its end."""
+def _next_bytes(descriptor: int, seconds: float) -> bytes:
+    """Return the next bytes of a pipe, for which `seconds` may be waited; empty at its end."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    if not poll.poll(1000 * _SILENCE_SECONDS):
-        raise FailedError(f"the command prints nothing for {_SILENCE_SECONDS:g} seconds")
+    if not poll.poll(1000 * seconds):
+        raise FailedError(f"the command prints nothing for {seconds:g} seconds")
     return os.read(descriptor, _CHUNK_BYTES)

@@ -100,6 +100,8 @@ class Walk:
         self.taken = [0] * len(sources)
         """Number of entries taken from each source."""
         self.excluded = 0
+        self.digest = hashlib.sha256()
+        """Of the keys and places of the entries taken, which are the same for all parts of a conversion."""
         self._sources, self._selection = sources, selection
         self._found, self._first_key = set[bytes](), b""
 
@@ -120,7 +122,9 @@ class Walk:
                     self.excluded += 1
                 else:
                     self.taken[index] += 1
-                    yield Entry(index, key, place)
+                    entry = Entry(index, key, place)
+                    self.digest.update(repr(entry).encode())
+                    yield entry
 
     def check_keys(self) -> None:
         """Raise UserError if no entry has any of the keys to exclude, as far as that is known without a walk."""

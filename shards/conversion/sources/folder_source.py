@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from shards.common.errors import UserError
 from shards.common.files import NotPlainError, leads_to_own, open_plain
 from shards.conversion.images import ImageError
-from shards.conversion.sources.entries import MAX_ENTRY_BYTES, LeftOut
+from shards.conversion.sources.entries import MAX_ENTRY_BYTES, LeftOut, as_text
 
 EXTENSIONS = frozenset({b".jpg", b".jpeg", b".png", b".webp", b".ppm"})
 """Extensions of image files. The format is detected by content: LSUN exports its JPEGs as `.webp`."""
@@ -39,7 +39,7 @@ class FolderSource:
 
     def describe(self) -> dict[str, Any]:
         """Return the source's `kind` and `name` for the manifest."""
-        return {"kind": "folder", "name": self.path.resolve().name}
+        return {"kind": "folder", "name": as_text(os.fsencode(self.path.resolve().name))}
 
     def state(self) -> Any:
         """Return the resolved path in hex; changes of the files are not detected."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.common.errors import UserError
-from shards.common.files import open_plain
+from shards.common.files import leads_to_own, open_plain
 
 _PAGE = struct.Struct("<QHHHH")
 """Page header: number, unused, flags, end of node pointers, start of nodes."""
@@ -69,6 +69,8 @@ class LmdbFile:
         """
         self._path, self._file = path, open_plain(path)
         try:
+            if not leads_to_own(path, os.fstat(self._file.fileno())):
+                raise UserError(f"{path} is another user's link to a file that is not his: remove it")
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             self.snapshot = self._latest()
@@ -204,7 +206,8 @@ class LmdbFile:
         if version != _VERSION:
             raise UserError(f"{self._path} is an LMDB of format {version}; format {_VERSION} is read")
         is_page_size = 256 <= page_bytes <= 32768 and page_bytes & (page_bytes - 1) == 0
-        if not is_page_size or depth > _MAX_DEPTH or (root == _NO_PAGE) != (depth == 0):
+        too_many = entries * _NODE.size > (last_page + 1) * page_bytes
+        if not is_page_size or too_many or depth > _MAX_DEPTH or (root == _NO_PAGE) != (depth == 0):
             raise self._damaged("is damaged in its first pages")
         if flags:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from shards.common.errors import UserError
 from shards.common.files import state_of
 from shards.conversion.images import ImageError
-from shards.conversion.sources.entries import MAX_ENTRY_BYTES, LeftOut
+from shards.conversion.sources.entries import MAX_ENTRY_BYTES, LeftOut, as_text
 from shards.conversion.sources.lmdb_pages import LmdbFile, Snapshot, ValueLocation
 
 DATA_NAME = "data.mdb"
@@ -51,7 +52,7 @@ class LmdbSource:
 
     def describe(self) -> dict[str, Any]:
         """Return the source's `kind` and `name` for the manifest."""
-        return {"kind": "lmdb", "name": self.path.resolve().name}
+        return {"kind": "lmdb", "name": as_text(os.fsencode(self.path.resolve().name))}
 
     def state(self) -> Any:
         """Return path, size and mtime of its data.mdb."""

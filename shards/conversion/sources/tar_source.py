@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from shards.common.errors import UserError
 from shards.common.files import leads_to_own, open_plain, state_of
 from shards.conversion.images import ImageError
-from shards.conversion.sources.entries import MAX_ENTRY_BYTES, LeftOut
+from shards.conversion.sources.entries import MAX_ENTRY_BYTES, LeftOut, as_text
 from shards.conversion.sources.folder_source import is_image_name
 from shards.conversion.sources.tar_members import DamagedError, Member, members
 
@@ -48,7 +48,7 @@ class TarSource:
 
     def describe(self) -> dict[str, Any]:
         """Return the source's `kind` and `name` for the manifest."""
-        return {"kind": "tar", "name": self.path.resolve().name}
+        return {"kind": "tar", "name": as_text(os.fsencode(self.path.resolve().name))}
 
     def state(self) -> Any:
         """Return path, size and mtime of every tar."""
