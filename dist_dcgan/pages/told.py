@@ -310,8 +310,8 @@ def summary(runs: Sequence[Run]) -> list[dict[str, str]]:
     ]
     last = [run.scored[-1] for run in runs if run.scored]
     comparable = len(last) > 1 and len({(row.images, *extractors(row)) for row in last}) == 1
-    seeds = differences(runs).get("seed", [])
-    if comparable and differences(runs).keys() == {"seed"} and len(set(seeds)) == len(runs):
+    different = differences(runs)
+    if comparable and different.keys() == {"seed"} and len(set(different["seed"])) == len(runs):
         found = [1000 * (row.score or 0.0) for row in last]
         mean = f"{statistics.mean(found):.0f} ± {statistics.stdev(found):.0f} (of {len(found)} seeds)"
         rows.append(dict.fromkeys(rows[0], "") | {"run": "mean and standard deviation", "1000 KID, last": mean})

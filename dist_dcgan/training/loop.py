@@ -67,13 +67,10 @@ def train_in(
     """Train as one rank of `world`."""
     manifest = location.manifest
     with ExitStack() as stack:
-        # Agree on the data set and claim the run directory.
+        # Agree on data set and precision, and claim the run directory.
         schedule = make_schedule(config.checkpoint, world.device)
         agreement = stack.enter_context(StepAgreement(schedule.seconds))
-        digest = manifest.digest()
-        require_same(digest, f"the data set at {config.data.name}", "let every node see the same")
-        precision = resolve_precision(config.precision, world.device)
-        require_same(precision, f"what --precision {config.precision} means", "name one that all GPUs support")
+        digest = agree(config, manifest, world)
         run = RunDirectory(config.run_dir)
         from_rank_zero(lambda: asdict(resolve_wandb(config, None)))  # refuses before anything is written
         from_rank_zero(lambda: stack.enter_context(claimed(run, config, resume_mode)))
@@ -124,6 +121,14 @@ def train_in(
 
         # Export the generator and draw the curves.
         from_rank_zero(lambda: finish(state, run, saver, manifest), world.slow_group)
+
+
+def agree(config: Config, manifest: Manifest, world: World) -> str:
+    """Return the data set's digest; raises UserError on all ranks if it, or the precision, differs between them."""
+    digest, precision = manifest.digest(), resolve_precision(config.precision, world.device)
+    require_same(digest, f"the data set at {config.data.name}", "let every node see the same")
+    require_same(precision, f"what --precision {config.precision} means", "name one that all GPUs support")
+    return digest
 
 
 def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -52,14 +53,17 @@ def export(source: LmdbSource, out: Path, *, flat: bool = False, limit: int | No
         raise UserError(f"--out {out} is a file: give a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        folders = OwnFolders(out)
+        require_own = cache(require_own_folder)  # there are as many folders as the first six characters of keys
         with _held(out), Progress(count, "export") as progress:
             for key, place in islice(source.walk(), count):
                 value = _read(source, key, place)
                 name, extension = _unique_name(source, key), extension_of(value)
                 report.extensions[extension] += 1
                 report.renamed += name.encode() != key
-                path = folders.checked(folder_of(name, flat)) / (name + extension)
+                folder = folder_of(name, flat)
+                for part in (folder, *folder.parents):
+                    require_own(out / part)
+                path = out / folder / (name + extension)
                 report.present += _store(path, key, value, is_first=report.present == report.extensions.total() - 1)
                 progress.advance(1)
             # One sync at the end: fsync of each of three million files would take hours.
@@ -70,21 +74,6 @@ def export(source: LmdbSource, out: Path, *, flat: bool = False, limit: int | No
             f"cannot write {where} ({error.strerror}): mend that and give the same command again, or another --out"
         ) from None
     return report
-
-
-class OwnFolders:
-    """The folders of an export, of which none may be a link of another user."""
-
-    def __init__(self, out: Path) -> None:
-        self._out, self._checked = out, set[Path]()
-
-    def checked(self, folder: Path) -> Path:
-        """Return a folder given relative to `out`; raises OSError if it, or one above it, is such a link."""
-        for part in (folder, *folder.parents):
-            if part not in self._checked:
-                require_own_folder(self._out / part)
-                self._checked.add(part)
-        return self._out / folder
 
 
 def _read(source: LmdbSource, key: bytes, place: ValueLocation) -> bytes:

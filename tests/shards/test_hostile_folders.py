@@ -372,3 +372,27 @@ def test_another_user_who_exchanges_files_for_links_changes_nothing_elsewhere(tm
         assert file.read_bytes() == b"this user's own"
     finally:
         shutil.rmtree(folder)
+
+
+def test_another_users_link_for_the_data_of_an_lmdb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, theirs = write_lmdb(tmp_path / "own", numbered(2)), tmp_path / "theirs"
+    theirs.mkdir()
+    foreign_link(theirs / "data.mdb", own / "data.mdb", monkeypatch)
+    for command, options in (("convert", SMALL), ("export", ())):
+        line = error_of(command, theirs, "--out", tmp_path / "out", *options)
+        assert "is another user's link to a file that is not his" in line
+    assert not (tmp_path / "out" / FOLDER_NAME).exists()
+
+
+def test_no_export_goes_through_another_users_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_lmdb(tmp_path / "source", numbered(1))  # i/m/a/g/e/0/image0000.jpg
+    out, private = tmp_path / "out", tmp_path / "private"
+    private.mkdir()
+    for folder in (Path(), Path("i"), Path("i/m/a/g/e/0")):
+        shutil.rmtree(out, ignore_errors=True)
+        (out / folder).parent.mkdir(parents=True, exist_ok=True)
+        link = foreign_link(out / folder, private, monkeypatch)
+        done = run_shards("export", source, "--out", out)
+        assert done.returncode == 2 and "a link of another user" in done.stderr
+        assert contents(private) == {}
+        link.unlink()

@@ -78,6 +78,14 @@ def test_damage_in_the_first_pages_is_noticed(place: int, data: bytearray, tmp_p
     assert "source/data.mdb" in refusal_of(tmp_path, data)
 
 
+def test_more_entries_than_the_file_could_hold_are_noticed_before_they_are_counted(
+    data: bytearray, tmp_path: Path
+) -> None:
+    for meta in (0, 4096):
+        data[meta + 40 + 48 + 32 + 6] = 1  # 2**48 more
+    assert "is damaged in its first pages" in refusal_of(tmp_path, data)
+
+
 def test_an_lmdb_cut_at_any_page_is_refused(tmp_path: Path) -> None:
     path = write_lmdb(tmp_path / "source", VALUES)
     whole = (path / "data.mdb").read_bytes()

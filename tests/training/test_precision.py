@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,8 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_dcgan.config import Config, make_plan
+from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.distributed.world import process_group
-from dist_dcgan.training import steps
+from dist_dcgan.training import loop, steps
+from shards.common.errors import UserError
 from tests.gpu.training import arrays, make_state
 from tests.support.ranks import run_ranks
 
@@ -44,6 +49,22 @@ def steps_with_overflow(network: str, precision: str, factor: float) -> dict[str
             scales = {"scale_g": state.scaler_g.get_scale(), "scale_d": state.scaler_d.get_scale()}
             record.append({"tensors": tensors, **scales})
         return {"steps": record, "step": state.step}
+
+
+def refusal_of_two_precisions(data: Path, run_dir: Path) -> str:
+    """What training says on a rank whose GPU would compute in another precision."""
+    config = Config(width=4, global_batch=4, max_steps=1, data={"path": data}, run_dir=run_dir)
+    found = {"0": "bf16", "1": "fp16"}[os.environ["RANK"]]
+    with mock.patch.object(loop, "resolve_precision", return_value=found), pytest.raises(UserError) as caught:
+        loop.train(config, make_plan(config, 2, 96), Folder(data), "auto")
+    return str(caught.value)
+
+
+def test_ranks_of_two_precisions_do_not_begin(demo_shards: Path, tmp_path: Path) -> None:
+    line = "what --precision auto means differs between ranks: rank 0 has bf16, rank 1 has fp16: name one"
+    for message in run_ranks(2, refusal_of_two_precisions, demo_shards, tmp_path / "run"):
+        assert message.startswith(line)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("before", "scale"), [("fp16", 8.0), ("bf16", 2.0**16)])

@@ -22,7 +22,7 @@ _SILENCE_SECONDS = 5.0
 _ATTEMPTS = 5
 _LONGEST_PAUSE_SECONDS = 8.0
 """The limits end a transfer after about 40 seconds of silence, before distributed.timeout_seconds (60 by default)."""
-_STARTS = 3
+_START_FACTOR = 3
 """A command may be silent for so many times longer before its first byte, as interpreters take seconds to start."""
 _LEAST_RATE = 10_000.0
 """Bytes per second; below an image of 64x64 pixels a second, a source is as useless as a silent one."""
@@ -149,7 +149,7 @@ class Command:
             command, shell=True, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
         )
         assert process.stdout is not None
-        written, started, patience = 0, time.monotonic(), _STARTS * _SILENCE_SECONDS
+        written, started, patience = 0, time.monotonic(), _START_FACTOR * _SILENCE_SECONDS
         try:
             with process.stdout as output, path.open("xb") as file:
                 while chunk := _next_bytes(output.fileno(), patience):
