@@ -212,7 +212,7 @@ def widths() -> list[Trial]:
 
 def width_trial(name: str, width: int, data: str, seed: int) -> Trial:
     """Return the trial of a width, of as many images as a core makes in an hour or two."""
-    images = {16: 204_800, 32: 204_800, 64: 163_840, 128: 102_400 if name == "default" else 163_840}[width]
+    images = 204_800 if width < 64 else 163_840
     batch = FACTORS[name].batch
     return Trial(f"{name} at {width}", data, seed, batch, images // batch, score_every=SCORED_IMAGES // batch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.benchmarks.figures import figure
 from tests.stability import long
 from tests.stability.evidence import TURNS
 from tests.stability.jump import BATCH
-from tests.stability.recipes import DOUBLED, FACTORS, PHASES, SCORED_IMAGES, Trial
+from tests.stability.recipes import DOUBLED, FACTORS, FASTER, PHASES, SCORED_IMAGES, Trial
 from tests.stability.results import FOLDER, SUMMED_UP, Result, read
 from tests.support.rows import read_rows
 
@@ -36,8 +36,9 @@ def main() -> None:
     plots: dict[str, Callable[[Path], None]] = {
         "jump.png": plot_jumps,
         "evidence.png": plot_evidence,
-        "long_kid.png": partial(plot_curves, long_runs()),
-        "widths_kid.png": partial(plot_curves, width_runs()),
+        "long_kid.png": partial(plot_curves, long_runs(), "images"),
+        "widths_kid.png": partial(plot_curves, width_runs(), "images"),
+        "updates_kid.png": partial(plot_curves, update_runs(), "updates"),
     }
     for phase in TRIAL_PHASES:
         plots[f"{phase}_kid.png"] = partial(plot_kid, read(phase))
@@ -54,6 +55,7 @@ def with_tables(text: str) -> str:
     contents = {phase: trial_table(read(phase)) for phase in TRIAL_PHASES}
     contents |= {phase: factor_table(phase) for phase in ("factors", "quickstart")}
     contents |= {"long": curve_table(long_runs(), 100_000), "widths": curve_table(width_runs(), SCORED_IMAGES)}
+    contents |= {"updates": curve_table(update_runs(), SCORED_IMAGES // FACTORS[FASTER].batch)}
     contents |= {"jump": jump_table(), "evidence": evidence_table()}
     for name, content in contents.items():
         text = tables.put(text, f"<!-- {name} -->\n", f"<!-- end of {name} -->", content)
@@ -218,7 +220,7 @@ def plot_evidence(path: Path) -> None:
 
 
 Curves = dict[str, dict[str, list[dict[int, float]]]]
-"""1000 KID by images of each run, by the data and by what was trained; what is compared stands next to each other."""
+"""1000 KID by images or updates of each run, by the data and by what was trained; neighbours are compared."""
 
 
 def long_runs() -> Curves:
@@ -235,12 +237,27 @@ def long_runs() -> Curves:
 def width_runs() -> Curves:
     """Return the runs of each width, the widest first."""
     found: Curves = {}
+    for trial, name, width, kid in _width_trials():
+        widths = found.setdefault(f"{trial.data}, {name}", {f"width {width}": [] for width in reversed(DOUBLED)})
+        widths[f"width {width}"].append({images: 1000 * value for images, value in kid})
+    return with_runs(found)
+
+
+def update_runs() -> Curves:
+    """Return the same runs by the number of updates, those of a width next to each other."""
+    found: Curves = {}
+    for trial, name, width, kid in _width_trials():
+        recipes = found.setdefault(f"{trial.data}, width {width}", {})
+        recipes.setdefault(name, []).append({images // trial.batch: 1000 * value for images, value in kid})
+    return found
+
+
+def _width_trials() -> Iterator[tuple[Trial, str, int, list[tuple[int, float]]]]:
+    """Yield the trials of the phase `widths`, each with its factor, its width and KID by images."""
     for line in read_rows(FOLDER / "widths.jsonl"):
         trial = Trial(**line["trial"])
         name, _, width = trial.recipe.rpartition(" at ")
-        widths = found.setdefault(f"{trial.data}, {name}", {f"width {width}": [] for width in reversed(DOUBLED)})
-        widths[f"width {width}"].append({images: 1000 * kid for images, kid in line["kid"]})
-    return with_runs(found)
+        yield trial, name, int(width), line["kid"]
 
 
 def with_runs(found: Curves) -> Curves:
@@ -249,19 +266,19 @@ def with_runs(found: Curves) -> Curves:
 
 
 def curve_table(found: Curves, every: int) -> str:
-    """Return 1000 KID every so many images: means and standard deviations over seeds, and differences of neighbours."""
+    """Return 1000 KID at every so many: means and standard deviations over seeds, and differences of neighbours."""
     runs = [run for kinds in found.values() for runs in kinds.values() for run in runs]
-    columns = sorted({images for run in runs for images in run if images and images % every == 0})
+    columns = sorted({number for run in runs for number in run if number and number % every == 0})
     rows = []
     for data, kinds in found.items():
         values = {kind: [[run[n] for run in runs if n in run] for n in columns] for kind, runs in kinds.items()}
-        for kind, by_images in values.items():
-            rows.append([f"{data}, {kind}", str(len(kinds[kind])), *map(_mean_and_deviation, by_images)])
+        for kind, by_number in values.items():
+            rows.append([f"{data}, {kind}", str(len(kinds[kind])), *map(_mean_and_deviation, by_number)])
         for first, second in pairwise(values):
             pairs = zip(values[first], values[second], strict=True)
             differences = [_difference(a, b) if a and b else "" for a, b in pairs]
             rows.append([f"{data}, {first} less {second}", "", *differences])
-    return tables.table(["run", "seeds", *(f"{images / 1000:.0f}k" for images in columns)], rows) if rows else ""
+    return tables.table(["run", "seeds", *(f"{number / 1000:.3g}k" for number in columns)], rows) if rows else ""
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
@@ -277,18 +294,18 @@ def _difference(a: Sequence[float], b: Sequence[float]) -> str:
     return f"{middle} ({low:+.0f} to {high:+.0f})"
 
 
-def plot_curves(found: Curves, path: Path) -> None:
-    """Plot KID against images, a line per run."""
+def plot_curves(found: Curves, unit: str, path: Path) -> None:
+    """Plot KID against thousands of a unit, a line per run."""
     names = dict.fromkeys(kind for kinds in found.values() for kind in kinds)
     colours = {kind: f"C{index}" for index, kind in enumerate(names)}
     with figure(path, 1, len(found), sharey=True, figsize=(5 * len(found), 4)) as panels:
         for panel, (data, kinds) in zip(panels, found.items(), strict=True):
             for kind, runs in kinds.items():
                 for seed, run in enumerate(runs):
-                    points = [(images / 1000, kid) for images, kid in run.items() if images]
+                    points = [(number / 1000, kid) for number, kid in run.items() if number]
                     label = kind.strip("`") if seed == 0 else None
                     panel.plot(*zip(*points, strict=True), ".-", color=colours[kind], label=label)
-            panel.set(title=data, xlabel="thousand images")
+            panel.set(title=data, xlabel=f"thousand {unit}")
             panel.legend()
         panels[0].set_ylabel("1000 KID")
 
