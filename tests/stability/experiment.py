@@ -20,6 +20,8 @@ from dist_dcgan.metrics.distances import kernel_distance
 from dist_dcgan.metrics.extractors import load_extractor
 from dist_dcgan.metrics.features import extract, real_features
 from dist_dcgan.run.checkpoint import Retention, load_newest, save_checkpoint
+from dist_dcgan.run.directory import RunDirectory
+from dist_dcgan.run.export import export_generator
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.train_state import TrainState
 from shards.common.files import publish
@@ -33,7 +35,10 @@ DEAD_GRADIENT, DEAD_STEPS = 1e-3, 40
 
 
 def run_trial(trial: Trial, data: Path, folder: Path) -> None:
-    """Train `trial` on the shards in `data`; leaves rows.jsonl, grids and, when it is done, `done` in `folder`."""
+    """Train `trial` on the shards in `data`.
+
+    Leaves rows.jsonl and grids in `folder`, and at the end its averaged generator, as `evaluate` takes it, and `done`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[trial.recipe]
     config = configuration(recipe, trial, data)
@@ -67,6 +72,8 @@ def run_trial(trial: Trial, data: Path, folder: Path) -> None:
                     save_checkpoint(folder / "checkpoints", state.tensors(), state.values(), Retention(1))
                 if last:
                     break
+        generator = RunDirectory(folder).generator
+        export_generator(generator, state.generator_ema, config, manifest.image_size, state.step)
     publish(folder / "done", b"")
 
 

@@ -13,6 +13,8 @@ from _pytest.mark import ParameterSet
 
 from dist_dcgan.config import make_plan
 from dist_dcgan.distributed.world import process_group
+from dist_dcgan.run.directory import RunDirectory
+from dist_dcgan.run.export import read_description
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
 from tests.stability import experiment, long, report, results
@@ -121,6 +123,9 @@ def test_a_trial_that_was_killed_goes_on_as_if_it_had_not(
     experiment.run_trial(trial, demo_shards, tmp_path / "killed")
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     assert [row["step"] for row in rows(tmp_path / "whole") if "kid" in row] == [0, 4, 8, 10]
+    killed_generator, whole_generator = (RunDirectory(tmp_path / name).generator for name in ("killed", "whole"))
+    assert read_description(killed_generator) == read_description(whole_generator)
+    assert read_description(whole_generator)["step"] == 10
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
