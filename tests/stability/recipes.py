@@ -211,7 +211,7 @@ def widths() -> list[Trial]:
 
 
 def width_trial(name: str, width: int, data: str, seed: int) -> Trial:
-    """Return the trial of a width, of as many images as a core makes in an hour or two."""
+    """Return the trial of a width, of as many images as a core makes in about two hours."""
     images = 204_800 if width < 64 else 163_840
     batch = FACTORS[name].batch
     return Trial(f"{name} at {width}", data, seed, batch, images // batch, score_every=SCORED_IMAGES // batch)

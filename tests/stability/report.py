@@ -266,7 +266,7 @@ def with_runs(found: Curves) -> Curves:
 
 
 def curve_table(found: Curves, every: int) -> str:
-    """Return 1000 KID at every so many: means and standard deviations over seeds, and differences of neighbours."""
+    """Return 1000 KID at multiples of `every`: means and standard deviations over seeds, differences of neighbours."""
     runs = [run for kinds in found.values() for runs in kinds.values() for run in runs]
     columns = sorted({number for run in runs for number in run if number and number % every == 0})
     rows = []
