@@ -1,7 +1,7 @@
 """Detects training failures from the metrics of each step.
 
-The bounds were chosen on the screening runs of `tests/stability`. The rules are pure functions of the metrics averaged
-over ranks, so that all ranks agree without communication.
+The bounds were chosen on the screening runs of `tests/stability`, that of "fading" on its runs by width. The rules are
+pure functions of the metrics averaged over ranks, so that all ranks agree without communication.
 """
 
 from __future__ import annotations
@@ -83,6 +83,13 @@ RULES = (
         250,
         "the images of a batch have one layout, whatever z is; so they have before training, but not for long",
         "the rates of the default preset, --noise.sigma 0.3, or an earlier checkpoint with another --seed",
+    ),
+    Rule(
+        "fading",
+        lambda row: 0.1 * row["diversity/real"] <= row["diversity/fake"] < 0.6 * row["diversity/real"],
+        600,
+        "generated images are paler than real ones: D knows these by something that G cannot draw, so G draws less",
+        "a new run with --noise.sigma 0.05, which hides from D how small JPEGs store colours; pictures: --best",
     ),
     Rule(
         "oscillation",

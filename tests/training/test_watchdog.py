@@ -17,7 +17,7 @@ HEALTHY = {
     "grad_norm/d": 30.0,
     "grad_norm/g": 20.0,
     "diversity/real": 0.5,
-    "diversity/fake": 0.3,
+    "diversity/fake": 0.4,
     "logit/fake": -2.0,
     "logit/fake_updated": -4.0,
 }
@@ -27,6 +27,7 @@ BROKEN: dict[str, dict[str, float]] = {
     "the discriminator has won": {"grad_norm/g": 1e-4, "loss/g": 42.0},
     "the generator has won": {"score/fake": 0.99, "loss/g": 0.01, "grad_norm/g": 1e-4},
     "mode collapse": {"diversity/fake": 0.02},
+    "fading": {"diversity/fake": 0.25},
     "oscillation": {"logit/fake": 5.0, "logit/fake_updated": -30.0},
 }
 STEPS = {rule.mode: rule.steps for rule in RULES}
