@@ -96,6 +96,11 @@ def decode_image(data: bytes, enough: int | None = None) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
+def is_jpeg(data: bytes) -> bool:
+    """Return whether `data` begins as a JPEG does."""
+    return data.startswith(_JPEG)
+
+
 def prepare(image: Image.Image, size: int) -> Image.Image:
     """Return the largest centred square of an RGB `image`, resized to `size` x `size` pixels by Lanczos.
 
@@ -166,7 +171,7 @@ def _checked(data: bytes) -> bytes:
 
     The damage is what Pillow accepts or takes hours to reject.
     """
-    if data.startswith(_JPEG):
+    if is_jpeg(data):
         _check_jpeg(data)
     elif data.startswith(_PNG):
         return _checked_png(data)

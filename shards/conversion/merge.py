@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.common.errors import UserError
+from shards.common.messages import warn
 from shards.conversion.output_dir import claim_whole, clean_up, finish
 from shards.conversion.reports import Part, PartRecord, ShardReport, hash_of, read_report, report_name
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, write_manifest
@@ -96,9 +97,11 @@ def merge_claimed(out: Path, parts: int) -> Manifest:
     rejects = Rejects(sum(origin.entries for origin in record.sources), record.max_rejected)
     shards: list[ShardEntry] = []
     chains: list[list[str]] = [[] for _ in range(parts)]
+    small_jpegs = 0
     for index, report in enumerate(_reports(out, record.shards, parts)):
         chains[index % parts].append(report.identity)
         rejects.check(report)
+        small_jpegs += report.small_jpegs
         if report.shard is not None:
             shards.append(report.shard)
         elif index < record.shards - 1 or not shards:
@@ -123,6 +126,12 @@ def merge_claimed(out: Path, parts: int) -> Manifest:
     )
     write_manifest(out, manifest)
     finish(out)
+    if small_jpegs > manifest.samples / 2:
+        warn(
+            f"{small_jpegs:,} of {manifest.samples:,} images are JPEGs with a side of less than twice "
+            f"{record.image_size} pixels: the discriminator may tell real images by how they store fine colours. If "
+            "pictures fade in a long training, give it --noise.sigma 0.05 (tests/stability/README.md)"
+        )
     return manifest
 
 

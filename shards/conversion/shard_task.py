@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from shards.common.workers import Tick
-from shards.conversion.images import ImageError, decode_image, prepare, to_ppm
+from shards.conversion.images import ImageError, decode_image, is_jpeg, prepare, to_ppm
 from shards.conversion.reports import ShardReport, finished, hash_of, report_name, write_report
 from shards.conversion.sources.entries import Entry, Source, as_text
 from shards.manifest import Layout, Preparation, member_key, shard_name
@@ -40,8 +42,8 @@ class ShardTask:
         if (report := finished(self.out, run.shard, identity)) is not None:
             tick(report.entries)
             return report
-        renamed, rejected = list[dict[str, str]](), list[dict[str, str]]()
-        samples = self._samples(run.entries, renamed, rejected, tick)
+        renamed, rejected, small = list[dict[str, str]](), list[dict[str, str]](), list[bytes]()
+        samples = self._samples(run.entries, renamed, rejected, small, tick)
         shard = write_shard(self.out / shard_name(run.shard), self.layout, samples)
         report = ShardReport(
             identity=identity,
@@ -49,13 +51,20 @@ class ShardTask:
             shard=shard,
             renamed=tuple(renamed),
             rejected=tuple(rejected),
+            small_jpegs=len(small),
         )
         write_report(self.out, report_name(run.shard), report)
         return report
 
     def _samples(
-        self, entries: list[Entry], renamed: list[dict[str, str]], rejected: list[dict[str, str]], tick: Tick
+        self,
+        entries: list[Entry],
+        renamed: list[dict[str, str]],
+        rejected: list[dict[str, str]],
+        small: list[bytes],
+        tick: Tick,
     ) -> Iterator[tuple[str, bytes]]:
+        """Yield names and PPMs; fills the lists of keys that are not their names, of rejects and of small JPEGs."""
         taken = dict[str, bytes]()
         for entry in entries:
             key = self.key_of(entry)
@@ -64,24 +73,25 @@ class ShardTask:
             try:
                 if member in taken:
                     raise ImageError(_second_of_a_name(name, taken[member], source.key_rule))
-                ppm = self._ppm(source.read(entry.key, entry.place))
+                data = source.read(entry.key, entry.place)
+                image = self._decoded(data)
             except ImageError as error:
                 rejected.append(describe_key(key) | {"reason": str(error)})
             else:
                 taken[member] = name
                 if member.encode() != key:
                     renamed.append({"member": member} | describe_key(key))
-                yield member, ppm
+                if is_jpeg(data) and min(image.size) < 2 * self.layout.image_size:
+                    small.append(key)
+                yield member, to_ppm(prepare(image, self.layout.image_size))
             tick(1)
 
     def key_of(self, entry: Entry) -> bytes:
         """Return the key of an entry, prefixed with the source's number if there are several, so that it is unique."""
         return b"%d_%s" % (entry.source, entry.key) if len(self.sources) > 1 else entry.key
 
-    def _ppm(self, data: bytes) -> bytes:
-        size = self.layout.image_size
-        enough = 2 * size if self.preparation.decoding == "reduced" else None
-        return to_ppm(prepare(decode_image(data, enough), size))
+    def _decoded(self, data: bytes) -> Image.Image:
+        return decode_image(data, 2 * self.layout.image_size if self.preparation.decoding == "reduced" else None)
 
 
 def _second_of_a_name(name: bytes, first: bytes, rule: str) -> str:

@@ -110,6 +110,21 @@ def test_the_command_ends_with_one_line_that_says_what_it_wrote(source: Path, tm
     assert sorted(contents(out)) == ["manifest.json", "shard-000000.tar"]
 
 
+@pytest.mark.parametrize(
+    ("format", "size", "count", "warned"),
+    [("JPEG", 64, 3, True), ("JPEG", 32, 3, False), ("PNG", 64, 3, False), ("JPEG", 64, 2, False)],
+)
+def test_small_jpegs_are_named_if_most_images_are_such(
+    tmp_path: Path, format: str, size: int, count: int, warned: bool
+) -> None:
+    """Their sides are 90 and 120 pixels; the rest of four images are large."""
+    files = {f"{i}.{format.lower()}": encoded(picture(i), format) for i in range(count)}
+    files |= {f"{i}.jpg": encoded(picture(i, 300, 300)) for i in range(count, 4)}
+    words = ("--out", tmp_path / "data", "--image-size", size, "--samples-per-shard", 2)
+    found = run_shards("convert", write_files(tmp_path / "images", files), *words).stderr
+    assert ("warning: 3 of 4 images are JPEGs with a side of less than twice 64 pixels" in found) == warned
+
+
 def test_plain_keys_name_their_samples_and_the_others_are_kept_in_a_list(tmp_path: Path) -> None:
     texts = {key: key.hex() if key == b"\xff\xfe" else key.decode() for key in [*PLAIN_KEYS, *ODD_KEYS]}
     out = tmp_path / "data"
