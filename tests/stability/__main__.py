@@ -6,6 +6,7 @@ gather PHASE add those trials of a phase that are done so far to its results
 long         train the paper's width and half of it on many images, as people do, with the command itself
 evidence     train the usual loop and this project at both widths, 40 minutes each, by turns
 jump         measure how far one update of D moves its logit
+clue         find out what D tells small JPEGs by
 report       write the tables of README.md and its plots from the results
 """
 
@@ -22,7 +23,7 @@ import torch
 
 from dist_dcgan.training.train_state import resolve_precision
 from shards.common.locks import Lock
-from tests.stability import evidence, jump, long, report, results
+from tests.stability import clue, evidence, jump, long, report, results
 from tests.stability.experiment import run_trial
 from tests.stability.recipes import PHASES, Trial
 
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.stability", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "gather", "long", "evidence", "jump", "report"])
+    parser.add_argument("command", choices=["run", "gather", "long", "evidence", "jump", "clue", "report"])
     parser.add_argument("phase", nargs="?", choices=sorted(PHASES))
     parser.add_argument("--photos", type=Path, default=Path("data/photos"), help="shards of photographs")
     parser.add_argument("--rooms", type=Path, default=Path("data/demo_train"), help="shards of rendered bedrooms")
@@ -60,6 +61,8 @@ def main() -> None:
         report.show_grids(results.gather_evidence(options.work / "evidence"), report.PLOTS / "evidence_grids.jpg")
     elif options.command == "jump":
         jump.measure(options.photos)
+    elif options.command == "clue":
+        clue.measure(options.cifar, options.work)
     elif options.command == "long":
         run_long(options)
     elif options.phase is None:

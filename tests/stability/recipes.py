@@ -27,6 +27,8 @@ class Recipe:
     the rule for Adam)."""
     lr_logit: float = 1.0
     """Factor of the rate of D's last layer."""
+    lr_image: float = 1.0
+    """Factor of the rate of G's last layer."""
     l2: float = 0.0
     """Weight decay added to the gradients, as in the paper's code."""
     alternate: bool = False
@@ -42,6 +44,8 @@ class Recipe:
     """Divide each weight of D by its largest singular value (arXiv 1802.05957)."""
     flip: bool = False
     """Mirror real images with probability 1/2."""
+    half_colour: bool = False
+    """Show D the colours of every image at half of their resolution."""
     augment: bool = False
     """Change colours, place and a square of every image that D sees (DiffAugment, arXiv 2006.10738)."""
 

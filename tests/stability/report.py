@@ -56,7 +56,7 @@ def with_tables(text: str) -> str:
     contents |= {phase: factor_table(phase) for phase in ("factors", "quickstart")}
     contents |= {"long": curve_table(long_runs(), 100_000), "widths": curve_table(width_runs(), SCORED_IMAGES)}
     contents |= {"updates": curve_table(update_runs(), SCORED_IMAGES // FACTORS[FASTER].batch)}
-    contents |= {"jump": jump_table(), "evidence": evidence_table()}
+    contents |= {"jump": jump_table(), "clue": clue_table(), "mended": mended_table(), "evidence": evidence_table()}
     for name, content in contents.items():
         text = tables.put(text, f"<!-- {name} -->\n", f"<!-- end of {name} -->", content)
     return text
@@ -172,6 +172,23 @@ def plot_jumps(path: Path) -> None:
             panel.loglog(list(values), list(values.values()), "-o", ms=3, label=name)
             panel.set(xlabel="width", ylabel="change of D's logit", xticks=DOUBLED, xticklabels=DOUBLED)
         panel.legend(fontsize=7)
+
+
+def clue_table() -> str:
+    """Return D's mean logit by change and width."""
+    rows = [row for row in read_rows(FOLDER / "clue.jsonl") if "change" in row]
+    found = {(row["change"], row["width"]): f"{row['real']:.1f}, {row['fake']:.1f}" for row in rows}
+    widths = list(dict.fromkeys(row["width"] for row in rows))
+    changes = dict.fromkeys(row["change"] for row in rows)
+    head = ["change", *(f"width {width}: real, generated" for width in widths)]
+    return tables.table(head, [[change, *(found[change, width] for width in widths)] for change in changes])
+
+
+def mended_table() -> str:
+    """Return what became of a training that faded."""
+    rows = [row for row in read_rows(FOLDER / "clue.jsonl") if "then" in row]
+    cells = [[row["then"], f"{row['grad_norm/g']:.0f}", f"{row['diversity/fake']:.2f}"] for row in rows]
+    return tables.table(["from there on", "G's gradient", "diversity"], cells)
 
 
 def evidence() -> dict[str, list[dict[str, float]]]:

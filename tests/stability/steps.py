@@ -132,10 +132,11 @@ def rate_factor(recipe: Recipe, network: nn.Module, name: str, parameter: nn.Par
     """Return the factor of the rate of one parameter."""
     names = [other for other, value in network.named_parameters() if value.dim() == 4]
     is_logit_layer = name == names[-1] and parameter.shape[0] == 1
+    is_image_layer = name == names[-1] and parameter.shape[1] == 3
     grows = parameter.dim() == 4 and name != names[0]  # the first layers see z and the three colours
     scaled = ("d" if isinstance(network, Discriminator) else "g") in recipe.lr_by_fan_in
     factor = 64 / recipe.width if scaled and grows else 1.0
-    return factor * (recipe.lr_logit if is_logit_layer else 1.0)
+    return factor * (recipe.lr_logit if is_logit_layer else recipe.lr_image if is_image_layer else 1.0)
 
 
 def use_differentiable_batchnorm(state: TrainState) -> None:
@@ -166,7 +167,13 @@ def _as_seen(state: TrainState, recipe: Recipe, images: Tensor, where: str) -> T
     if recipe.augment:
         key = stream_seed(state.config.seed, f"augment {where}", state.step)
         images = augment(images, uniform(key, state.slots, 7).to(state.dtype))
-    return images
+    return halve_colour(images) if recipe.half_colour else images
+
+
+def halve_colour(images: Tensor) -> Tensor:
+    """Return images whose colours have half of their resolution, as in most JPEGs (4:2:0)."""
+    grey = images.mean(1, keepdim=True)
+    return grey + F.interpolate(F.avg_pool2d(images - grey, 2), scale_factor=2, mode="bilinear")
 
 
 def augment(images: Tensor, chance: Tensor) -> Tensor:

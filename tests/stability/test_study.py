@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from _pytest.mark import ParameterSet
+from PIL import Image
 
 from dist_dcgan.config import make_plan
 from dist_dcgan.distributed.world import process_group
@@ -20,7 +23,14 @@ from dist_dcgan.training.train_state import TrainState
 from tests.stability import experiment, long, report, results
 from tests.stability.experiment import configuration
 from tests.stability.recipes import PHASES, RECIPES, Recipe, Trial
-from tests.stability.steps import rate_factor, scale_rates, study_step, use_differentiable_batchnorm, use_spectral_norm
+from tests.stability.steps import (
+    halve_colour,
+    rate_factor,
+    scale_rates,
+    study_step,
+    use_differentiable_batchnorm,
+    use_spectral_norm,
+)
 from tests.support.rows import read_rows
 
 TRIAL = Trial("", "photos", seed=3, batch=8, steps=3)
@@ -86,13 +96,26 @@ def test_rates_by_fan_in_spare_the_layers_whose_fan_in_does_not_grow() -> None:
     config = configuration(Recipe(width=8), TRIAL, Path("unused"))
     with process_group(60, "cpu") as world:
         state = TrainState(config, make_plan(config, 1, 100), world, 64)
-        recipe = Recipe(width=128, lr_by_fan_in="gd", lr_logit=0.1)
+        recipe = Recipe(width=128, lr_by_fan_in="gd", lr_logit=0.1, lr_image=0.25)
         factors = [
             [rate_factor(recipe, network, name, parameter) for name, parameter in network.named_parameters()]
             for network in (state.generator, state.discriminator)
         ]
-    assert factors[0] == [1, 1, 1, 0.5, 1, 1, 0.5, 1, 1, 0.5, 1, 1, 0.5]
+    assert factors[0] == [1, 1, 1, 0.5, 1, 1, 0.5, 1, 1, 0.5, 1, 1, 0.125]
     assert factors[1] == [1, 0.5, 1, 1, 0.5, 1, 1, 0.5, 1, 1, pytest.approx(0.05)]
+
+
+def test_colours_of_half_resolution_are_those_of_a_jpeg() -> None:
+    """Most of what JPEG of the best quality changes is that; it weighs the three colours otherwise."""
+    image = np.random.default_rng(0).integers(60, 196, (32, 32, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=100, subsampling="4:2:0")
+    original, stored = (
+        torch.tensor(np.array(pixels)).permute(2, 0, 1)[None] / 127.5 - 1 for pixels in (image, Image.open(file))
+    )
+    halved = halve_colour(original)
+    assert torch.allclose(halved.mean(1), original.mean(1), atol=1e-6)
+    assert float((halved - stored).std()) < 0.5 * float((original - stored).std())
 
 
 def test_trials_have_names_of_their_own() -> None:

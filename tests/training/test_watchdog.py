@@ -76,6 +76,12 @@ def test_a_resumed_watchdog_goes_on_counting() -> None:
     assert second.observe(broken[60:]) == whole.observe(broken) != []
 
 
+def test_a_slow_start_is_not_fading() -> None:
+    """The 16th of the paper's width on photographs of 64x64 is paler than they are for its first 800 steps."""
+    watchdog = Watchdog()
+    assert watchdog.observe([*rows(1, 1200, **BROKEN["fading"]), *rows(1201, 3000)]) == []
+
+
 def test_one_image_per_rank_says_nothing_about_diversity() -> None:
     assert Watchdog().observe(rows(1, 1000, **{"diversity/real": 0.0, "diversity/fake": 0.0})) == []
 
