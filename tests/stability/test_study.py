@@ -20,7 +20,7 @@ from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import read_description
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from tests.stability import experiment, long, report, results
+from tests.stability import clue, experiment, long, report, results
 from tests.stability.experiment import configuration
 from tests.stability.recipes import PHASES, RECIPES, Recipe, Trial
 from tests.stability.steps import (
@@ -149,6 +149,24 @@ def test_a_trial_that_was_killed_goes_on_as_if_it_had_not(
     killed_generator, whole_generator = (RunDirectory(tmp_path / name).generator for name in ("killed", "whole"))
     assert read_description(killed_generator) == read_description(whole_generator)
     assert read_description(whole_generator)["step"] == 10
+
+
+@pytest.mark.slow
+def test_the_clue_is_looked_for_after_a_training(
+    demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every change is seen by D, and every recipe goes on from the same step to other numbers."""
+    for name, value in {"FAKES": 8, "REALS": 8}.items():
+        monkeypatch.setattr(experiment, name, value)
+    trials = [Trial("noise 0.1", "rooms", 0, 8, 3, score_every=3)]
+    for name, setting in {"STEPS": 3, "MORE": 12, "LAST": 1, "TRIALS": trials, "FOLDER": tmp_path}.items():
+        monkeypatch.setattr(clue, name, setting)
+    monkeypatch.setitem(RECIPES, "noise 0.1", replace(SMALL["noise 0.1"], sigma=0.0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    clue.measure(demo_shards, tmp_path / "work")
+    found = read_rows(tmp_path / "clue.jsonl")
+    assert len({(row["real"], row["fake"]) for row in found if "change" in row}) == len(clue.CHANGES)
+    assert len({row["grad_norm/g"] for row in found if "then" in row}) == len(clue.MENDED)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
