@@ -95,7 +95,7 @@ class NoiseOptions(Options):
     """Instance noise: Gaussian noise on the discriminator's inputs, real and fake (Sonderby et al. 2017)."""
 
     sigma: float = Field(0.0, ge=0)
-    """Standard deviation, for images in [-1, 1]; 0 turns it off. It helps on small JPEGs only (tests/stability)."""
+    """Standard deviation, for images in [-1, 1]; 0 turns it off. It helped on small JPEGs (tests/stability)."""
 
 
 class OptimizerOptions(Options):

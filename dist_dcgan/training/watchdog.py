@@ -89,7 +89,7 @@ RULES = (
         lambda row: 0.1 * row["diversity/real"] <= row["diversity/fake"] < 0.6 * row["diversity/real"],
         1500,
         "generated images are paler than real ones: D knows these by something that G cannot draw, so G draws less",
-        "a new run with --noise.sigma 0.05, which hides from D how small JPEGs store colours; pictures: --best",
+        "a new run with --noise.sigma 0.05, which hides what gives small JPEGs away; --best draws with an earlier G",
     ),
     Rule(
         "oscillation",

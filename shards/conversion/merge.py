@@ -130,7 +130,7 @@ def merge_claimed(out: Path, parts: int) -> Manifest:
         warn(
             f"{small_jpegs:,} of {manifest.samples:,} images are JPEGs with a side of less than twice "
             f"{record.image_size} pixels: the discriminator may tell real images by how they store fine colours. If "
-            "pictures fade in a long training, give it --noise.sigma 0.05 (tests/stability/README.md)"
+            "pictures fade in a long training, train anew with --noise.sigma 0.05 (tests/stability/README.md)"
         )
     return manifest
 

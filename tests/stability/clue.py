@@ -26,13 +26,17 @@ from dist_dcgan.random_streams import stream_seed
 from dist_dcgan.training.ema import draw_latents
 from dist_dcgan.training.train_state import TrainState
 from tests.stability.experiment import configuration, resume, run_trial
-from tests.stability.recipes import FASTER, RECIPES, WIDTHS, Recipe, Trial
+from tests.stability.recipes import FASTER, RECIPES, Recipe, Trial
 from tests.stability.results import FOLDER
 from tests.stability.steps import halve_colour, scale_rates, study_step
 
-STEPS, MORE, LAST = 5_120, 200, 50
-"""Updates before anything is looked at, those after a change, and those at their end that medians are taken over."""
-TRIALS = [Trial(f"{FASTER} at {width}", "cifar", 0, 16, STEPS, score_every=1_280) for width in WIDTHS]
+MORE, LAST = 200, 50
+"""Updates after a change of the recipe, and those at their end that medians are taken over."""
+TRIALS = [
+    Trial(f"{FASTER} at {width}", "cifar", 0, 16, steps, score_every=1_280)
+    for width, steps in ((128, 5_120), (64, 5_120), (64, 6_400), (64, 10_240))
+]
+"""The first goes on with each change of the recipe."""
 BATCHES = 12
 """Batches of each kind of image whose verdict is looked at."""
 MENDED: dict[str, Mapping[str, Any]] = {
@@ -90,7 +94,8 @@ def verdicts(trial: Trial, data: Path, folder: Path, world: World) -> Iterator[d
                 float(torch.cat([state.discriminator(change(images)) for images in kind]).mean())
                 for kind in (real, fake)
             )
-            yield {"width": recipe.width, "change": name, "real": round(on_real, 2), "fake": round(on_fake, 2)}
+            row = {"width": recipe.width, "steps": trial.steps, "change": name}
+            yield row | {"real": round(on_real, 2), "fake": round(on_fake, 2)}
 
 
 def go_on(change: Mapping[str, Any], data: Path, folder: Path, world: World) -> dict[str, float]:
@@ -104,11 +109,11 @@ def go_on(change: Mapping[str, Any], data: Path, folder: Path, world: World) -> 
 
 
 def trained(recipe: Recipe, trial: Trial, data: Path, folder: Path, world: World) -> TrainState:
-    """Return the state after `STEPS` updates of a trial, with the rates of `recipe`."""
+    """Return the state at the end of a trial, with the rates of `recipe`."""
     place = Folder(data)
-    config = configuration(recipe, trial._replace(steps=STEPS + MORE), data)
+    config = configuration(recipe, trial._replace(steps=trial.steps + MORE), data)
     state = TrainState(config, make_plan(config, 1, place.manifest.samples), world, place.manifest.image_size)
     scale_rates(state, recipe)
     resume(state, folder)
-    assert state.step == STEPS, state.step
+    assert state.step == trial.steps, state.step
     return state

@@ -209,13 +209,16 @@ SCORED_IMAGES = 20_480
 
 
 def widths() -> list[Trial]:
-    """What a doubling of the width brings, by the default and by updates that are twice as many and twice as large."""
+    """What a doubling of the width brings: by the default, by more and larger updates, and by these with noise.
+
+    With noise only full width and half of it are trained.
+    """
     return [
         width_trial(name, width, data, seed)
-        for data, seeds in (("photos32", SEEDS), ("cifar", SEEDS))
+        for data in ("photos32", "cifar")
         for name in ("default", FASTER, NOISY)
-        for seed in seeds
-        for width in reversed(DOUBLED)
+        for seed in SEEDS
+        for width in (WIDTHS if name == NOISY else reversed(DOUBLED))
     ]
 
 

@@ -19,7 +19,7 @@ from tests.benchmarks.figures import figure
 from tests.stability import long
 from tests.stability.evidence import TURNS
 from tests.stability.jump import BATCH
-from tests.stability.recipes import DOUBLED, FACTORS, FASTER, PHASES, SCORED_IMAGES, Trial
+from tests.stability.recipes import DOUBLED, FACTORS, FASTER, NOISY, PHASES, SCORED_IMAGES, Trial
 from tests.stability.results import FOLDER, SUMMED_UP, Result, read
 from tests.support.rows import read_rows
 
@@ -175,13 +175,14 @@ def plot_jumps(path: Path) -> None:
 
 
 def clue_table() -> str:
-    """Return D's mean logit by change and width."""
+    """Return D's mean logit by what was changed in the images and by trial."""
     rows = [row for row in read_rows(FOLDER / "clue.jsonl") if "change" in row]
-    found = {(row["change"], row["width"]): f"{row['real']:.1f}, {row['fake']:.1f}" for row in rows}
-    widths = list(dict.fromkeys(row["width"] for row in rows))
-    changes = dict.fromkeys(row["change"] for row in rows)
-    head = ["change", *(f"width {width}: real, generated" for width in widths)]
-    return tables.table(head, [[change, *(found[change, width] for width in widths)] for change in changes])
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        trial = f"width {row['width']}, {row['steps']:,} updates: real, generated"
+        cells[row["change"]][trial] = f"{row['real']:.1f}, {row['fake']:.1f}"
+    head = ["change", *next(iter(cells.values()))]
+    return tables.table(head, [[change, *of_trials.values()] for change, of_trials in cells.items()])
 
 
 def mended_table() -> str:
@@ -261,9 +262,11 @@ def width_runs() -> Curves:
 
 
 def update_runs() -> Curves:
-    """Return the same runs by the number of updates, those of a width next to each other."""
+    """Return those without noise by the number of updates, those of a width next to each other."""
     found: Curves = {}
     for trial, name, width, kid in _width_trials():
+        if name == NOISY:
+            continue
         recipes = found.setdefault(f"{trial.data}, width {width}", {})
         recipes.setdefault(name, []).append({images // trial.batch: 1000 * value for images, value in kid})
     return found

@@ -123,14 +123,21 @@ def test_trials_have_names_of_their_own() -> None:
     assert len({trial.name for trial in trials}) == len(trials)
 
 
+@pytest.fixture
+def small_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every recipe is narrow, and scored with few images."""
+    for name in ("FAKES", "REALS"):
+        monkeypatch.setattr(experiment, name, 8)
+    for name, recipe in SMALL.items():
+        monkeypatch.setitem(RECIPES, name, recipe)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_trials")
 def test_a_trial_that_was_killed_goes_on_as_if_it_had_not(
     demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"FAKES": 8, "REALS": 8}.items():
-        monkeypatch.setattr(experiment, name, value)
-    monkeypatch.setitem(RECIPES, "noise 0.1", SMALL["noise 0.1"])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trial = Trial("noise 0.1", "rooms", 0, 8, 10, score_every=4)
     experiment.run_trial(trial, demo_shards, tmp_path / "whole")
 
@@ -152,17 +159,14 @@ def test_a_trial_that_was_killed_goes_on_as_if_it_had_not(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_trials")
 def test_the_clue_is_looked_for_after_a_training(
     demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every change is seen by D, and every recipe goes on from the same step to other numbers."""
-    for name, value in {"FAKES": 8, "REALS": 8}.items():
-        monkeypatch.setattr(experiment, name, value)
-    trials = [Trial("noise 0.1", "rooms", 0, 8, 3, score_every=3)]
-    for name, setting in {"STEPS": 3, "MORE": 12, "LAST": 1, "TRIALS": trials, "FOLDER": tmp_path}.items():
+    """D sees every change of the images, and each change of the recipe leads to other numbers."""
+    trials = [Trial("logits", "rooms", 0, 8, 3, score_every=3)]
+    for name, setting in {"MORE": 12, "LAST": 1, "TRIALS": trials, "FOLDER": tmp_path}.items():
         monkeypatch.setattr(clue, name, setting)
-    monkeypatch.setitem(RECIPES, "noise 0.1", replace(SMALL["noise 0.1"], sigma=0.0))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     clue.measure(demo_shards, tmp_path / "work")
     found = read_rows(tmp_path / "clue.jsonl")
     assert len({(row["real"], row["fake"]) for row in found if "change" in row}) == len(clue.CHANGES)
