@@ -5,6 +5,7 @@ A port of a machine accepts every user of it, and often other machines; a file i
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
@@ -40,7 +41,11 @@ class PrivateFolder:
     def store(self, name: str, ranks: int) -> Any:
         """Return a store of torch.distributed in the file `name`, for `ranks` processes."""
         assert re.fullmatch(r"ranks|node-[0-9a-f]{16}", name), name
-        return dist.FileStore(str(self.path / name), ranks)  # type: ignore[attr-defined]
+        store = dist.FileStore(str(self.path / name), ranks)  # type: ignore[attr-defined]
+        # An extra reference, so that it is never destroyed: its destructor looks whether the file exists, then opens
+        # it. If another rank removes the folder in between, it waits for the store's timeout and aborts (torch 2.14).
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
+        return store
 
     def leave(self) -> None:
         """Unlock the folder, and remove it if no other rank holds it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -214,6 +215,17 @@ def test_ranks_meet_in_a_folder_of_their_own_which_the_last_one_removes(
                 assert later and later.path != one.path
         assert one.path.exists()
     assert not list(place.iterdir())
+
+
+def test_a_store_is_not_destroyed_as_torch_would_wait_for_a_folder_that_another_rank_removes(place: Path) -> None:
+    with private_folder(RANK_OF_TWO) as folder:
+        assert folder
+        store: Any = folder.store("ranks", ranks=2)
+        store.set("name", "value")
+        before = (folder.path / "ranks").read_bytes()
+        del store
+        gc.collect()
+        assert (folder.path / "ranks").read_bytes() == before  # where a destructor counts itself
 
 
 def test_folders_of_killed_ranks_are_removed_and_those_in_use_stay(
