@@ -38,10 +38,9 @@ from dist_dcgan.training.ema import recompute_statistics
 from dist_dcgan.training.graph import prepare_step, training_stream
 from dist_dcgan.training.meter import Meter
 from dist_dcgan.training.quality import QualityMeter
-from dist_dcgan.training.reporting import log_samples, watch
+from dist_dcgan.training.reporting import log_samples, report_steps
 from dist_dcgan.training.stopping import StepAgreement
 from dist_dcgan.training.train_state import TrainState, resolve_precision
-from dist_dcgan.training.watchdog import was_skipped
 from shards.common.errors import UserError
 from shards.common.messages import tell, warn
 from shards.manifest import Manifest
@@ -86,8 +85,7 @@ def train_in(
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
         saver = stack.enter_context(Saver(run.checkpoints, retention, world.device, partial(record_saved, run)))
         logger = stack.enter_context(closing(make_logger(plan, world, run, state.step, wandb_run)))
-        node = node_store(world)
-        batches = stack.enter_context(BatchLoader(location, config, plan, world, state.step, node))
+        batches = stack.enter_context(BatchLoader(location, config, plan, world, state.step, node_store(world)))
         batches.wait_for_first()
         quality = QualityMeter(state, ShardReader(location), run)
         barrier(world)
@@ -107,11 +105,7 @@ def train_in(
             saving = last or stopping or save_is_due or schedule.due_at(state.step)
             logging = last or scores or state.step % config.log.every_steps == 0 or state.step == 1
             if saving or logging:
-                rows = meter.read()
-                state.skipped_steps += sum(map(was_skipped, rows))
-                if logging:
-                    logger.metrics(rows[-1] | {"steps/skipped": state.skipped_steps} | scores)
-                watch(logger, state, run, rows)
+                report_steps(logger, state, run, meter.read(), scores if logging else None)
             if last or state.passed(config.log.samples_every_images):
                 log_samples(logger, state)
             if saving:

@@ -15,8 +15,22 @@ from dist_dcgan.loggers.base import Logger, Row
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.training.ema import recompute_statistics, sample_images
 from dist_dcgan.training.train_state import TrainState
+from dist_dcgan.training.watchdog import was_skipped
 from shards.common.errors import UserError
 from shards.common.files import publish
+
+
+def report_steps(
+    logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[str, float]], scores: dict[str, float] | None
+) -> None:
+    """Count the skipped ones of some steps, a row of metrics each, and have the watchdog look at them.
+
+    Unless `scores` is None, the last row is logged with it. Raises as `watch` does.
+    """
+    state.skipped_steps += sum(map(was_skipped, rows))
+    if scores is not None:
+        logger.metrics(rows[-1] | {"steps/skipped": state.skipped_steps} | scores)
+    watch(logger, state, run, rows)
 
 
 def watch(logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[str, float]]) -> None:
