@@ -6,6 +6,7 @@ gather PHASE add those trials of a phase that are done so far to its results
 long         train the paper's width and half of it on many images, as people do, with the command itself
 evidence     train the usual loop and this project at both widths, 40 minutes each, by turns
 jump         measure how far one update of D moves its logit
+jpegs        store the photographs of 32x32 as small JPEGs, their colours at half of the resolution and at all of it
 clue         find out what D tells small JPEGs by
 report       write the tables of README.md and its plots from the results
 """
@@ -23,9 +24,9 @@ import torch
 
 from dist_dcgan.training.train_state import resolve_precision
 from shards.common.locks import Lock
-from tests.stability import clue, evidence, jump, long, report, results
+from tests.stability import clue, evidence, jpegs, jump, long, report, results
 from tests.stability.experiment import run_trial
-from tests.stability.recipes import PHASES, Trial
+from tests.stability.recipes import JPEGS, PHASES, Trial
 
 
 def main() -> None:
@@ -33,12 +34,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.stability", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "gather", "long", "evidence", "jump", "clue", "report"])
+    parser.add_argument("command", choices=["run", "gather", "long", "evidence", "jump", "jpegs", "clue", "report"])
     parser.add_argument("phase", nargs="?", choices=sorted(PHASES))
     parser.add_argument("--photos", type=Path, default=Path("data/photos"), help="shards of photographs")
     parser.add_argument("--rooms", type=Path, default=Path("data/demo_train"), help="shards of rendered bedrooms")
     parser.add_argument("--photos32", type=Path, default=Path("data/photos32"), help="photographs at 32x32")
     parser.add_argument("--cifar", type=Path, default=Path("data/cifar"), help="shards of CIFAR-10")
+    for name, colours in JPEGS.items():
+        parser.add_argument(f"--{name}", type=Path, default=Path("data", name), help=f"photographs as JPEGs, {colours}")
     parser.add_argument("--work", type=Path, default=Path("runs/stability"), help="folder of the trials")
     parser.add_argument("--minutes", type=float, default=40, help="of training, for each run of the evidence")
     parser.add_argument("--data", choices=["photos", "rooms"], default="photos", help="of the long runs")
@@ -61,6 +64,9 @@ def main() -> None:
         report.show_grids(results.gather_evidence(options.work / "evidence"), report.PLOTS / "evidence_grids.jpg")
     elif options.command == "jump":
         jump.measure(options.photos)
+    elif options.command == "jpegs":
+        for name, colours in JPEGS.items():
+            jpegs.store(options.photos32, getattr(options, name), colours)
     elif options.command == "clue":
         clue.measure(options.cifar, options.work)
     elif options.command == "long":

@@ -140,6 +140,10 @@ QUICK += ["G's rate 4e-4", "rates 4e-4", "D's rate 1e-4", "batch 8", "beta2 0.99
 QUICK += ["spectral norm", "paired, R1 and R2 1"]
 """What is tried for the quickstart."""
 QUICK_IMAGES = 38_400
+JPEGS = {"jpegs420": "4:2:0", "jpegs444": "4:4:4"}
+"""The photographs of 32x32 as small JPEGs, by how these store colours."""
+LARGE = ("photos", "rooms")
+"""Data sets of 64x64."""
 RECIPES |= {
     f"{name} at {width}": replace(LOGITS, width=width, **factor.change)
     for name, factor in FACTORS.items()
@@ -211,20 +215,23 @@ SCORED_IMAGES = 20_480
 def widths() -> list[Trial]:
     """What a doubling of the width brings: by the default, by more and larger updates, and by these with noise.
 
-    With noise only full width and half of it are trained.
+    With noise, and on small JPEGs of the photographs, only full width and half of it are trained; at 64x64, where full
+    width takes a core seven hours, only smaller ones.
     """
-    return [
+    trials = [
         width_trial(name, width, data, seed)
         for data in ("photos32", "cifar")
         for name in ("default", FASTER, NOISY)
         for seed in SEEDS
         for width in (WIDTHS if name == NOISY else reversed(DOUBLED))
     ]
+    trials += [width_trial(FASTER, width, data, 0) for data in JPEGS for width in WIDTHS]
+    return trials + [width_trial(FASTER, width, data, 0) for data in LARGE for width in (64, 32, 16)]
 
 
 def width_trial(name: str, width: int, data: str, seed: int) -> Trial:
     """Return the trial of a width, of as many images as a core makes in about two hours."""
-    images = 204_800 if width < 64 else 163_840
+    images = 102_400 if data in LARGE else 204_800 if width < 64 else 163_840
     batch = FACTORS[name].batch
     return Trial(f"{name} at {width}", data, seed, batch, images // batch, score_every=SCORED_IMAGES // batch)
 

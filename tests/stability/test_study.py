@@ -15,12 +15,14 @@ from _pytest.mark import ParameterSet
 from PIL import Image
 
 from dist_dcgan.config import make_plan
+from dist_dcgan.data.reader import ShardReader
+from dist_dcgan.data.storage.location import Folder
 from dist_dcgan.distributed.world import process_group
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.export import read_description
 from dist_dcgan.training.steps import train_step
 from dist_dcgan.training.train_state import TrainState
-from tests.stability import clue, experiment, long, report, results
+from tests.stability import clue, experiment, jpegs, long, recipes, report, results
 from tests.stability.experiment import configuration
 from tests.stability.recipes import PHASES, RECIPES, Recipe, Trial
 from tests.stability.steps import (
@@ -232,6 +234,27 @@ def test_what_is_gathered_is_added_to_what_is_there(
     assert results.gather(phase, tmp_path / "work") == (1, {})  # other pictures lie elsewhere
     assert json.loads((tmp_path / f"{phase}.jsonl").read_text().splitlines()[-1])["trial"] == trial._asdict()
     assert trial in results.kept(phase) and len(results.kept(phase)) >= len(there.splitlines())
+
+
+def test_small_jpegs_show_the_same_images_in_the_same_order_with_their_colours_as_told(
+    demo_shards: Path, tmp_path: Path
+) -> None:
+    detail = {}
+    for colours in recipes.JPEGS.values():
+        jpegs.store(demo_shards, tmp_path / colours, colours)
+        before, after = (pixels_of(folder) for folder in (demo_shards, tmp_path / colours))
+        assert np.abs(after - before).mean() < 0.25 * np.abs(after - before[::-1]).mean()
+        colour = after[..., 0] - after[..., 1]
+        coarse = colour.reshape(len(colour), 32, 2, 32, 2).mean((2, 4)).repeat(2, 1).repeat(2, 2)
+        detail[colours] = float((colour - coarse).std())
+    assert detail["4:2:0"] < 0.75 * detail["4:4:4"]  # libjpeg interpolates
+
+
+def pixels_of(shards: Path) -> np.ndarray:
+    place = Folder(shards)
+    pixels = np.empty((place.manifest.samples, 64, 64, 3), np.uint8)
+    ShardReader(place).gather(np.arange(len(pixels)), pixels)
+    return pixels.astype(float)
 
 
 def test_the_interval_is_that_of_welch() -> None:
