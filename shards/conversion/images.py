@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import PIL
 from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL.JpegImagePlugin import JpegImageFile
 
 from shards.manifest import Layout
 
@@ -38,6 +39,7 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7]")
 """Marker that begins a JPEG segment; the excluded ones occur inside a scan."""
 _START_OF_SCAN, _END_OF_IMAGE, _FILL = 0xDA, 0xD9, 0xFF
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_LOSSY_WEBP = re.compile(rb"RIFF....WEBP(VP8X.*)?VP8 ", re.DOTALL)
 
 _OTHER_FORMATS = {
     "an AVIF image": re.compile(rb"....ftypavi[fs]", re.DOTALL),
@@ -96,9 +98,15 @@ def decode_image(data: bytes, enough: int | None = None) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def is_jpeg(data: bytes) -> bool:
-    """Return whether `data` begins as a JPEG does."""
-    return data.startswith(_JPEG)
+def has_coarse_colours(data: bytes) -> bool:
+    """Return whether a readable image stores colours at a part of its resolution: most JPEGs, and every lossy WebP."""
+    if not data.startswith(_JPEG):
+        return _LOSSY_WEBP.match(data) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(data), formats=("JPEG",))
+    assert isinstance(image, JpegImageFile)
+    return len({component[1:3] for component in image.layer}) > 1  # samples per block, across and down
 
 
 def prepare(image: Image.Image, size: int) -> Image.Image:
@@ -171,7 +179,7 @@ def _checked(data: bytes) -> bytes:
 
     The damage is what Pillow accepts or takes hours to reject.
     """
-    if is_jpeg(data):
+    if data.startswith(_JPEG):
         _check_jpeg(data)
     elif data.startswith(_PNG):
         return _checked_png(data)

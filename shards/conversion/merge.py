@@ -97,11 +97,11 @@ def merge_claimed(out: Path, parts: int) -> Manifest:
     rejects = Rejects(sum(origin.entries for origin in record.sources), record.max_rejected)
     shards: list[ShardEntry] = []
     chains: list[list[str]] = [[] for _ in range(parts)]
-    small_jpegs = 0
+    coarse_colours = 0
     for index, report in enumerate(_reports(out, record.shards, parts)):
         chains[index % parts].append(report.identity)
         rejects.check(report)
-        small_jpegs += report.small_jpegs
+        coarse_colours += report.coarse_colours
         if report.shard is not None:
             shards.append(report.shard)
         elif index < record.shards - 1 or not shards:
@@ -126,10 +126,10 @@ def merge_claimed(out: Path, parts: int) -> Manifest:
     )
     write_manifest(out, manifest)
     finish(out)
-    if small_jpegs > manifest.samples / 2:
+    if coarse_colours > manifest.samples / 2:
         warn(
-            f"{small_jpegs:,} of {manifest.samples:,} images are JPEGs with a side of less than twice "
-            f"{record.image_size} pixels: the discriminator may tell real images by how they store fine colours. If "
+            f"{coarse_colours:,} of {manifest.samples:,} images are JPEGs or WebPs with a side of less than twice "
+            f"{record.image_size} pixels and colours of half that: the discriminator may tell real images by it. If "
             "pictures fade in a long training, train anew with --noise.sigma 0.05 (tests/stability/README.md)"
         )
     return manifest

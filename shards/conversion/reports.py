@@ -58,8 +58,8 @@ class ShardReport(Options):
     """Lines for `keys.jsonl`."""
     rejected: tuple[dict[str, str], ...]
     """Lines for `rejected.jsonl`."""
-    small_jpegs: int = 0
-    """Samples from JPEGs with a side of less than twice the image size."""
+    coarse_colours: int = 0
+    """Samples from images with a side of less than twice the image size that store colours at a part of theirs."""
 
 
 class PartRecord(Options):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from shards.common.workers import Tick
-from shards.conversion.images import ImageError, decode_image, is_jpeg, prepare, to_ppm
+from shards.conversion.images import ImageError, decode_image, has_coarse_colours, prepare, to_ppm
 from shards.conversion.reports import ShardReport, finished, hash_of, report_name, write_report
 from shards.conversion.sources.entries import Entry, Source, as_text
 from shards.manifest import Layout, Preparation, member_key, shard_name
@@ -42,8 +42,8 @@ class ShardTask:
         if (report := finished(self.out, run.shard, identity)) is not None:
             tick(report.entries)
             return report
-        renamed, rejected, small = list[dict[str, str]](), list[dict[str, str]](), list[bytes]()
-        samples = self._samples(run.entries, renamed, rejected, small, tick)
+        renamed, rejected, coarse = list[dict[str, str]](), list[dict[str, str]](), list[bytes]()
+        samples = self._samples(run.entries, renamed, rejected, coarse, tick)
         shard = write_shard(self.out / shard_name(run.shard), self.layout, samples)
         report = ShardReport(
             identity=identity,
@@ -51,7 +51,7 @@ class ShardTask:
             shard=shard,
             renamed=tuple(renamed),
             rejected=tuple(rejected),
-            small_jpegs=len(small),
+            coarse_colours=len(coarse),
         )
         write_report(self.out, report_name(run.shard), report)
         return report
@@ -61,10 +61,10 @@ class ShardTask:
         entries: list[Entry],
         renamed: list[dict[str, str]],
         rejected: list[dict[str, str]],
-        small: list[bytes],
+        coarse: list[bytes],
         tick: Tick,
     ) -> Iterator[tuple[str, bytes]]:
-        """Yield names and PPMs; fills the lists of keys that are not their names, of rejects and of small JPEGs."""
+        """Yield names and PPMs; fills the lists of keys that are not their names, of rejects and of coarse colours."""
         taken = dict[str, bytes]()
         for entry in entries:
             key = self.key_of(entry)
@@ -81,8 +81,8 @@ class ShardTask:
                 taken[member] = name
                 if member.encode() != key:
                     renamed.append({"member": member} | describe_key(key))
-                if is_jpeg(data) and min(image.size) < 2 * self.layout.image_size:
-                    small.append(key)
+                if min(image.size) < 2 * self.layout.image_size and has_coarse_colours(data):
+                    coarse.append(key)
                 yield member, to_ppm(prepare(image, self.layout.image_size))
             tick(1)
 

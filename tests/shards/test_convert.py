@@ -111,20 +111,38 @@ def test_the_command_ends_with_one_line_that_says_what_it_wrote(source: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("format", "size", "count", "warned"),
-    [("JPEG", 64, 3, True), ("JPEG", 32, 3, False), ("PNG", 64, 3, False), ("JPEG", 64, 2, False)],
+    ("format", "options", "size", "count", "warned"),
+    [
+        ("JPEG", {}, 64, 3, True),
+        ("JPEG", {"subsampling": "4:2:2"}, 64, 3, True),
+        ("JPEG", {"subsampling": "4:4:4"}, 64, 3, False),
+        ("JPEG", {}, 32, 3, False),
+        ("JPEG", {}, 64, 2, False),
+        ("WEBP", {}, 64, 3, True),
+        ("WEBP", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"}, 64, 3, True),
+        ("WEBP", {"lossless": True}, 64, 3, False),
+        ("PNG", {}, 64, 3, False),
+    ],
 )
-def test_small_jpegs_are_named_if_most_images_are_such(
-    tmp_path: Path, format: str, size: int, count: int, warned: bool
+def test_colours_at_a_part_of_the_resolution_are_named_if_most_images_are_small_and_such(
+    tmp_path: Path,
+    format: str,
+    options: dict[str, object],
+    size: int,
+    count: int,
+    warned: bool,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Their sides are 90 and 120 pixels; the rest of four images are large."""
-    files = {f"{i}.{format.lower()}": encoded(picture(i), format) for i in range(count)}
+    files = {f"{i}.{format.lower()}": encoded(picture(i), format, **options) for i in range(count)}
     files |= {f"{i}.jpg": encoded(picture(i, 300, 300)) for i in range(count, 4)}
-    words = ("--out", tmp_path / "data", "--image-size", size, "--samples-per-shard", 2)
-    found = run_shards("convert", write_files(tmp_path / "images", files), *words).stderr
-    assert (
-        ("3 of 4 images are JPEGs with a side of less than twice 64 pixels" in found) == ("warning" in found) == warned
+    words = ("--image-size", size, "--samples-per-shard", 2)
+    convert_here(write_files(tmp_path / "images", files), tmp_path / "data", *words)
+    found = capsys.readouterr().err
+    named = (
+        "3 of 4 images are JPEGs or WebPs with a side of less than twice 64 pixels and colours of half that" in found
     )
+    assert named == ("warning" in found) == warned
 
 
 def test_plain_keys_name_their_samples_and_the_others_are_kept_in_a_list(tmp_path: Path) -> None:
