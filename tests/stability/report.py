@@ -19,7 +19,7 @@ from tests.benchmarks.figures import figure
 from tests.stability import long
 from tests.stability.evidence import TURNS
 from tests.stability.jump import BATCH
-from tests.stability.recipes import DOUBLED, FACTORS, FASTER, NOISY, PHASES, SCORED_IMAGES, Trial
+from tests.stability.recipes import DOUBLED, FACTORS, FASTER, JPEGS, NOISY, PHASES, SCORED_IMAGES, WIDTHS, Trial
 from tests.stability.results import FOLDER, SUMMED_UP, Result, read
 from tests.support.rows import read_rows
 
@@ -56,7 +56,13 @@ def with_tables(text: str) -> str:
     contents |= {phase: factor_table(phase) for phase in ("factors", "quickstart")}
     contents |= {"long": curve_table(long_runs(), 100_000), "widths": curve_table(width_runs(), SCORED_IMAGES)}
     contents |= {"updates": curve_table(update_runs(), SCORED_IMAGES // FACTORS[FASTER].batch)}
-    contents |= {"jump": jump_table(), "clue": clue_table(), "mended": mended_table(), "evidence": evidence_table()}
+    contents |= {
+        "jump": jump_table(),
+        "clue": clue_table(),
+        "stored": stored_table(),
+        "mended": mended_table(),
+        "evidence": evidence_table(),
+    }
     for name, content in contents.items():
         text = tables.put(text, f"<!-- {name} -->\n", f"<!-- end of {name} -->", content)
     return text
@@ -192,6 +198,21 @@ def mended_table() -> str:
     return tables.table(["from there on", "G's gradient", "diversity"], cells)
 
 
+def stored_table() -> str:
+    """Return G's gradient and diversity at the end of trials of the same recipe, by how their data are stored."""
+    rows = []
+    for line in read_rows(FOLDER / "widths.jsonl"):
+        trial, medians = Trial(**line["trial"]), line["medians"]
+        name, _, width = trial.recipe.rpartition(" at ")
+        if name == FASTER and int(width) in WIDTHS and trial.data in ("photos32", *JPEGS, "cifar") and trial.seed == 0:
+            relative = medians["diversity/fake"] / medians["diversity/real"]
+            updates = line["kid"][-1][0] // trial.batch
+            cells = [f"{updates:,}", f"{medians['grad_norm/g']:.0f}", f"{relative:.2f}", _scores(line)]
+            rows.append([trial.data, width, *cells])
+    head = ["data", "width", "updates", "G's gradient", "diversity", "1000 KID"]
+    return tables.table(head, sorted(rows, key=lambda row: -int(row[1])))
+
+
 def evidence() -> dict[str, list[dict[str, float]]]:
     """Return the rows of `evidence.jsonl` by what was trained."""
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -262,14 +283,14 @@ def width_runs() -> Curves:
 
 
 def update_runs() -> Curves:
-    """Return those without noise by the number of updates, those of a width next to each other."""
+    """Return those without noise by the number of updates, where there are several of a width."""
     found: Curves = {}
     for trial, name, width, kid in _width_trials():
         if name == NOISY:
             continue
         recipes = found.setdefault(f"{trial.data}, width {width}", {})
         recipes.setdefault(name, []).append({images // trial.batch: 1000 * value for images, value in kid})
-    return found
+    return {data: recipes for data, recipes in found.items() if len(recipes) > 1}
 
 
 def _width_trials() -> Iterator[tuple[Trial, str, int, list[tuple[int, float]]]]:
