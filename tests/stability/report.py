@@ -200,7 +200,7 @@ def mended_table() -> str:
 
 def stored_table() -> str:
     """Return G's gradient and diversity at the end of trials of the same recipe, by how their data are stored."""
-    rows = []
+    rows: list[list[str]] = []
     for line in read_rows(FOLDER / "widths.jsonl"):
         trial, medians = Trial(**line["trial"]), line["medians"]
         name, _, width = trial.recipe.rpartition(" at ")
@@ -339,8 +339,12 @@ def plot_curves(found: Curves, unit: str, path: Path) -> None:
     """Plot KID against thousands of a unit, a line per run."""
     names = dict.fromkeys(kind for kinds in found.values() for kind in kinds)
     colours = {kind: f"C{index}" for index, kind in enumerate(names)}
-    with figure(path, 1, len(found), sharey=True, figsize=(5 * len(found), 4)) as panels:
-        for panel, (data, kinds) in zip(panels, found.items(), strict=True):
+    columns = min(4, len(found))
+    lines = -(-len(found) // columns)
+    with figure(path, lines, columns, sharey=True, figsize=(5 * columns, 4 * lines)) as panels:
+        for panel in panels[len(found) :]:
+            panel.axis("off")
+        for panel, (data, kinds) in zip(panels, found.items(), strict=False):
             for kind, runs in kinds.items():
                 for seed, run in enumerate(runs):
                     points = [(number / 1000, kid) for number, kid in run.items() if number]
