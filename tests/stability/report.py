@@ -209,8 +209,8 @@ def stored_table() -> str:
             updates = line["kid"][-1][0] // trial.batch
             cells = [f"{updates:,}", f"{medians['grad_norm/g']:.0f}", f"{relative:.2f}", _scores(line)]
             rows.append([trial.data, width, *cells])
-    head = ["data", "width", "updates", "G's gradient", "diversity", "1000 KID"]
-    return tables.table(head, sorted(rows, key=lambda row: -int(row[1])))
+    rows.sort(key=lambda row: -int(row[1]))
+    return tables.table(["data", "width", "updates", "G's gradient", "diversity", "1000 KID"], rows)
 
 
 def evidence() -> dict[str, list[dict[str, float]]]:
