@@ -23,9 +23,9 @@ from shards.common.files import publish
 def report_steps(
     logger: Logger, state: TrainState, run: RunDirectory, rows: list[dict[str, float]], scores: dict[str, float] | None
 ) -> None:
-    """Count the skipped ones of some steps, a row of metrics each, and have the watchdog look at them.
+    """Count the skipped steps in `rows`, a row of metrics per step, and have the watchdog look at all of them.
 
-    Unless `scores` is None, the last row is logged with it. Raises as `watch` does.
+    Unless `scores` is None, log the last row with them. Raises UserError as `watch` does.
     """
     state.skipped_steps += sum(map(was_skipped, rows))
     if scores is not None:

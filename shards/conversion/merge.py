@@ -128,8 +128,8 @@ def merge_claimed(out: Path, parts: int) -> Manifest:
     finish(out)
     if coarse_colours > manifest.samples / 2:
         warn(
-            f"{coarse_colours:,} of {manifest.samples:,} images are JPEGs or WebPs with a side of less than twice "
-            f"{record.image_size} pixels and colours of half that: the discriminator may tell real images by it. If "
+            f"{coarse_colours:,} of {manifest.samples:,} images have a side of less than twice {record.image_size} "
+            "pixels and store colours at half of their resolution: the discriminator may tell real images by that. If "
             "pictures fade in a long training, train anew with --noise.sigma 0.05 (tests/stability/README.md)"
         )
     return manifest

@@ -64,7 +64,7 @@ class ShardTask:
         coarse: list[bytes],
         tick: Tick,
     ) -> Iterator[tuple[str, bytes]]:
-        """Yield names and PPMs; fills the lists of keys that are not their names, of rejects and of coarse colours."""
+        """Yield names and PPMs; fills the lists of keys that are not names, of rejects, and of coarse colours."""
         taken = dict[str, bytes]()
         for entry in entries:
             key = self.key_of(entry)

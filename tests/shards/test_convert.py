@@ -140,7 +140,7 @@ def test_colours_at_a_part_of_the_resolution_are_named_if_most_images_are_small_
     convert_here(write_files(tmp_path / "images", files), tmp_path / "data", *words)
     found = capsys.readouterr().err
     named = (
-        "3 of 4 images are JPEGs or WebPs with a side of less than twice 64 pixels and colours of half that" in found
+        "3 of 4 images have a side of less than twice 64 pixels and store colours at half of their resolution" in found
     )
     assert named == ("warning" in found) == warned
 
