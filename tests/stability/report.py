@@ -19,7 +19,7 @@ from tests.benchmarks.figures import figure
 from tests.stability import long
 from tests.stability.evidence import TURNS
 from tests.stability.jump import BATCH
-from tests.stability.recipes import DOUBLED, FACTORS, FASTER, JPEGS, NOISY, PHASES, SCORED_IMAGES, WIDTHS, Trial
+from tests.stability.recipes import DOUBLED, FACTORS, FASTER, HIDING, JPEGS, PHASES, SCORED_IMAGES, WIDTHS, Trial
 from tests.stability.results import FOLDER, SUMMED_UP, Result, read
 from tests.support.rows import read_rows
 
@@ -283,10 +283,10 @@ def width_runs() -> Curves:
 
 
 def update_runs() -> Curves:
-    """Return those without noise by the number of updates, where there are several of a width."""
+    """Return those that hide nothing from D by the number of updates, where there are several of a width."""
     found: Curves = {}
     for trial, name, width, kid in _width_trials():
-        if name == NOISY:
+        if name in HIDING:
             continue
         recipes = found.setdefault(f"{trial.data}, width {width}", {})
         recipes.setdefault(name, []).append({images // trial.batch: 1000 * value for images, value in kid})

@@ -209,8 +209,10 @@ def _with_noise(state: TrainState, recipe: Recipe, images: Tensor, stream: str) 
         return images
     count, channels, height, width = images.shape
     key = stream_seed(state.config.seed, stream, state.step)
-    noise = normal(key, state.slots, channels * height * width)
-    return images + noise.view(count, height, width, channels).permute(0, 3, 1, 2).to(state.dtype) * sigma
+    noise = normal(key, state.slots, channels * height * width).view(count, height, width, channels)
+    if recipe.sigma_on_colour:
+        noise = noise - noise.mean(3, keepdim=True)
+    return images + noise.permute(0, 3, 1, 2).to(state.dtype) * sigma
 
 
 def _update(optimizer: torch.optim.Adam, network: nn.Module, suffix: str, per_layer: bool) -> Row:
