@@ -1,6 +1,6 @@
 """Detects training failures from the metrics of each step.
 
-The bounds were chosen on the screening runs of `tests/stability`, that of "fading" on its runs by width. The rules are
+The bounds were chosen on the screening runs of `tests/stability`, those of "fading" on its runs by width. The rules are
 pure functions of the metrics averaged over ranks, so that all ranks agree without communication.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 Row = Mapping[str, float]
@@ -86,9 +86,9 @@ RULES = (
     ),
     Rule(
         "fading",
-        lambda row: 0.1 * row["diversity/real"] <= row["diversity/fake"] < 0.6 * row["diversity/real"],
-        1500,
-        "generated images are paler than real ones: D knows these by something that G cannot draw, so G draws less",
+        lambda row: row["growth/grad_norm/g"] > 3 and row["kept/diversity"] < 0.8,
+        100,
+        "G's gradient grows while its images get paler: D knows them by something that G can only draw less of",
         "a new run with --noise.sigma 0.05, which hides what gives small JPEGs away; --best draws with an earlier G",
     ),
     Rule(
@@ -101,25 +101,61 @@ RULES = (
 )
 
 
+@dataclass
+class Trend:
+    """Averages over some 500 steps, and their extremes once they have settled: what "fading" shows in."""
+
+    steps: int = 0
+    gradient: float = 0.0
+    """Of G."""
+    fake: float = 0.0
+    """Diversity of generated images; `real` is that of real ones."""
+    real: float = 0.0
+    least_gradient: float = 0.0
+    most_diversity: float = 0.0
+    """Relative to that of real images."""
+
+    def extend(self, row: Row) -> Row:
+        """Add a step; return its row with the growth of G's gradient, and with the share of diversity that is kept.
+
+        Both are 1 in the first 1,000 steps, in which G's gradient falls and its images gain contrast.
+        """
+        if not was_skipped(row):
+            self.steps += 1
+            weight = max(1 / self.steps, 1 / 500)
+            self.gradient += weight * (row["grad_norm/g"] - self.gradient)
+            self.fake += weight * (row["diversity/fake"] - self.fake)
+            self.real += weight * (row["diversity/real"] - self.real)
+        growth = kept = 1.0
+        if self.steps >= 1000 and self.gradient > 0 and self.real > 0:  # one image per rank has no diversity
+            self.least_gradient = min(self.least_gradient or math.inf, self.gradient)
+            self.most_diversity = max(self.most_diversity, self.fake / self.real)
+            growth, kept = self.gradient / self.least_gradient, self.fake / self.real / self.most_diversity
+        return {**row, "growth/grad_norm/g": growth, "kept/diversity": kept}
+
+
 class Watchdog:
     """Watches the metrics of consecutive steps; reports each failure mode once, and again only after it has ended."""
 
     def __init__(self) -> None:
+        self._trend = Trend()
         self._level = {rule.mode: 0 for rule in RULES}
         self._since = dict(self._level)
         self._named = {rule.mode: False for rule in RULES}
 
     def observe(self, rows: Sequence[Row]) -> list[Collapse]:
         """Add the rows of the next steps; return the failures newly reported."""
-        found = [self._observe(rule, row) for row in rows for rule in RULES]
+        found = [self._observe(rule, row) for row in map(self._trend.extend, rows) for rule in RULES]
         return [collapse for collapse in found if collapse is not None]
 
     def values(self) -> dict[str, Any]:
         """Return the state as JSON types."""
-        return {"level": dict(self._level), "since": dict(self._since), "named": dict(self._named)}
+        state = {"level": dict(self._level), "since": dict(self._since), "named": dict(self._named)}
+        return state | {"trend": asdict(self._trend)}
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Load the state of a checkpoint; rules that it does not contain keep their initial state."""
+        self._trend = Trend(**values.get("trend", {}))
         for mode in self._level.keys() & values["level"].keys():
             self._level[mode], self._since[mode] = values["level"][mode], values["since"][mode]
             self._named[mode] = values["named"][mode]

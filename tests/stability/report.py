@@ -199,7 +199,7 @@ def mended_table() -> str:
 
 
 def stored_table() -> str:
-    """Return G's gradient and diversity at the end of trials of the same recipe, by how their data are stored."""
+    """Return G's gradient and diversity at the end of trials of the same recipe, and what was named, by their data."""
     rows: list[list[str]] = []
     for line in read_rows(FOLDER / "widths.jsonl"):
         trial, medians = Trial(**line["trial"]), line["medians"]
@@ -207,10 +207,11 @@ def stored_table() -> str:
         if name == FASTER and int(width) in WIDTHS and trial.data in ("photos32", *JPEGS, "cifar") and trial.seed == 0:
             relative = medians["diversity/fake"] / medians["diversity/real"]
             updates = line["kid"][-1][0] // trial.batch
-            cells = [f"{updates:,}", f"{medians['grad_norm/g']:.0f}", f"{relative:.2f}", _scores(line)]
+            named = "; ".join(f"**{mode}**" for mode in line["named"]) or "-"
+            cells = [f"{updates:,}", f"{medians['grad_norm/g']:.0f}", f"{relative:.2f}", named, _scores(line)]
             rows.append([trial.data, width, *cells])
     rows.sort(key=lambda row: -int(row[1]))
-    return tables.table(["data", "width", "updates", "G's gradient", "diversity", "1000 KID"], rows)
+    return tables.table(["data", "width", "updates", "G's gradient", "diversity", "watchdog", "1000 KID"], rows)
 
 
 def evidence() -> dict[str, list[dict[str, float]]]:

@@ -27,9 +27,9 @@ BROKEN: dict[str, dict[str, float]] = {
     "the discriminator has won": {"grad_norm/g": 1e-4, "loss/g": 42.0},
     "the generator has won": {"score/fake": 0.99, "loss/g": 0.01, "grad_norm/g": 1e-4},
     "mode collapse": {"diversity/fake": 0.02},
-    "fading": {"diversity/fake": 0.25},
     "oscillation": {"logit/fake": 5.0, "logit/fake_updated": -30.0},
 }
+FADING = {"grad_norm/g": 100.0, "diversity/fake": 0.2}
 STEPS = {rule.mode: rule.steps for rule in RULES}
 
 
@@ -38,7 +38,7 @@ def rows(first: int, count: int, **changes: float) -> list[dict[str, Any]]:
 
 
 def test_every_rule_has_a_case() -> None:
-    assert BROKEN.keys() == STEPS.keys()
+    assert {*BROKEN, "fading"} == STEPS.keys()
 
 
 @pytest.mark.parametrize("mode", BROKEN)
@@ -76,10 +76,40 @@ def test_a_resumed_watchdog_goes_on_counting() -> None:
     assert second.observe(broken[60:]) == whole.observe(broken) != []
 
 
-def test_a_slow_start_is_not_fading() -> None:
-    """The 16th of the paper's width on photographs of 64x64 is paler than they are for its first 800 steps."""
+def test_a_resumed_watchdog_remembers_how_it_was_before() -> None:
+    whole, first, second = Watchdog(), Watchdog(), Watchdog()
+    fading = [*rows(1, 2000), *rows(2001, 1000, **FADING)]
+    first.observe(fading[:2300])
+    second.load_values(json.loads(json.dumps(first.values())))
+    assert second.observe(fading[2300:]) == whole.observe(fading) != []
+    assert second.values() == whole.values()
+
+
+def test_fading_is_a_gradient_that_grows_while_images_get_paler() -> None:
     watchdog = Watchdog()
-    assert watchdog.observe([*rows(1, 1200, **BROKEN["fading"]), *rows(1201, 3000)]) == []
+    assert watchdog.observe(rows(1, 2000)) == []
+    (found,) = watchdog.observe(rows(2001, 3000, **FADING))
+    assert found.rule.mode == "fading" and 2300 < found.since < found.step < 2700
+    watchdog.observe(rows(5001, 3000))
+    (again,) = watchdog.observe(rows(8001, 3000, **FADING))
+    assert again.rule.mode == "fading" and again.since > 8000
+
+
+@pytest.mark.parametrize("only", FADING)
+def test_a_gradient_that_grows_or_paler_images_alone_are_not_fading(only: str) -> None:
+    assert Watchdog().observe([*rows(1, 2000), *rows(2001, 3000, **{only: FADING[only]})]) == []
+
+
+def test_how_training_starts_is_not_fading() -> None:
+    """G's gradient may grow and its images lose contrast then; only what follows is held against it."""
+    assert Watchdog().observe([*rows(1, 100), *rows(101, 6000, **FADING)]) == []
+
+
+def test_skipped_steps_are_not_fading() -> None:
+    watchdog = Watchdog()
+    watchdog.observe([*rows(1, 2000), *rows(2001, 30, **{"grad_norm/g": math.inf, "diversity/fake": math.nan})])
+    assert watchdog.observe(rows(2031, 1000)) == []
+    assert watchdog.observe(rows(3031, 1000, **FADING)) != []
 
 
 def test_one_image_per_rank_says_nothing_about_diversity() -> None:
@@ -90,9 +120,12 @@ def test_a_checkpoint_of_other_rules_is_taken_over_as_far_as_it_goes() -> None:
     old = Watchdog()
     old.observe(rows(1, 2, **BROKEN["mode collapse"]))
     values = json.loads(json.dumps(old.values()))
-    for part in values.values():
-        del part["oscillation"]
-        part["a rule of another version"] = 1
+    for part in ("level", "since", "named"):
+        del values[part]["oscillation"]
+        values[part]["a rule of another version"] = 1
     watchdog = Watchdog()
     watchdog.load_values(values)
     assert watchdog.values() == old.values()
+    del values["trend"]
+    watchdog.load_values(values)
+    assert watchdog.values() == old.values() | {"trend": Watchdog().values()["trend"]}
