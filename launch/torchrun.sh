@@ -29,7 +29,9 @@ fi
 # need not resolve its own name.
 private=
 if [ "${NODES:-1}" = 1 ]; then
-  private=$(mktemp -d "${TMPDIR:-/tmp}/dist_dcgan-torchrun.XXXXXXXX")
+  folder=${TMPDIR:-/tmp}
+  [ -w "$folder" ] || folder=/tmp # a container may not show a node's own
+  private=$(mktemp -d "$folder/dist_dcgan-torchrun.XXXXXXXX")
   meeting=(--rdzv-backend=c10d --rdzv-endpoint="$private/store" --rdzv-conf=store_type=file --local-addr=localhost)
   DIST_DCGAN_SECRET=$(od -An -tx1 -N16 /dev/urandom | tr -d ' \n') # so that others cannot foretell where its ranks meet
   export DIST_DCGAN_SECRET TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

@@ -14,15 +14,25 @@ def agreed_device(processes: Mapping[int, RankProcess], rank: int, lenient: bool
     """Return the device of `rank`: its GPU if every rank has one, the CPU if no rank has.
 
     All ranks call it with the same `processes`, so that all decide alike: if only one took the CPU, the others would
-    hang in NCCL's initialisation. Raises UserError, on all ranks, with the hosts whose ranks lack a GPU; if `lenient`,
+    hang in NCCL's initialisation. Raises UserError, on all ranks, with the hosts whose ranks lack a GPU, or if no rank
+    has one and CUDA_VISIBLE_DEVICES names some: a job that holds GPUs would train on the CPU for days. If `lenient`,
     all take the CPU instead.
     """
     lacking = [other for other, process in processes.items() if process.local_rank >= process.gpus]
     if not lacking:
         return torch.device("cuda", processes[rank].local_rank)
-    if lenient or all(process.gpus == 0 for process in processes.values()):
+    if lenient:
         return torch.device("cpu")
-    raise UserError(_lacking(processes, sorted(lacking)))
+    if any(process.gpus for process in processes.values()):
+        raise UserError(_lacking(processes, sorted(lacking)))
+    for process in processes.values():
+        if process.promised:
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={process.promised} on host {process.host}, but torch sees no GPU: does "
+                "nvidia-smi show them there, has a container got them (apptainer exec --nv), is torch built for them? "
+                "With an empty CUDA_VISIBLE_DEVICES= CPUs are used"
+            )
+    return torch.device("cpu")
 
 
 def set_up(device: torch.device) -> None:

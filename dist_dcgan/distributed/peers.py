@@ -48,6 +48,8 @@ class RankProcess(NamedTuple):
     local_rank: int
     gpus: int
     """Number of GPUs that are visible to it."""
+    promised: str
+    """What CUDA_VISIBLE_DEVICES names; empty for no GPU."""
 
 
 def rendezvous(store: Any, rank: int, world_size: int, timeout_seconds: float) -> Any:
@@ -94,7 +96,7 @@ class Peers:
         self._reported = False
         self._answered = False
         self._neighbours: dict[int, RankProcess] = {}
-        self._write("processes", _this_process(local_rank, gpus))
+        self._write("processes", this_process(local_rank, gpus))
 
     def everyone(self, timeout_seconds: float) -> dict[int, RankProcess]:
         """Wait for all ranks; return their processes by rank. Each rank calls it once.
@@ -247,9 +249,11 @@ def _is_here(process: RankProcess) -> bool:
     return process.machine != "" and process.machine == machine()
 
 
-def _this_process(local_rank: int, gpus: int) -> RankProcess:
-    pid = os.getpid()
-    return RankProcess(socket.gethostname(), pid, _started(pid), machine(), local_rank, gpus)
+def this_process(local_rank: int, gpus: int) -> RankProcess:
+    """Return what others may know of this process."""
+    pid, named = os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    promised = "" if named in ("-1", "NoDevFiles") else named
+    return RankProcess(socket.gethostname(), pid, _started(pid), machine(), local_rank, gpus, promised)
 
 
 def _has_ended(process: RankProcess) -> bool:

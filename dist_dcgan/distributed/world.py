@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from dist_dcgan.distributed.devices import agreed_device, set_up
 from dist_dcgan.distributed.error_file import ErrorFile
 from dist_dcgan.distributed.failures import cannot_go_on, explained, first_sentence, is_alike
 from dist_dcgan.distributed.launch import Launch, launched
-from dist_dcgan.distributed.peers import Peers, rendezvous
+from dist_dcgan.distributed.peers import Peers, rendezvous, this_process
 from dist_dcgan.distributed.private import PrivateFolder, private_folder
 from dist_dcgan.distributed.strangers import own_sockets, require_no_strangers, warn_of_open_agent
 from dist_dcgan.distributed.watch import Watch
@@ -91,13 +92,14 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
 
     Gloo handles CPU tensors and NCCL handles CUDA tensors, so that small decisions never wait for the GPU. With
     `device_type` "cpu" no GPU is used; with "any", GPUs if every rank has one; by default the same, but a UserError is
-    raised on all ranks if only some have one.
+    raised on all ranks if only some have one, or none although CUDA_VISIBLE_DEVICES names some.
     """
     _die_with_torchrun()
     launch = launched()
     gpus = 0 if device_type == "cpu" else torch.cuda.device_count()  # takes seconds, so before the rendezvous
+    lenient = device_type is not None
     if launch.world_size == 1:
-        device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+        device = agreed_device({0: this_process(0, gpus)}, 0, lenient)
         set_up(device)
         yield World(0, 0, 1, device)
         return
@@ -108,6 +110,7 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
             warn_of_open_agent(launch)
         if alone is not None:
             os.environ |= {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK}
+        os.environ.setdefault("NCCL_RAS_ENABLE", "0")  # NCCL 2.24 would open ports that answer to every user
         others = own_sockets()
         store = _meeting_point(launch, alone, max(timeout_seconds, MEETING_SECONDS))
         rank, world_size = launch.rank, launch.world_size
@@ -115,7 +118,7 @@ def process_group(timeout_seconds: float, device_type: str | None = None) -> Ite
         peers = Peers(dist.PrefixStore("peers", store), rank, world_size, launch.local_rank, gpus, key)  # type: ignore[attr-defined]
         watch = Watch(peers, world_size, timeout_seconds, lambda cause: _end_at_once(cannot_go_on(peers, cause)))
         with watch, _left_at_the_end(peers), explained(peers):
-            device = agreed_device(peers.everyone(timeout_seconds), rank, lenient=device_type == "any")
+            device = agreed_device(peers.everyone(timeout_seconds), rank, lenient)
             set_up(device)
             if launch.nodes > 1:
                 require_connected(store, launch.node, launch.nodes, leads=launch.local_rank == 0)
@@ -167,12 +170,23 @@ def _left_at_the_end(peers: Peers) -> Iterator[None]:
         all_ranks_end = True
     except BaseException as error:
         all_ranks_end = is_alike(error)
+        _clear_frames(error)
         raise
     finally:
         if all_ranks_end:
             peers.leave()
         if dist.is_initialized():
             _leave_group(all_ranks_end)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the variables of the functions that `error` has ended, which its traceback keeps.
+
+    NCCL waits for ever for the end of CUDA graphs that have recorded its calls before it destroys a communicator.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _leave_group(all_ranks_end: bool) -> None:

@@ -149,7 +149,7 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
         record(run, state.config)
         return None if found is None else found.values, asdict(wandb_run)
 
-    values, fields = from_rank_zero(read)
+    values, fields = from_rank_zero(read, state.world.slow_group)  # gigabytes, and other jobs may read as well
     wandb_run = WandbRun(**fields)
     if values is not None:
         broadcast_from_rank_zero(state.tensors().values())
@@ -202,7 +202,7 @@ def record_this_start(
 def save(state: TrainState, saver: Saver, digest: str) -> None:
     """Begin to write a checkpoint; raises UserError on all ranks if the one before could not be written."""
     values = state.values() | {"manifest_digest": digest, "config": to_values(state.config)}
-    from_rank_zero(lambda: saver.save(state.tensors(), values))
+    from_rank_zero(lambda: saver.save(state.tensors(), values), state.world.slow_group)  # may wait for the one before
 
 
 def finish(state: TrainState, run: RunDirectory, saver: Saver, manifest: Manifest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,9 @@ GPU = torch.device("cuda", 3)
 def processes(*gpus: int, each: int = 2) -> dict[int, RankProcess]:
     """`each` ranks per host, whose numbers of GPUs are given."""
     hosts = [(f"n{host}", local, count) for host, count in enumerate(gpus) for local in range(each)]
-    return {rank: RankProcess(host, rank, "", host, local, count) for rank, (host, local, count) in enumerate(hosts)}
+    return {
+        rank: RankProcess(name, rank, "", name, local, count, "") for rank, (name, local, count) in enumerate(hosts)
+    }
 
 
 def test_every_rank_takes_its_gpu() -> None:
@@ -38,6 +41,29 @@ def test_every_rank_takes_its_gpu() -> None:
 
 def test_all_take_the_cpu_if_nobody_has_a_gpu() -> None:
     assert str(agreed_device(processes(0, 0), 3)) == "cpu"
+
+
+def test_cpus_do_not_stand_in_for_gpus_that_a_job_holds() -> None:
+    """One host was given some, so that a container without its GPUs does not train on the CPU for days."""
+    found = processes(0, 0)
+    found[2] = found[2]._replace(promised="0,1")
+    for rank in range(4):
+        with pytest.raises(UserError, match=r"^CUDA_VISIBLE_DEVICES=0,1 on host n1, but torch sees no GPU: .*--nv"):
+            agreed_device(found, rank)
+        assert str(agreed_device(found, rank, lenient=True)) == "cpu"
+
+
+@pytest.mark.parametrize(("named", "is_refused"), [("0", True), ("", False), ("-1", False), ("NoDevFiles", False)])
+def test_one_process_trains_on_the_cpu_if_no_gpu_is_named(
+    named: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    expected = pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES={named} on") if is_refused else nullcontext()
+    with expected, world.process_group(60) as alone:
+        assert str(alone.device) == "cpu"
+    with world.process_group(60, "any") as alone:
+        assert str(alone.device) == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +145,33 @@ def test_a_rank_that_fails_alone_aborts_its_communicators_first(group: mock.Mock
     world._leave_group(all_ranks_end)
     aborted = [] if all_ranks_end else ["default._get_backend", "default._get_backend().abort"]
     assert [call[0] for call in group.mock_calls] == [*aborted, "destroy"]
+
+
+class Recorded:
+    """Stands for a recorded graph."""
+
+
+@pytest.mark.parametrize("kind", [UserError, RuntimeError])
+def test_what_an_error_left_behind_is_gone_before_the_group_is(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL waits for ever for the end of a graph that has recorded its calls."""
+    kept: list[weakref.ref[Recorded]] = []
+    alive: list[bool] = []
+
+    def train() -> None:
+        graph = Recorded()
+        kept.append(weakref.ref(graph))
+        try:
+            raise OSError("disk full")
+        except OSError as error:
+            raise kind("not saved") from error
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(world, "_leave_group", lambda _: alive.append(kept[0]() is not None))
+    with pytest.raises(kind), world._left_at_the_end(mock.Mock()):
+        train()
+    assert alive == [False]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from tests.support.shards_fixtures import contents
 
 pytestmark = pytest.mark.system
 RANKS_PER_NODE = 2
+NO_GPUS = {"CONTAINER": "env CUDA_VISIBLE_DEVICES="}
+"""Those of the cluster are pretended, and training refuses to take the CPU for a GPU that it was given."""
 RESOURCES = (f"--gpus-per-node={RANKS_PER_NODE}", "--cpus-per-task=2")
 HOLD_SECONDS = 300
 """Seconds that the ranks wait for the one that is held."""
@@ -52,11 +54,14 @@ class Job:
         nodes: int = 2,
         options: Sequence[str] = (),
         flags: Sequence[object] = (),
+        names_variables: bool = False,
         **variables: str,
     ) -> None:
         self.cluster, self.folder, self.outcome = cluster, folder, Outcome(folder)
-        self._env = cluster.in_job(launcher_environment(folder, faults, RANKS_PER_NODE) | variables)
+        self._env = cluster.in_job(launcher_environment(folder, faults, RANKS_PER_NODE) | NO_GPUS | variables)
         self._options = [f"--nodes={nodes}", *RESOURCES, f"--output={folder}/output.txt", *options]
+        if names_variables:  # then SLURM hands on no others
+            self._options.append(f"--export={','.join(self._env)}")
         waits = ("--distributed.timeout-seconds", HOLD_SECONDS)
         self._words = command(data, folder / "run", *waits, *flags)
         self.submit()
@@ -150,17 +155,20 @@ def test_it_is_one_run(
     print(f"{name}: {outcome.repeated_steps()} steps done again")
 
 
-def test_a_failure_after_a_checkpoint_is_tried_again(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, bench.data, [Fault("exception", "D step", 6)], RESTARTS="0")
+def test_a_failure_is_tried_again_after_a_checkpoint_only(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
+    """Of a job that exports some variables only; before it is submitted again its folders move to another disk."""
+    faults = [Fault("exception", "D step", step) for step in (2, 6)]
+    job = Job(cluster, tmp_path, bench.data, faults, names_variables=True, RESTARTS="0")
+    assert job.end().starts[0].code != 0
+    assert "injected mistake" in job.output and "queues itself again" not in job.output
+    for name in ("checkpoints", "logs"):
+        folder = tmp_path / "run" / name
+        folder.mkdir(exist_ok=True)  # no checkpoint yet
+        folder.symlink_to(folder.rename(tmp_path / name))
+    job.submit()
     outcome = job.end()
     assert "queues itself again: a failure after step-00000004" in job.output
     require_golden(outcome, golden(bench.work, bench.data, ranks=2 * RANKS_PER_NODE))
-
-
-def test_a_failure_before_one_is_not(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, bench.data, [Fault("exception", "D step", 2)], nodes=1, RESTARTS="0")
-    assert job.end().starts[0].code != 0
-    assert "injected mistake" in job.output and "queues itself again" not in job.output
 
 
 def test_a_mistake_is_said_before_the_nodes_start(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
@@ -168,6 +176,13 @@ def test_a_mistake_is_said_before_the_nodes_start(cluster: Cluster, bench: Bench
     assert job.end().starts[0].code != 0
     lines = job.output.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and "--width" in lines[0]
+
+
+def test_a_job_whose_gpus_are_not_seen_does_not_train_on_cpus(cluster: Cluster, bench: Bench, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, bench.data, nodes=1, CONTAINER="")
+    assert job.end().starts[0].code != 0
+    assert "CUDA_VISIBLE_DEVICES=0,1 on host n1, but torch sees no GPU" in job.output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 ARTEFACTS = {"generator_ema.safetensors", "curves.png", "metrics.jsonl", "samples", "checkpoints", "logs"}
@@ -179,7 +194,7 @@ def test_the_chain_from_photographs_to_scores(cluster: Cluster, bench: Bench, tm
     resources = " ".join(RESOURCES)
     variables = {"RANKS": "2", "PARTS": "4", "SBATCH_OUTPUT": f"{tmp_path}/job-%A-%a.txt", "PYTHONPATH": str(ROOT)}
     variables |= {"CONVERT": "--cpus-per-task=1", "TRAIN": f"--nodes=2 {resources}", "EVALUATE": resources}
-    env = cluster.in_job(environment() | variables)
+    env = cluster.in_job(environment() | NO_GPUS | variables)
     training = command(data, run_dir)
     training = training[: training.index("--data")]
     words = [data, run_dir, source, "--samples-per-shard", 10, "--", *training, "--", "--fakes", 64, "--reals", 64]
