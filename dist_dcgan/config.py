@@ -16,13 +16,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, model_validator
 
-from shards.common.command_line import Options, UserPath, build, expand_home, nearest, parse_flags
+from shards.common.command_line import Options, UserPath, build, expand_home, nearest, not_empty, parse_flags
 from shards.common.errors import UserError
 from shards.common.plain_yaml import parse_yaml, read_yaml
 from shards.common.redaction import public_address
 
 # Not by importlib.resources: it takes a folder `dist_dcgan` in the working directory for the package.
 _PRESETS = Path(__file__).parent / "presets"
+_MOST = 10_000_000
+"""Of sizes and seconds: beyond it torch's numbers overflow."""
 
 
 def _changeable(default: Any, **constraints: Any) -> Any:
@@ -32,6 +34,8 @@ def _changeable(default: Any, **constraints: Any) -> Any:
 
 def _location(value: Any) -> Any:
     """Keep an address as a string: a Path would drop one of its slashes."""
+    if not isinstance(not_empty(value), str | Path):
+        raise ValueError("a folder or an address is needed")
     if isinstance(value, str) and not re.match(r"(pipe:|(?i:[a-z0-9]+://))", value):
         return expand_home(Path(value))
     return value
@@ -80,14 +84,19 @@ class DataOptions(LocationOptions):
     """Batches read ahead."""
 
 
+def _number(word: Any) -> Any:
+    """Return the number that a word of the command line is; pydantic compares a Literal with the word itself."""
+    return int(word) if isinstance(word, str) and word.isdecimal() else word
+
+
 class ModelOptions(Options):
     """Architecture of the networks, apart from `width`; the image size is the data set's."""
 
-    latent_dim: int = Field(100, ge=1)
+    latent_dim: int = Field(100, ge=1, le=_MOST)
     """Dimensions of z."""
     latent: Literal["uniform", "normal"] = "uniform"
     """Distribution of z: uniform in [-1, 1] as in the paper, or standard normal."""
-    kernel_size: Literal[4, 5] = 4
+    kernel_size: Annotated[Literal[4, 5], BeforeValidator(_number)] = 4
     """Side of the strided convolutions: 4 as in most ports, 5 as in the paper's own code."""
 
 
@@ -181,7 +190,7 @@ class CheckpointOptions(Options):
 class DistributedOptions(Options):
     """Communication between ranks."""
 
-    timeout_seconds: float = _changeable(60.0, gt=0)
+    timeout_seconds: float = _changeable(60.0, gt=0, le=_MOST)
     """Timeout of a collective, which ends the run; it also limits the wait for rank 0's checkpoints and grids."""
     batchnorm: Literal["auto", "native", "direct", "portable"] = _changeable("auto")
     """Cross-rank batch norm. native: torch's SyncBatchNorm (CUDA only); direct: its CUDA kernels without its host
@@ -195,15 +204,15 @@ class Config(Options):
     """Source and order of the images."""
     run_dir: UserPath = _changeable(Path("runs/default"))
     """Folder of the run: configuration, metrics, samples, checkpoints, exported generator."""
-    width: int = Field(128, ge=1)
+    width: int = Field(128, ge=1, le=_MOST)
     """Channels of the last hidden layer: 128 is the paper's 1024-512-256-128, 64 the reduced 512-64."""
-    global_batch: int = Field(128, ge=2)
+    global_batch: int = Field(128, ge=2, le=_MOST)
     """Images per step over all ranks, independent of their number."""
-    batch_per_rank: int | None = Field(None, ge=1)
+    batch_per_rank: int | None = Field(None, ge=1, le=_MOST)
     """Images per step and rank, instead of global_batch; the global batch then grows with the number of ranks."""
-    epochs: float = _changeable(5.0, gt=0)
+    epochs: float = _changeable(5.0, gt=0, le=_MOST)
     """Length of the run in passes over the data; the paper shows results of 5 on LSUN bedroom."""
-    max_steps: int | None = _changeable(None, ge=1)
+    max_steps: int | None = _changeable(None, ge=1, le=10**15)
     """Length of the run in steps from its start, instead of epochs."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of all random numbers: weights, order, z, noise, flips."""

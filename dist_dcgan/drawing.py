@@ -27,6 +27,8 @@ _BORDER = 2  # pixels around each image of a grid
 _LABEL = 12  # pixels below an image for its label
 _MOST_PIXELS = 1 << 25
 """Of a picture that is read: more would take gigabytes, and a grid of 64 images of 64 pixels has 300,000."""
+_MOST_MILLION_PIXELS = 200
+"""Of a grid that is drawn, which takes some gigabytes."""
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 
 
@@ -38,8 +40,14 @@ def to_pixels(images: Tensor) -> Tensor:
 def tile(pixels: Tensor, columns: int | None = None, labels: Sequence[str] = (), scale: int = 1) -> Image.Image:
     """Return a grid of images, about square if `columns` is not given, each with its label below it.
 
-    `scale` repeats each pixel of an image so many times to the right and down; labels keep their size.
+    `scale` repeats each pixel of an image so many times to the right and down; labels keep their size. Raises UserError
+    for a grid of more than 200 million pixels.
     """
+    million = pixels[:, 0].numel() * scale**2 / 1e6
+    if million > _MOST_MILLION_PIXELS:
+        raise UserError(
+            f"a picture of {million:,.0f} million pixels is too large: draw fewer images, or at less --scale"
+        )
     from torchvision.utils import make_grid  # imported here: it takes seconds, and only one rank draws
 
     columns = columns or max(1, round(len(pixels) ** 0.5))

@@ -15,7 +15,7 @@ from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.launch import launched
 from dist_dcgan.distributed.world import run_rank, world_size_of_launch
 from dist_dcgan.models.networks import count_parameters, require_image_size
-from dist_dcgan.preflight.storage import networks_on_meta
+from dist_dcgan.preflight.storage import networks_on_meta, opened_for_a_look
 from dist_dcgan.training.loop import train
 from dist_dcgan.training.steps import is_out_of_memory, memory_remedy
 from shards.common.errors import OneRankError
@@ -27,20 +27,21 @@ from shards.manifest import Manifest
 def main(argv: Sequence[str]) -> None:
     """Train; with --dry-run only print the configuration and plan."""
     config, invocation = from_command_line(argv, about=__doc__)
-    location = open_location(config.data, invocation.allow_commands)
-    manifest = location.manifest
-    require_image_size(manifest.image_size, config.data.name)
     if invocation.dry_run:
-        world_size = invocation.world_size or world_size_of_launch(None)
-        describe(config, make_plan(config, world_size, manifest.samples), manifest)
+        with opened_for_a_look(config.data, invocation.allow_commands) as location:
+            describe(config, invocation.world_size or world_size_of_launch(None), location.manifest)
         return
+    location = open_location(config.data, invocation.allow_commands)
+    require_image_size(location.manifest.image_size, config.data.name)
     output_is_optional()
-    plan = make_plan(config, world_size_of_launch(invocation.world_size), manifest.samples)
+    plan = make_plan(config, world_size_of_launch(invocation.world_size), location.manifest.samples)
     train_or_explain(config, plan, location, invocation.resume, argv)
 
 
-def describe(config: Config, plan: Plan, manifest: Manifest) -> None:
+def describe(config: Config, world_size: int, manifest: Manifest) -> None:
     """Print the resolved configuration and the sizes that follow from it; nothing is created."""
+    require_image_size(manifest.image_size, config.data.name)
+    plan = make_plan(config, world_size, manifest.samples)
     if launched().rank != 0:
         return
     generator, discriminator = networks_on_meta(config, manifest.image_size)

@@ -17,6 +17,9 @@ command -v torchrun >/dev/null || fail "no torchrun: activate the environment of
 for name in "${!PET_@}" "${!TORCH@}"; do
   [ -n "${!name}" ] || unset "$name" # torchrun takes an empty value for a wrong one
 done
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+  exec python "$launch/run_module.py" "dist_dcgan.${COMMAND:-train}" --help
+fi
 [[ ${NODES:-1} =~ ^[1-9][0-9]*$ ]] || fail "NODES=$NODES: it must be a number of machines"
 [[ ${RESTARTS:-3} =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS: it must be a number"
 [[ ${RANKS:-gpu} =~ ^([1-9][0-9]*|gpu|cpu|auto)$ ]] || fail "RANKS=$RANKS: it must be a number of processes"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -93,9 +93,13 @@ class BatchLoader:
         self._prefetcher.__exit__()
         self._thread.join(_SECONDS_TO_CLOSE)
 
-    def wait_for_first(self) -> None:
-        """Wait without a limit until the first batch is ready: its shards may have to be fetched."""
+    def wait_for_first(self, meanwhile: Callable[[], None]) -> None:
+        """Wait without a limit until the first batch is ready: its shards may have to be fetched.
+
+        `meanwhile` is called again and again.
+        """
         while self._ready.empty():
+            meanwhile()
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def __iter__(self) -> Iterator[Batch]:

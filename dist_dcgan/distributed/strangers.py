@@ -7,6 +7,7 @@ come between, so they are checked then: Linux lists for each connection the user
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ _FIRST_PERSON = 1000
 """The smallest user number of a person; smaller ones are the system's."""
 _NOBODY = (65534, 65535)
 _LOOPBACK = "7F"
+_SECONDS_TO_ACCEPT = 3.0
+_SECONDS_BETWEEN_LOOKS = 0.1
 _MAPPED = "0000000000000000FFFF0000"
 """Precedes an IPv4 address in the table of IPv6."""
 
@@ -37,19 +40,29 @@ def require_no_strangers(before: frozenset[str]) -> None:
     """Raise OneRankError if a connection of this process, of those made since `before`, is with another user here.
 
     `before` are the sockets of this process (`own_sockets`) before it connected to the other ranks. A connection over
-    the loopback interface of which the other end is not listed is one of nobody knows whom.
+    the loopback interface of which the other end is not listed is one of nobody knows whom. Before version 6.17 Linux
+    lists user 0 until the other end has been accepted, so some seconds pass before one is taken for a stranger.
     """
-    rows, ours = list(_rows()), own_sockets() - before
+    deadline = time.monotonic() + _SECONDS_TO_ACCEPT
+    while (who := _stranger(own_sockets() - before)) is not None:
+        if time.monotonic() > deadline:
+            raise OneRankError(
+                f"a process of {who} on this machine has connected in the place of a rank: start again, and tell "
+                "your administrator"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _stranger(ours: frozenset[str]) -> str | None:
+    """Return whose process, of another user, is at the other end of one of `ours`; None if there is none."""
+    rows = list(_rows())
     users = {(row.local, row.remote): row.user for row in rows}
     for row in rows:
         if row.state == _ESTABLISHED and row.inode in ours:
             user = users.get((row.remote, row.local))
             if user not in (None, os.geteuid()) or (user is None and _is_loopback(row.local)):
-                who = "an unknown user" if user is None else f"user {user}"
-                raise OneRankError(
-                    f"a process of {who} on this machine has connected in the place of a rank: start again, and tell "
-                    "your administrator"
-                )
+                return "an unknown user" if user is None else f"user {user}"
+    return None
 
 
 def own_sockets() -> frozenset[str]:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from dist_dcgan.config import Config, make_plan, to_yaml
+from dist_dcgan.config import Config, LocationOptions, make_plan, to_yaml
 from dist_dcgan.data.order import SampleOrder
 from dist_dcgan.data.prefetch import shards_at_a_time
 from dist_dcgan.data.storage.cache import staged
+from dist_dcgan.data.storage.location import DatasetLocation
 from dist_dcgan.data.storage.opening import open_location
 from dist_dcgan.distributed.world import world_size_of_launch
 from dist_dcgan.loggers.wandb_settings import resolve_wandb
@@ -32,12 +33,9 @@ _FEW_BATCHES = 10
 
 
 def data_set(subject: Subject, stack: ExitStack) -> Finding:
-    """Read the manifest and the file sizes, as training does; a cache is replaced by a folder that `stack` removes."""
+    """Read the manifest and the file sizes, as training does; `stack` removes what is made for it."""
     options = subject.config.data
-    if options.cache_dir is not None:
-        folder = stack.enter_context(probe_folder(options.cache_dir))
-        options = options.model_copy(update={"cache_dir": folder / "cache"})
-    location = open_location(options, subject.invocation.allow_commands)
+    location = stack.enter_context(opened_for_a_look(options, subject.invocation.allow_commands))
     manifest = location.manifest
     require_image_size(manifest.image_size, options.name)
     subject.location = location
@@ -179,6 +177,16 @@ def try_writing(path: Path) -> Path:
         except NoLocksError:
             raise UserError(f"there are no file locks in {folder.parent}: use another file system") from None
         return folder.parent
+
+
+@contextmanager
+def opened_for_a_look(options: LocationOptions, allow_commands: bool) -> Iterator[DatasetLocation]:
+    """Open a data set as training does; a cache is replaced by a folder that is removed at the end."""
+    with ExitStack() as stack:
+        if options.cache_dir is not None:
+            folder = stack.enter_context(probe_folder(options.cache_dir))
+            options = options.model_copy(update={"cache_dir": folder / "cache"})
+        yield open_location(options, allow_commands)
 
 
 @contextmanager

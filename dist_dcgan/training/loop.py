@@ -86,7 +86,7 @@ def train_in(
         saver = stack.enter_context(Saver(run.checkpoints, retention, world.device, partial(record_saved, run)))
         logger = stack.enter_context(closing(make_logger(plan, world, run, state.step, wandb_run)))
         batches = stack.enter_context(BatchLoader(location, config, plan, world, state.step, node_store(world)))
-        batches.wait_for_first()
+        batches.wait_for_first(agreement.end_if_signalled)
         quality = QualityMeter(state, ShardReader(location), run)
         barrier(world)
         record_this_start(state, run, location, words, ended, quality.extractor)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from shards.common.messages import tell
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -34,12 +36,13 @@ class StepAgreement:
     The signal handler only sets a flag. `agreed` reduces the flags of all ranks over the CPU backend and reads the
     result one step later, so that it waits neither for peers nor for the GPU. With many ranks, gloo's ring takes longer
     than a step, so they agree every few steps. Before the rendezvous there is nothing to save, and a signal ends the
-    process.
+    process; until the first batch is there, `end_if_signalled` does.
     """
 
     def __init__(self, save_seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """A save is due `save_seconds` after now and after each due save; None: never."""
         self._stop_requested = False
+        self._signal: signal.Signals | None = None
         self._save_seconds, self._clock, self._since = save_seconds, clock, clock()
         self._calls = 0
         self._flags = torch.zeros(len(Agreed._fields))
@@ -77,6 +80,12 @@ class StepAgreement:
         """Request a stop, as a signal does."""
         self._stop_requested = True
 
+    def end_if_signalled(self) -> None:
+        """Raise SystemExit, with the status of a process that a signal ended, if one has come."""
+        if self._signal is not None:
+            tell(f"ended by {self._signal.name} before the first step: the same command starts it again")
+            raise SystemExit(128 + self._signal)
+
     def _save_is_due(self) -> bool:
         """Return whether a save is due by rank 0's clock, and restart the clock if so; False on other ranks."""
         if self._save_seconds is None or (dist.is_initialized() and dist.get_rank() != 0):
@@ -89,5 +98,6 @@ class StepAgreement:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.request_stop()
+        self._signal = signal.Signals(number)
         if number == signal.SIGINT:  # a second Ctrl-C ends at once
             signal.signal(number, signal.default_int_handler)

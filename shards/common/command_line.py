@@ -14,9 +14,10 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_origin
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from shards.common.environment import unset_empty_variables
@@ -33,6 +34,16 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_none(cls, values: Any) -> Any:
+        """Take the word none for None where a field may be None."""
+        if not isinstance(values, Mapping):
+            return values
+        may_be = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
+        is_none = {name for name in may_be if str(values.get(name)).lower() == "none"}
+        return {name: None if name in is_none else value for name, value in values.items()}
+
 
 def expand_home(path: Path) -> Path:
     """Return `path` with a leading `~` or `~user` as a folder; as in a shell, `~name` of no user stays.
@@ -45,10 +56,17 @@ def expand_home(path: Path) -> Path:
     return expanded
 
 
+def not_empty(path: Any) -> Any:
+    """Return a path that a user gives; raises ValueError if it is empty, which would be the working directory."""
+    if path == "":
+        raise ValueError("a path is needed (is a variable unset?); . is the working directory")
+    return path
+
+
 def _no_address(path: Any) -> Any:
     if isinstance(path, str) and _ADDRESS.match(path):
         raise ValueError("a path on this machine is needed, not an address")
-    return path
+    return not_empty(path)
 
 
 UserPath = Annotated[Path, BeforeValidator(_no_address), AfterValidator(expand_home)]

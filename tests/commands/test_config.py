@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from dist_dcgan.config import (
     Config,
@@ -49,6 +51,29 @@ def test_a_file_goes_in_place_of_the_preset(tmp_path: Path) -> None:
     assert (config.width, config.optimizer.lr_d, config.optimizer.lr_g) == (32, 1e-5, 3e-4)
 
 
+def flags_of(model: BaseModel, prefix: str = "--") -> Iterator[list[str]]:
+    """Yield each flag of a configuration with the value that it has."""
+    for name, value in model:
+        flag = prefix + name.replace("_", "-")
+        if isinstance(value, BaseModel):
+            yield from flags_of(value, f"{flag}.")
+        elif isinstance(value, bool):
+            yield [flag if value else flag.replace("--", "--no-", 1)]
+        elif type(model).model_fields[name].annotation != bool | None:  # a flag without a value cannot say none
+            yield [flag, "none" if value is None else str(value)]
+
+
+@pytest.mark.parametrize("flags", [*flags_of(Config())], ids=lambda flags: flags[0])
+def test_every_flag_takes_its_default(flags: list[str]) -> None:
+    assert from_command_line(flags)[0] == Config()
+
+
+def test_none_is_a_word_where_a_field_may_be_none() -> None:
+    config, _ = from_command_line(["--preset", "debug", "--max-steps", "None", "--quality.extractor", "none"])
+    assert (config.max_steps, config.quality.extractor) == (None, "none")
+    assert from_command_line(["--data", "none"])[0].data.path == Path("none")
+
+
 @pytest.mark.parametrize("flags", [[], ["--batch-per-rank", "3"], ["--preset", "debug", "--max-steps", "4"]])
 def test_the_stored_configuration_reads_back_the_same(flags: list[str], tmp_path: Path) -> None:
     config, _ = from_command_line(flags)
@@ -73,6 +98,12 @@ def test_the_stored_configuration_reads_back_the_same(flags: list[str], tmp_path
         (["--preset", "debug", "--config", "x.yaml"], "--preset debug and --config x.yaml exclude each other"),
         (["--config", "none.yaml"], "cannot read configuration none.yaml"),
         (["--log.every-steps", "11"], "log.every_steps: input should be less than or equal to 10"),
+        (["--model.kernel-size", "3"], "kernel_size: input should be 4 or 5, got 3"),
+        (["--run-dir", ""], r"run_dir: a path is needed \(is a variable unset\?\); . is the working directory, got ''"),
+        (["--data", ""], "data.path: a path is needed"),
+        (["--distributed.timeout-seconds", "1e10"], "timeout_seconds: input should be less than or equal to 10000000"),
+        (["--width", "1000000000000"], "width: input should be less than or equal to 10000000"),
+        (["--epochs", "1e300"], "epochs: input should be less than or equal to 10000000"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(flags: list[str], message: str) -> None:
@@ -90,6 +121,7 @@ def test_a_mistake_on_the_command_line_is_named(flags: list[str], message: str) 
         ("a: b: c", "is not plain YAML"),
         ("width: !!python/object/apply:os.system ['touch pwned']", "is not plain YAML"),
         ("width: 8\npreset: debug", "unknown key preset"),
+        ("data: {path: }", "data.path: a folder or an address is needed, got None"),
     ],
 )
 def test_a_mistake_in_a_file_is_named_and_nothing_runs(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import environment
 from tests.support.shards_fixtures import contents, numbered, write_lmdb
 from tests.support.waiting import wait_until
 
@@ -148,7 +149,7 @@ def test_a_run_directory_from_a_file_of_options(stand_ins: dict[str, str], tmp_p
     env = stand_ins | {"CONTAINER": "env INSIDE=yes", "SLURM_RESTART_COUNT": "2"}
     subprocess.run(launcher("train.sbatch", "--config", tmp_path / "run.yaml"), cwd=ROOT, env=env, check=True)
     called = (tmp_path / "called").read_text().splitlines()
-    assert called[3:] == [
+    assert called[0] == "--export=ALL" and called[4:] == [
         *("env", "env", "INSIDE=yes", "bash", str(LAUNCH / "torchrun.sh"), "--config", str(tmp_path / "run.yaml")),
         *("HEAD=n1:20007", f"LOGS={tmp_path}/with space/logs/7-2"),
     ]
@@ -159,6 +160,12 @@ def test_a_mistake_is_found_before_the_nodes_start(stand_ins: dict[str, str], tm
     done = subprocess.run(words, cwd=ROOT, env=stand_ins, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "--width" in done.stderr
     assert not (tmp_path / "called").exists()
+
+
+def test_help_needs_no_gpu(tmp_path: Path) -> None:
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launcher("torchrun.sh", "--help"), env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--global-batch" in done.stdout, done.stderr
 
 
 def test_machines_that_do_not_meet_are_told_so(stand_ins: dict[str, str], tmp_path: Path) -> None:

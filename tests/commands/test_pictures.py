@@ -108,6 +108,7 @@ MISTAKES: list[tuple[Callable[[Sequence[str]], None], list[object], str]] = [
     (sample.main, ["--seeds", "9223372036854775808"], "is no seed"),
     (sample.main, ["--separate", "images"], "give --out X.png for a grid, or --separate DIR"),
     (sample.main, ["--out", "x.jpg"], "give it a name that ends in .png"),
+    (sample.main, ["--seeds", "0-511", "--scale", 32], "a picture of 2,147 million pixels is too large"),
     (walk.main, ["--seeds", "1"], "a walk needs two seeds"),
     (walk.main, ["--seeds", "1", "--loop"], "a walk needs two seeds"),
     (walk.main, ["--seeds", "1,2", "--rows", 2], "--seeds and --rows exclude each other"),
@@ -219,9 +220,9 @@ def test_a_run_that_died_is_drawn_from_its_newest_checkpoint(
     assert died.description["step"] == 6 and torch.equal(by_seed(died, range(4)), by_seed(trained, range(4)))
     scored = evaluate.main  # takes it, too
     message = refusal(
-        scored, run_dir, "--data", demo_shards, "--fakes", 4, "--weights", "none", "--extractor", "inception"
+        scored, run_dir, "--data", demo_shards, "--fakes", 4, "--weights", "lacking", "--extractor", "inception"
     )
-    assert "none" in message
+    assert "lacking" in message
     (run_dir / "checkpoints").rename(run_dir / "gone")
     assert "no exported generator at" in refusal(sample.main, run_dir, "--out", tmp_path / "x.png")
 
@@ -241,7 +242,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_before_memory_is_taken
     shutil.copytree(finished, run_dir)
     (run_dir / "generator_ema.safetensors").unlink()
     config = (run_dir / "config.yaml").read_text()
-    (run_dir / "config.yaml").write_text(config.replace("width: 4", "width: 1000000000"))
+    (run_dir / "config.yaml").write_text(config.replace("width: 4", "width: 10000000"))
     message = refusal(sample.main, run_dir, "--out", tmp_path / "x.png")
     assert "checkpoints is not of" in message and "config.yaml" in message
 

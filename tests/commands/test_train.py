@@ -122,8 +122,26 @@ def test_a_signal_stops_at_a_step_and_a_second_writer_is_refused(demo_shards: Pa
     assert not (run_dir / "STOPPED").exists()
 
 
+def test_a_signal_before_the_first_batch_ends_at_once(demo_shards: Path, tmp_path: Path) -> None:
+    """The shards never come; the command that would bring them ends, too."""
+    script = tmp_path / "bring.sh"
+    script.write_text(
+        f'[ "$1" != manifest.json ] || exec cat "{demo_shards}/$1"\ntouch "{tmp_path}/asked"; exec sleep 300\n'
+    )
+    flags = [*DEBUG, "--width", 4, "--data", f"pipe:exec bash {script} {{}}", "--allow-commands"]
+    flags += ["--data.cache-dir", tmp_path / "cache", "--run-dir", tmp_path / "run"]
+    process = start(train_command(1, *flags))
+    wait_until((tmp_path / "asked").exists, process)
+    process.send_signal(signal.SIGTERM)
+    output = "".join(process.communicate(timeout=20))
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "ended by SIGTERM before the first step: the same command starts it again" in output
+    assert not (tmp_path / "run" / "STOPPED").exists()
+
+
 def test_a_dry_run_prints_the_plan_and_creates_nothing(demo_shards: Path, tmp_path: Path) -> None:
     flags = ["--data", demo_shards, "--run-dir", tmp_path / "run", "--global-batch", 64, "--dry-run"]
+    flags += ["--data.cache-dir", tmp_path / "new" / "cache"]
     output = succeed(module("dist_dcgan.train", *flags, "--world-size", 64)).stdout
     for line in (
         "width: 128",

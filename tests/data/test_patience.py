@@ -48,7 +48,7 @@ def steps_of(data: Path, slow_position: int, patient: bool) -> tuple[int, str]:
         try:
             with BatchLoader(SlowFolder(data, slow), config, plan, world, 0) as batches:
                 if patient:
-                    batches.wait_for_first()
+                    batches.wait_for_first(lambda: None)
                     barrier(world)
                 for _ in batches:
                     dist.all_reduce(torch.zeros(1))
