@@ -115,9 +115,7 @@ def check_out(path: Path, suffixes: Sequence[str]) -> None:
     if not path.parent.is_dir():
         raise UserError(f"no folder {path.parent} for --out {path.name}: make it first")
     if path.suffix == ".mp4" and find_spec("av") is None:
-        raise UserError(
-            f"--out {path.name} needs the package av: pip install 'dist_dcgan[video]', or write .webp or .gif"
-        )
+        raise UserError(f"--out {path.name} needs the package av: pip install av, or write .webp or .gif")
 
 
 def read_png(path: Path) -> Image.Image:

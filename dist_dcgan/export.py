@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if options.onnx and missing:
         raise UserError(
-            f"ONNX needs {', '.join(missing)}: pip install 'dist_dcgan[onnx]', or leave it out with --no-onnx"
+            f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}, or leave it out with --no-onnx"
         )
     trained = load_trained(options.run_dir, options.best, torch.device("cpu"))
     with reported_reading(options.run_dir):

@@ -18,7 +18,7 @@ the moments of the next layer; "at best" they hide behind the backward passes of
 
 A step is never shorter than its share of the flag that stops a run, which goes round all ranks over TCP beside it.
 
-Batch norm is taken to be this project's. torch's, the default on CUDA, speaks as often, but gathers in its forward pass
+Batch norm is taken to be this project's. torch's (`native`) speaks as often, but gathers in its forward pass
 8 bytes a channel from every rank: 30 MB a step at 512 ranks and the paper's width.
 
 Left out: differences between ranks in speed, feeding, logging, checkpoints, and other traffic in the network.
