@@ -1,7 +1,7 @@
 """Check whether a run will train here, before it is started. Takes the flags of training; leaves nothing on disk.
 
 python -m dist_dcgan.doctor --data data/bedroom_train
-torchrun --nproc_per_node=8 -m dist_dcgan.doctor --data data/bedroom_train --run-dir runs/bedrooms
+COMMAND=doctor RANKS=8 bash launch/torchrun.sh --data data/bedroom_train --run-dir runs/bedrooms
 COMMAND=doctor sbatch --nodes=2 launch/train.sbatch --data data/bedroom_train
 """
 

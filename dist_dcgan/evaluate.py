@@ -1,7 +1,7 @@
 """Score the generator of a run against a data set.
 
 python -m dist_dcgan.evaluate runs/default --data data/bedroom_train
-torchrun --nproc_per_node=8 -m dist_dcgan.evaluate runs/default --data data/bedroom_train --json
+COMMAND=evaluate RANKS=8 bash launch/torchrun.sh runs/default --data data/bedroom_train --json
 python -m dist_dcgan.evaluate runs/default --data data/bedroom_train --nearest 5 --out nearest.png
 """
 

@@ -2,7 +2,7 @@
 
 python -m dist_dcgan.sample runs/default --out bedrooms.png
 python -m dist_dcgan.sample runs/default --out bedrooms.png --seeds 0-15,100 --labels --scale 2
-torchrun --nproc_per_node=8 -m dist_dcgan.sample runs/default --separate images --seeds 0-49999
+COMMAND=sample RANKS=8 bash launch/torchrun.sh runs/default --separate images --seeds 0-49999
 """
 
 from __future__ import annotations

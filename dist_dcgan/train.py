@@ -1,7 +1,7 @@
 """Train DCGAN on a data set of shards. To resume an interrupted run, run the same command again.
 
 python -m dist_dcgan.train --world-size 1 --data data/bedroom_train
-torchrun --nproc_per_node=8 -m dist_dcgan.train --data data/bedroom_train --run-dir runs/bedrooms
+RANKS=8 bash launch/torchrun.sh --data data/bedroom_train --run-dir runs/bedrooms --batch-per-rank 128
 python -m dist_dcgan.train --world-size 1 --preset narrow --max-steps 10000 --dry-run
 """
 

@@ -6,7 +6,7 @@
 # RANKS: processes per machine, by default one per GPU; give it if there is none. RESTARTS: how often failed ranks are
 # restarted, from the newest checkpoint. LOGS: folder for the output of each rank, which is then also printed here with
 # the rank as prefix.
-# JOB: a name shared by the machines and unique to the run. COMMAND: doctor or evaluate instead of train.
+# JOB: a name shared by the machines and unique to the run. COMMAND: doctor, evaluate or sample instead of train.
 set -euo pipefail
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds to save a checkpoint after a signal
