@@ -20,7 +20,7 @@ from shards.conversion.sources.kinds import open_source, open_sources
 from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.conversion.sources.tar_source import TarSource
 from shards.writer import tar_header
-from tests.support.shards_fixtures import contents, entries_of, write_files, write_lmdb, write_tar
+from tests.support.shards_fixtures import contents, data_set, entries_of, write_files, write_lmdb, write_tar
 
 ENTRIES = {b"%03d" % i: bytes([i % 256]) * (i * 37) for i in range(1, 101)}
 
@@ -91,6 +91,37 @@ def test_a_folder_of_tars_is_read_in_the_order_of_their_names(tmp_path: Path) ->
     assert [key for key, _ in entries_of(source)] == [b"1-0", b"1-1", b"10-0", b"10-1", b"2-0", b"2-1"]
     assert source.left_out.count == 3
     assert entries_of(pickle.loads(pickle.dumps(source))) == entries_of(source)
+
+
+@pytest.mark.parametrize("below", ["cats/a.jpg", "cats/more/b.tar", "cats/more/data.mdb", "linked/a.png"])
+@pytest.mark.parametrize("own", ["data.mdb", "old.tar"])
+def test_images_that_a_tar_or_an_lmdb_would_hide_are_refused(own: str, below: str, tmp_path: Path) -> None:
+    folder = tmp_path / "mix"
+    if own == "data.mdb":
+        write_lmdb(folder, {b"a": b""})
+    else:
+        write_tar(write_files(folder, {}) / own, {"a.jpg": b""})
+    odd = {".thumbnails/a.jpg": b"", "logs/1.txt": b"", "index/old.idx": b"", "README.md": b"", ".b.jpg": b""}
+    write_files(folder, odd)
+    (folder / "logs" / "up").symlink_to("..")
+    (folder / "logs" / "itself").symlink_to("itself")
+    data_set(folder / "made")  # by an earlier conversion, as the next one is
+    write_files(folder / "begun", {"unfinished-conversion/lock": b"", "shard-000000.tar": b""})
+    assert len(entries_of(open_source(folder))) == 1
+    write_files(tmp_path / "elsewhere", {"a.png": b""})
+    if below.startswith("linked"):
+        (folder / "linked").symlink_to("../elsewhere")
+    else:
+        write_files(folder, {below: b""})
+    what = {"data.mdb": "an LMDB", "old.tar": "tars"}[own]
+    with pytest.raises(UserError, match=rf"^{folder} holds both {what} and .* \({folder}/{below}\), .*: part them$"):
+        open_source(folder)
+
+
+def test_an_image_beside_an_lmdb_is_refused(tmp_path: Path) -> None:
+    write_files(write_lmdb(tmp_path / "lmdb", {b"a": b""}), {"a.jpg": b""})
+    with pytest.raises(UserError, match=rf"^{tmp_path}/lmdb holds both an LMDB and images \({tmp_path}/lmdb/a.jpg\)"):
+        open_source(tmp_path / "lmdb")
 
 
 def keys_of_run(sources: list[Source], exclude: bytes) -> list[bytes]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from shards.common.errors import UserError
 from shards.common.files import open_plain
+from shards.conversion.reports import FOLDER_NAME as UNFINISHED
 from shards.conversion.sources.entries import Source
 from shards.conversion.sources.folder_source import FolderNames, FolderSource, is_image_name
 from shards.conversion.sources.lmdb_source import DATA_NAME, LmdbSource
 from shards.conversion.sources.tar_source import TarSource, is_tar_name
-from shards.manifest import TAR_BLOCK
+from shards.manifest import TAR_BLOCK, read_manifest
+
+_KINDS = {"image": "images", "tar": "tars", "LMDB": "an LMDB"}
 
 
 def open_sources(paths: Sequence[Path]) -> list[Source]:
@@ -59,8 +63,13 @@ def _open(path: Path) -> Source:
     if not path.is_dir():
         raise UserError(f"{path} is neither a file nor a folder: give an LMDB, a tar, or a folder of images or tars")
     if any(any(path.glob(pattern)) for pattern in (DATA_NAME, f"*/{DATA_NAME}", "*_lmdb.zip")):
-        return _open_lmdb(path)
-    return TarSource(path) if _holds_tars(path) else FolderSource(path)
+        source: LmdbSource | TarSource = _open_lmdb(path)
+    elif _holds_tars(path):
+        source = TarSource(path)
+    else:
+        return FolderSource(path)
+    _refuse_others(path, "LMDB" if isinstance(source, LmdbSource) else "tar")
+    return source
 
 
 def _is_tar(path: Path) -> bool:
@@ -84,7 +93,44 @@ def _holds_tars(path: Path) -> bool:
     return "tar" in first
 
 
+def _refuse_others(path: Path, kind: str) -> None:
+    """Raise UserError for an image, tar or LMDB in or below a folder, except those of its own `kind` directly in it."""
+    folders, seen = [os.fspath(path)], set[tuple[int, int]]()
+    while folders:
+        folder = folders.pop()
+        with suppress(OSError), os.scandir(folder) as entries:  # some cannot be read, such as lost+found
+            status = os.stat(folder)
+            if (identity := (status.st_dev, status.st_ino)) in seen or (seen and _is_data_set(Path(folder))):
+                continue
+            seen.add(identity)
+            for entry in entries:
+                if _is_folder(entry):
+                    folders += [] if entry.name.startswith(".") else [entry.path]
+                elif _kind(entry.name) and not (len(seen) == 1 and _kind(entry.name) == kind):
+                    raise UserError(
+                        f"{path} holds both {_KINDS[kind]} and {_KINDS[_kind(entry.name)]} ({entry.path}), which would "
+                        "be left out: part them"
+                    )
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
+def _is_data_set(folder: Path) -> bool:
+    """Return whether a folder is the output of a conversion, finished or not, which may be below its source."""
+    if (folder / UNFINISHED).is_dir():
+        return True
+    with suppress(UserError):
+        read_manifest(folder)
+        return True
+    return False
+
+
 def _kind(name: str) -> str:
+    """Return the kind of source that a file name is one of, empty if none."""
+    if name == DATA_NAME:
+        return "LMDB"
     if is_tar_name(Path(name)):
         return "tar"
     return "image" if is_image_name(os.fsencode(name)) else ""
