@@ -1,8 +1,9 @@
 """Reports of the shards that a conversion has written, used to resume it and to merge its parts.
 
 The reports are in the folder `unfinished-conversion` of the data set until its manifest is written. A later
-command reuses a shard if its report has the same identity: the hash of everything that determines the shard's
-bytes except the images' content, that is settings, keys, and path, size and mtime of LMDBs and tars.
+command reuses a shard without rejected entries if its report has the same identity: the hash of everything that
+determines the shard's bytes except the images' content, that is settings, keys, and path, size and mtime of LMDBs
+and tars.
 """
 
 from __future__ import annotations
@@ -103,9 +104,12 @@ def report_name(shard: int) -> str:
 
 
 def finished(out: Path, shard: int, identity: str) -> ShardReport | None:
-    """Return the report of a finished, intact shard of that identity; None if the shard must be written."""
+    """Return the report of a finished, intact shard of that identity; None if the shard must be written.
+
+    A shard with rejected entries is written again: their files may have been mended, which the identity does not tell.
+    """
     report = read_report(out, report_name(shard), ShardReport)
-    if report is None or report.identity != identity:
+    if report is None or report.identity != identity or report.rejected:
         return None
     if report.shard is not None:
         path = out / report.shard.name

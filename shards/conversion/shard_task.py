@@ -36,7 +36,7 @@ class ShardTask:
     preparation: Preparation
 
     def __call__(self, run: Run, tick: Tick) -> ShardReport:
-        """Write the shard of `run` and its report, unless both exist."""
+        """Write the shard of `run` and its report, unless both exist and nothing was rejected."""
         # Everything that determines the shard's bytes, except the images themselves.
         identity = hash_of([self.layout.image_size, self.preparation.model_dump(), self.states, run])
         if (report := finished(self.out, run.shard, identity)) is not None:

@@ -40,6 +40,7 @@ from tests.support.shards_fixtures import (
     output_of,
     picture,
     run_shards,
+    write_files,
     write_lmdb,
 )
 
@@ -129,9 +130,27 @@ def test_what_a_kill_left_is_not_written_again(source: Path, tmp_path: Path) -> 
     (out / "shard-000004.tar").write_bytes(b"half a shard")
     output_of(*half)
     changed = {name for name, time in kept.items() if (out / name).stat().st_mtime_ns != time}
-    assert changed == {"shard-000004.tar"} and len(kept) == 10
+    rejecting = {"shard-000000.tar", "shard-000012.tar"}
+    assert changed == {"shard-000004.tar", *rejecting} and len(kept) == 10
     assert convert_here(source, out, *OPTIONS[:-1], 16).image_size == 16  # another command replaces all
     assert verify(out, 1)[1] == []
+
+
+def test_an_image_that_was_mended_is_looked_at_again(tmp_path: Path) -> None:
+    images = {f"{key.decode()}.jpg": data for key, data in numbered(16).items()}
+    folder = write_files(tmp_path / "images", images | {"image0009.jpg": b""})
+    options = ("--samples-per-shard", 8, "--image-size", 32)
+    whole, parts = (("convert", folder, "--out", tmp_path / name, *options) for name in ("data", "parts"))
+    assert "1 of 16 source entries are unusable" in run_shards(*whole).stderr
+    for number in ("1/2", "2/2"):
+        output_of(*parts, "--part", number)
+    assert "1 of 16 source entries are unusable" in error_of("merge", tmp_path / "parts")
+    first = (tmp_path / "data" / "shard-000000.tar").stat().st_mtime_ns
+    write_files(folder, images)
+    output_of(*parts, "--part", "2/2")
+    for line in (output_of(*whole), output_of("merge", tmp_path / "parts")):
+        assert line.startswith("16 images in 2 shards, 0 rejected")
+    assert (tmp_path / "data" / "shard-000000.tar").stat().st_mtime_ns == first
 
 
 def test_another_source_of_the_same_name_and_keys_is_not_taken_for_the_first(tmp_path: Path) -> None:
