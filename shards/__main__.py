@@ -24,7 +24,7 @@ from shards.conversion.sources.lmdb_source import LmdbSource
 from shards.demo.dataset import write_demo
 from shards.lsun.catalog import ADDRESS, CATEGORIES, lmdb_names
 from shards.lsun.export import EXTENSIONS, UNKNOWN, ExportReport, export
-from shards.manifest import MANIFEST_NAME, Manifest
+from shards.manifest import MANIFEST_NAME, Manifest, remedy_of
 from shards.preview import preview
 from shards.verify import verify
 
@@ -201,7 +201,7 @@ def verify_command(options: VerifyOptions) -> None:
         say(problem)
     if problems:
         count = f"{len(problems)} problems, the first: " if len(problems) > 1 else ""
-        raise UserError(f"{options.directory} is damaged: {count}{problems[0]}; convert or copy it again")
+        raise UserError(f"{options.directory} is damaged: {count}{problems[0]}; {remedy_of(options.directory)}")
     say(f"{_size(manifest)}, all intact, at {options.directory}, digest {manifest.digest()}")
 
 

@@ -213,7 +213,12 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _damaged(path: Path, why: object) -> UserError:
-    return UserError(f"{path} is damaged: {why}; convert or copy it again")
+    return UserError(f"{path} is damaged: {why}; {remedy_of(path.parent)}")
+
+
+def remedy_of(directory: Path) -> str:
+    """Return what to do about a damaged data set; `convert` replaces no file of one that has a manifest."""
+    return f"copy it again, or remove {directory} and convert again"
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
@@ -223,4 +228,4 @@ def check_files(directory: Path, manifest: Manifest) -> None:
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(f"shard {path} {found}, the manifest says {shard.bytes} bytes: convert or copy it again")
+            raise UserError(f"shard {path} {found}, the manifest says {shard.bytes} bytes: {remedy_of(directory)}")

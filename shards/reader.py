@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from shards.common.errors import UserError
 from shards.common.files import open_plain
-from shards.manifest import TAR_BLOCK, Layout, Manifest
+from shards.manifest import TAR_BLOCK, Layout, Manifest, remedy_of
 
 NAME_FIELD = slice(0, 100)
 """The member name in a tar header, padded with zeros."""
@@ -35,7 +35,7 @@ def read_sample(path: Path, layout: Layout, index: int) -> tuple[str, npt.NDArra
             file.seek(index * layout.stride)
             block = file.read(layout.stride)
     except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}: convert or copy it again") from None
+        raise UserError(f"cannot read shard {path}: {error.strerror}: {remedy_of(path.parent)}") from None
     key = member_of(block[:TAR_BLOCK])
     if len(block) < layout.stride or key is None or block[TAR_BLOCK : layout.pixel_offset] != layout.ppm_header:
         raise UserError(f"shard {path} has no intact sample {index}: python -m shards verify says what is wrong")

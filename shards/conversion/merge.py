@@ -10,7 +10,7 @@ from shards.common.errors import UserError
 from shards.common.messages import warn
 from shards.conversion.output_dir import claim_whole, clean_up, finish
 from shards.conversion.reports import Part, PartRecord, ShardReport, hash_of, read_report, report_name
-from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, write_manifest
+from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, check_files, read_manifest, write_manifest
 from shards.writer import KEYS_NAME, REJECTED_NAME, write_json_lines
 
 _REASONS_SHOWN = 3
@@ -48,14 +48,11 @@ class Rejects:
 def existing(out: Path, settings: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> Manifest | None:
     """Return the manifest of the complete data set at `out`, None if there is none.
 
-    Removes the reports if a conversion was killed after writing its manifest. Raises UserError if the data set
-    was made with other settings, given as fields of the manifest, or from other sources, given as they describe
-    themselves.
+    Raises UserError if the data set was made with other settings, given as fields of the manifest, or from other
+    sources, given as they describe themselves, or if a shard is missing or not of its size.
     """
-    if not (out / MANIFEST_NAME).is_file():
+    if (manifest := _complete(out)) is None:
         return None
-    manifest = read_manifest(out)
-    finish(out)
     found = _compared(manifest.model_dump(include=set(settings)))
     found["sources"] = [origin.model_dump(include={"kind", "name"}) for origin in manifest.sources]
     wanted = _compared(settings) | {"sources": list(sources)}
@@ -64,6 +61,19 @@ def existing(out: Path, settings: Mapping[str, Any], sources: Sequence[Mapping[s
         raise UserError(
             f"{out} already holds another data set ({'; '.join(different)}): give another --out, or remove it first"
         )
+    return manifest
+
+
+def _complete(out: Path) -> Manifest | None:
+    """Return the manifest of a complete data set, None if there is none; raises UserError if files do not match it.
+
+    Removes the reports if a conversion was killed after writing its manifest.
+    """
+    if not (out / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(out)
+    check_files(out, manifest)
+    finish(out)
     return manifest
 
 
@@ -76,12 +86,10 @@ def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
 def merge(out: Path) -> Manifest:
     """Complete the data set at `out` after all parts have been converted; return its manifest.
 
-    Raises UserError if a part is missing, still being written or of another conversion, or if more entries were
-    rejected than allowed.
+    Raises UserError if a part is missing, still being written or of another conversion, if more entries were
+    rejected than allowed, or if the data set is complete but a shard is missing or not of its size.
     """
-    if (out / MANIFEST_NAME).is_file():
-        manifest = read_manifest(out)
-        finish(out)
+    if (manifest := _complete(out)) is not None:
         return manifest
     try:
         with claim_whole(out) as parts:

@@ -129,6 +129,17 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("convert SOURCE --out SOURCE", "is not empty (it holds data.mdb)"),
         ("convert SOURCE --out FILE.PNG", "is a file: give a folder that is new or empty"),
         ("convert SOURCE --out FILE.PNG/BELOW", "/file.png/below: Not a directory"),
+        (
+            "convert SOURCE --out SHORT --image-size 16 --samples-per-shard 4",
+            "the manifest says 7168 bytes: copy it again",
+        ),
+        ("convert SOURCE --out DAMAGED", "; copy it again, or remove "),
+        ("convert SOURCE --out PARTIAL --part 1/2", "/shard-000001.tar is missing, the manifest says 7168 bytes: copy"),
+        ("merge SHORT", "/short/shard-000001.tar has 5 bytes, the manifest says 7168 bytes: copy it again, or remove "),
+        (
+            "merge PARTIAL",
+            "/partial/shard-000001.tar is missing, the manifest says 7168 bytes: copy it again, or remove",
+        ),
         ("merge FOLDER", "nothing to merge at"),
         ("export nowhere --out OUT", "no LMDB at nowhere: no such directory"),
         ("export ABOVE --out OUT", "/unzipped/bedroom_lmdb does: give that folder"),
@@ -172,7 +183,7 @@ def test_verify_prints_every_problem_and_fails_with_the_first(tmp_path: Path) ->
     assert first == "shard-000000.tar: is missing"
     assert second.startswith("shard-000002.tar: its SHA-256 is ")
     assert process.stderr.splitlines()[-1] == (
-        f"error: {out} is damaged: 2 problems, the first: {first}; convert or copy it again"
+        f"error: {out} is damaged: 2 problems, the first: {first}; copy it again, or remove {out} and convert again"
     )
 
 
