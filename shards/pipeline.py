@@ -5,9 +5,11 @@ torch and webdataset are imported when it is opened: nothing else in `shards` ne
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from shards.common.files import open_plain
 from shards.manifest import check_files, read_manifest
 
 
@@ -23,6 +25,7 @@ def open_webdataset(directory: Path | str, shuffle: int = 0, seed: int = 0) -> A
     Raises UserError if the folder holds no data set, or files that do not match its manifest.
     """
     import webdataset
+    from webdataset.cache import StreamingOpen
     from webdataset.utils import pytorch_worker_info
 
     directory = Path(directory)
@@ -37,10 +40,20 @@ def open_webdataset(directory: Path | str, shuffle: int = 0, seed: int = 0) -> A
         nodesplitter=webdataset.split_by_node,
         empty_check=False,  # a rank or worker may have no shard
     )
+    stages = [_open if isinstance(stage, StreamingOpen) else stage for stage in pipeline.pipeline]
+    assert _open in stages, stages
+    pipeline.pipeline = stages
     if shuffle:
         pipeline = pipeline.compose(webdataset.detshuffle(shuffle, initial=shuffle, seed=seed))
     samples = sum(shard.samples for shard in manifest.shards[rank::world_size])
     return pipeline.decode("rgb8").map(_sample).with_length(samples, silent=True)
+
+
+def _open(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Open each shard, in place of webdataset's stage: that takes paths for URLs, such as `pipe:COMMAND`."""
+    for shard in shards:
+        with open_plain(Path(shard["url"])) as stream:
+            yield shard | {"stream": stream}
 
 
 def _sample(fields: dict[str, Any]) -> dict[str, Any]:

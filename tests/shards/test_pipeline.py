@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,17 @@ def test_two_ranks_yield_each_sample_once(demo_shards: Path) -> None:
     results = run_ranks(2, keys_of_rank, demo_shards)
     assert sorted(key for found, _ in results for key in found) == sorted(keys(demo_shards, workers=0))
     assert [length for _, length in results] == [len(found) for found, _ in results]
+
+
+@pytest.mark.parametrize("name", ["pipe:touch PWNED;", "file:x", "a#b", "a?b", "a%20b", "{a,b}::c"])
+def test_a_folder_is_read_whatever_its_name(
+    name: str, demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(demo_shards, name)
+    assert keys(Path(name), workers=0) == keys(demo_shards, workers=0)
+    assert keys(Path(name), workers=2, shuffle=50)
+    assert os.listdir() == [name]
 
 
 def test_a_shard_that_is_missing_is_named(demo_shards: Path, tmp_path: Path) -> None:
