@@ -7,6 +7,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import PIL
@@ -40,6 +41,13 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7]")
 _START_OF_SCAN, _END_OF_IMAGE, _FILL = 0xDA, 0xD9, 0xFF
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _LOSSY_WEBP = re.compile(rb"RIFF....WEBP(VP8X.*)?VP8 ", re.DOTALL)
+
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Numbers per pixel of a PNG, by its colour type."""
+_PASSES = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+"""First column and row, and steps, of the pixels in each pass of an interlaced PNG."""
+_PIECE_BYTES = 1 << 12
+"""Of compressed pixels; they make a thousand times as many at most."""
 
 _OTHER_FORMATS = {
     "an AVIF image": re.compile(rb"....ftypavi[fs]", re.DOTALL),
@@ -83,6 +91,8 @@ def decode_image(data: bytes, enough: int | None = None) -> Image.Image:
             if enough is not None and image.format == "JPEG":
                 image.draft(None, (enough, enough))
             image.load()
+            if image.format == "PNG":
+                _check_rows(image, data)
             orientation = _orientation(image)
             image = _to_rgb(image)
         except (ImageError, MemoryError):
@@ -208,17 +218,47 @@ def _checked_png(data: bytes) -> bytes:
     A profile is not applied, and Pillow rejects an image with one of more than 1 MiB. It stays if its checksum does
     not hold, so that Pillow finds the damage.
     """
-    place, kind, profile = len(_PNG), b"", slice(0, 0)
-    while kind != b"IEND" and (end := place + 12 + int.from_bytes(data[place : place + 4], "big")) <= len(data):
-        kind = data[place + 4 : place + 8]
+    profile = slice(0, 0)
+    for kind, place, end in _chunks(data):
         if kind in (b"IDAT", b"iCCP"):
             is_sound = zlib.crc32(data[place + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
             if kind == b"IDAT" and not is_sound:
                 raise ImageError("damaged: a checksum does not hold")
             if kind == b"iCCP" and is_sound:
                 profile = slice(place, end)
-        place = end
     return data[: profile.start] + data[profile.stop :] if profile.stop else data
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield type, start and end of the chunks of a PNG."""
+    place, kind = len(_PNG), b""
+    while kind != b"IEND" and (end := place + 12 + int.from_bytes(data[place : place + 4], "big")) <= len(data):
+        kind = data[place + 4 : place + 8]
+        yield kind, place, end
+        place = end
+
+
+def _check_rows(image: Image.Image, data: bytes) -> None:
+    """Raise ImageError for a PNG whose compressed pixels end early: Pillow leaves the others 0.
+
+    To count the pixels, they are decompressed once more, which takes up to two fifths as long as all else; so only if
+    the last row is 0, or if they are interlaced and other rows may be missing.
+    """
+    bits, colour, is_interlaced = data[24], data[25], data[28]
+    if not is_interlaced and any(image.crop((0, image.height - 1, *image.size)).tobytes()):
+        return
+    wanted = 0
+    for x, y, across, down in _PASSES if is_interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -(-(image.width - x) // across), -(-(image.height - y) // down)
+        if columns > 0:
+            wanted += rows * (1 + -(-columns * bits * _CHANNELS[colour] // 8))  # a row begins with its filter
+    found, inflate = 0, zlib.decompressobj()
+    for kind, place, end in _chunks(data):
+        for start in range(place + 8, end - 4, _PIECE_BYTES) if kind == b"IDAT" else ():
+            if found < wanted:
+                found += len(inflate.decompress(data[start : min(start + _PIECE_BYTES, end - 4)]))
+    if found < wanted:
+        raise ImageError("damaged: its pixels end early")
 
 
 def _mend_transparent_colour(image: Image.Image, bits: int) -> None:

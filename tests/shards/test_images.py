@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import struct
+import zlib
 from unittest import mock
 
 import numpy as np
@@ -74,6 +76,60 @@ def test_zeros_for_the_rest_of_a_file_are_noticed(name: str) -> None:
     data = CUT[name]
     outcomes = {outcome(data[:kept] + bytes(len(data) - kept)) for kept in range(0, len(data) - 1)}
     assert outcomes <= {outcome(data), None} and None in outcomes
+
+
+PASSES = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+
+
+def rows_of(size: tuple[int, int], bits: int, is_interlaced: bool) -> bytes:
+    """The rows of a black PNG, each with its filter, before they are compressed."""
+    width, height = size
+    passes = PASSES if is_interlaced else [(0, 0, 1, 1)]
+    columns = {(x, y, dy): len(range(x, width, dx)) for x, y, dx, dy in passes}
+    return b"".join(
+        bytes(1 + (count * bits + 7) // 8) * len(range(y, height, dy)) for (_, y, dy), count in columns.items() if count
+    )
+
+
+def png_of(size: tuple[int, int], bits: int, colours: int, is_interlaced: bool, rows: bytes) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colours, 0, 0, is_interlaced))
+    palette = chunk(b"PLTE", bytes(3)) if colours == 3 else b""
+    pixels = zlib.compress(rows)
+    parts = b"".join(chunk(b"IDAT", part) for part in (pixels[:7], b"", pixels[7:]))
+    return b"\x89PNG\r\n\x1a\n" + header + palette + parts + chunk(b"IEND", b"")
+
+
+FORMS = [*((bits, 0) for bits in (1, 2, 4, 8, 16)), *((bits, 3) for bits in (1, 2, 4, 8))]
+FORMS += [(bits, colours) for bits in (8, 16) for colours in (2, 4, 6)]
+
+
+@pytest.mark.parametrize("is_interlaced", [False, True])
+@pytest.mark.parametrize(("bits", "colours"), FORMS)
+def test_a_png_whose_pixels_end_early_is_refused_and_a_black_one_is_read(
+    bits: int, colours: int, is_interlaced: bool
+) -> None:
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
+    for size in [(1, 1), (2, 1), (1, 9), (9, 2), (13, 11), (300, 300)]:
+        rows = rows_of(size, bits * channels, is_interlaced)
+        sound = png_of(size, bits, colours, is_interlaced, rows)
+        black = 255 if colours in (4, 6) else 0  # transparent
+        assert outcome(sound) == bytes([black]) * (3 * size[0] * size[1])
+        for kept in {len(rows) - 1, len(rows) // 2}:
+            with pytest.raises(ImageError, match=r"^damaged: (its pixels end early|image file is truncated)"):
+                decode_image(png_of(size, bits, colours, is_interlaced, rows[:kept]))
+
+
+@pytest.mark.parametrize("is_interlaced", [False, True])
+def test_a_picture_is_black_from_no_row_on(is_interlaced: bool) -> None:
+    pixels = np.asarray(picture(5, 21, 18))
+    passes = PASSES if is_interlaced else [(0, 0, 1, 1)]
+    rows = [row.tobytes() for x, y, dx, dy in passes for row in pixels[y::dy, x::dx]]
+    data = [png_of((21, 18), 8, 2, is_interlaced, b"".join(b"\0" + row for row in rows[:n])) for n in (len(rows), -1)]
+    assert outcome(data[0]) == pixels.tobytes()
+    assert outcome(data[1]) is None and outcome(data[0] + b"more") == outcome(data[0])
 
 
 def test_the_colour_profile_of_a_png_is_left_aside_whatever_its_length() -> None:
