@@ -36,6 +36,9 @@ _UPRIGHT = {
 }
 """Transposition that turns an image upright, by EXIF orientation."""
 
+_EXIF = ("exif", "Raw profile type exif")
+"""Where Pillow keeps EXIF data; the second is ImageMagick's form in older PNGs."""
+
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7]")
 """Marker that begins a JPEG segment; the excluded ones occur inside a scan."""
 _START_OF_SCAN, _END_OF_IMAGE, _FILL = 0xDA, 0xD9, 0xFF
@@ -88,7 +91,7 @@ def decode_image(data: bytes, enough: int | None = None) -> Image.Image:
                 raise ImageError(f"too large: {image.width}x{image.height} is more than {MAX_PIXELS} pixels")
             if image.format == "PNG":
                 _mend_transparent_colour(image, bits=data[24])
-            if enough is not None and image.format == "JPEG":
+            if enough is not None and isinstance(image, JpegImageFile):  # MPO, too: several JPEGs
                 image.draft(None, (enough, enough))
             image.load()
             if image.format == "PNG":
@@ -149,8 +152,11 @@ def decoder_version() -> str:
 
 
 def _orientation(image: Image.Image) -> int | None:
+    """Return the orientation in EXIF, not that in XMP, which Pillow takes if there is none in EXIF."""
+    carrier = Image.new("1", (1, 1))
+    carrier.info = {name: value for name, value in image.info.items() if name in _EXIF}
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
+        return carrier.getexif().get(ExifTags.Base.Orientation)
     except (KeyError, SyntaxError, TypeError, ValueError, struct.error):
         return None  # viewers also ignore damaged EXIF data
 

@@ -36,6 +36,23 @@ def test_turned_images_are_what_pillow_makes_of_them(orientation: int, format: s
     assert np.array_equal(np.asarray(decode_image(data)), np.asarray(expected.convert("RGB")))
 
 
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("has_exif", [True, False])
+def test_orientation_is_that_of_exif_and_not_of_xmp(format: str, has_exif: bool) -> None:
+    exif = Image.Exif()
+    if has_exif:
+        exif[ExifTags.Base.Make] = "none"
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    options = {"pnginfo": text} if format == "PNG" else {"xmp": XMP}
+    data = encoded(RGB, format, exif=exif, **options)
+    assert Image.open(io.BytesIO(data)).getexif()[ExifTags.Base.Orientation] == 6
+    assert decode_image(data).size == RGB.size
+
+
 def test_prepare_takes_the_centred_square() -> None:
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, :10], wide[:, 10:20], wide[:, 20:] = 10, 20, 30
@@ -225,6 +242,15 @@ def test_fast_decoding_is_exact_where_nothing_can_be_saved(originals: list[bytes
         assert fast_error(encoded(small)) == 0
         assert all(fast_error(encoded(image, format)) == 0 for format in ("WEBP", "PNG"))
     assert fast_error(encoded(image.resize((4 * SIZE, 4 * SIZE)))) > 0
+
+
+def test_fast_decoding_reduces_the_first_of_several_jpegs_in_one_file() -> None:
+    large = picture(6, 700, 520)
+    data = encoded(large, "MPO", save_all=True, append_images=[picture(7, 700, 520)])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert decode_image(data).size == large.size
+    assert decode_image(data, enough=2 * SIZE).size == (175, 130)
+    assert 0 < fast_error(data) < 1.5
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
