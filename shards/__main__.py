@@ -21,10 +21,10 @@ from shards.conversion.reports import Part
 from shards.conversion.sources.entries import Selection, as_text, read_keys
 from shards.conversion.sources.kinds import open_sources
 from shards.conversion.sources.lmdb_source import LmdbSource
-from shards.demo.dataset import write_demo
+from shards.demo.dataset import MOST_IMAGES, write_demo
 from shards.lsun.catalog import ADDRESS, CATEGORIES, lmdb_names
 from shards.lsun.export import EXTENSIONS, UNKNOWN, ExportReport, export
-from shards.manifest import MANIFEST_NAME, Manifest, remedy_of
+from shards.manifest import MANIFEST_NAME, MOST_SAMPLES, Manifest, remedy_of
 from shards.preview import preview
 from shards.verify import verify
 
@@ -53,7 +53,7 @@ class DemoOptions(Options):
 
     out: UserPath
     """Output folder for the LMDB."""
-    images: int = Field(4000, ge=1)
+    images: int = Field(4000, ge=1, le=MOST_IMAGES)
     """Number of images."""
     seed: int = Field(0, ge=0)
     """Random seed of the images."""
@@ -70,11 +70,11 @@ class ConvertOptions(Options):
     """Output folder for the data set, new or empty."""
     image_size: int = Field(64, ge=8, le=1024)
     """Width and height in pixels."""
-    samples_per_shard: int = Field(4096, ge=1)
+    samples_per_shard: int = Field(4096, ge=1, le=MOST_SAMPLES)
     """Source entries per shard."""
     fast: bool = False
     """Decode JPEGs at the smallest scale of at least twice --image-size: nearly twice as fast, different pixels."""
-    max_images: int | None = Field(None, ge=1)
+    max_images: int | None = Field(None, ge=1, le=MOST_SAMPLES)
     """Convert at most this many entries, the first ones."""
     exclude: UserPath | None = None
     """File with keys to leave out, one per line."""
@@ -104,7 +104,7 @@ class ExportOptions(Options):
     """Output folder. Existing files with the same bytes are kept; others are never replaced."""
     flat: bool = False
     """Write all files to one folder, not to nested folders named by their first six characters."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, le=MOST_SAMPLES)
     """Export at most this many images, the first in key order."""
 
 

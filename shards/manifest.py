@@ -28,7 +28,7 @@ MOST_MANIFEST_BYTES = 1 << 24
 """Largest manifest read: JSON of one byte takes up to 30 bytes of memory."""
 MOST_SHARDS = 80_000
 """About as many have a manifest of that size."""
-_MOST_SAMPLES = 1 << 32
+MOST_SAMPLES = 1 << 32
 
 TAR_BLOCK = 512
 TAR_END = 2 * TAR_BLOCK
@@ -77,7 +77,7 @@ class ShardEntry(Options):
 
     name: str = Field(pattern=r"^shard-\d{6,}\.tar$")
     """File name, in the manifest's folder."""
-    samples: int = Field(ge=1, le=_MOST_SAMPLES)
+    samples: int = Field(ge=1, le=MOST_SAMPLES)
     """Images in the shard."""
     bytes: int = Field(ge=1)
     """Size of the file in bytes."""

@@ -13,12 +13,15 @@ from shards.common.files import atomic_file
 from shards.manifest import Manifest, check_files, read_manifest
 from shards.reader import locate, read_sample
 
+MOST_PIXELS = 200_000_000
+"""Largest contact sheet; it is made in memory, 4 bytes per pixel."""
+
 
 def preview(directory: Path, out: Path, num: int = 64) -> int:
     """Write `num` samples, evenly spaced over the data set in `directory`, as one PNG to `out`.
 
     Returns the number of samples, less than `num` if the data set has fewer. Raises UserError if `out` exists
-    or cannot be a PNG, or if the data set is missing or damaged.
+    or cannot be a PNG, if the sheet would have more than MOST_PIXELS pixels, or if the data set is missing or damaged.
     """
     if os.path.lexists(out):
         raise UserError(f"--out {out} exists: give another name, or remove it first")
@@ -27,6 +30,13 @@ def preview(directory: Path, out: Path, num: int = 64) -> int:
     manifest = read_manifest(directory)
     check_files(directory, manifest)
     num = min(num, manifest.samples)
+    columns = math.ceil(math.sqrt(num))
+    if columns * math.ceil(num / columns) * manifest.image_size**2 > MOST_PIXELS:
+        most = (math.isqrt(MOST_PIXELS) // manifest.image_size) ** 2
+        raise UserError(
+            f"--num {num} images of {manifest.image_size} pixels a side make more than {MOST_PIXELS:,} pixels: "
+            f"give --num {most} or less"
+        )
     sheet = _contact_sheet(directory, manifest, [i * manifest.samples // num for i in range(num)])
     try:
         with atomic_file(out) as file:

@@ -26,6 +26,9 @@ Record: TypeAlias = tuple[bytes, bytes]
 CHUNK = 50  # pictures per task of a worker and per transaction
 MAP_BYTES_PER_PICTURE = 1 << 16  # larger than any JPEG of this size; the file grows only as needed
 
+MOST_IMAGES = 1 << 30
+"""LMDB maps the whole file; twice as many would not fit into the addresses of a process."""
+
 
 def write_demo(
     out: Path,

@@ -32,6 +32,7 @@ from tests.support.shards_fixtures import (
     write_lmdb,
 )
 
+HUGE = "9" * 20
 NOWHERE = "--out OUT --address http://127.0.0.1:1"
 
 
@@ -104,6 +105,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("convert SOURCE --out OUT --image-size big", "image_size: input should be a valid integer"),
         ("convert SOURCE --out OUT --image-size 2048", "image_size: input should be less than or equal to 1024"),
         ("convert SOURCE --out OUT --samples-per-shard 0", "samples_per_shard: input should be greater"),
+        (f"convert SOURCE --out OUT --samples-per-shard {HUGE}", f"equal to 4294967296, got '{HUGE}'"),
+        (
+            f"convert SOURCE --out OUT --max-images {HUGE}",
+            "max_images: input should be less than or equal to 4294967296",
+        ),
+        (f"export SOURCE --out OUT --limit {HUGE}", "limit: input should be less than or equal to 4294967296"),
+        (f"preview DATA --out OUT.PNG --num {HUGE}", "num: input should be less than or equal to 10000"),
+        (f"demo --out OUT --images {HUGE}", "images: input should be less than or equal to 1073741824"),
         ("convert SOURCE --out OUT --workers -1", "workers: input should be greater"),
         ("convert SOURCE --out OUT --max-rejected 2", "max_rejected: input should be less"),
         ("convert SOURCE --out OUT --part 3/2", "--part 3/2: the first number counts from 1"),
@@ -201,6 +210,15 @@ def test_preview_lays_evenly_spread_samples_out_in_rows(tmp_path: Path, num: int
         row, column = 16 * (place // grid[0]), 16 * (place % grid[0])
         pixels = read_sample(out / name, manifest.layout, index)[1]
         assert np.array_equal(sheet[row : row + 16, column : column + 16], pixels)
+
+
+def test_a_preview_too_large_for_memory_names_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = data_set(tmp_path)
+    monkeypatch.setattr("shards.preview.MOST_PIXELS", 9 * 16**2)
+    words = ("preview", out, "--out", tmp_path / "sheet.png", "--num")
+    line = "--num 10 images of 16 pixels a side make more than 2,304 pixels: give --num 9 or less"
+    assert error_of(*words, 64) == line and not (tmp_path / "sheet.png").exists()
+    assert output_of(*words, 9).startswith("9 images")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
