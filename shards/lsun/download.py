@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from shards.common.errors import UserError
 from shards.common.files import NotPlainError, content_sha256, name_of, open_plain, sync, sync_directory
-from shards.common.http import FetchOptions, discard, fetch
+from shards.common.http import FetchOptions, discard, fetch, file_address
 from shards.common.locks import Lock, NoLocksError
 from shards.common.messages import tell
 from shards.common.ownership import Ownership
@@ -32,7 +32,7 @@ def download(name: str, out: Path, address: str = ADDRESS, keep_zip: bool = Fals
             missing = not (folder / "data.mdb").is_file()
             shutil.rmtree(_temporary(folder), ignore_errors=True)
             if missing:
-                _bring(folder, f"{address.rstrip('/')}/{name}.zip", keep_zip)
+                _bring(folder, file_address(address, f"{name}.zip"), keep_zip)
             discard(_part(folder))
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from None

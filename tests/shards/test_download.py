@@ -49,6 +49,12 @@ def test_one_request_brings_the_folder(tmp_path: Path, waits: list[float]) -> No
     assert waits == []
 
 
+def test_the_query_of_a_mirror_follows_the_name_of_the_archive(tmp_path: Path) -> None:
+    with serve(Answer(ZIP)) as server:
+        assert download(NAME, tmp_path, f"{server.address}?signature=1/2#part")
+    assert [request.path for request in server.requests] == [f"/scenes/{NAME}.zip?signature=1/2"]
+
+
 def test_a_connection_cut_again_and_again_goes_on_where_it_was(tmp_path: Path, waits: list[float]) -> None:
     server = fetched(tmp_path, *[Answer(ZIP, cut=17_000)] * 11, Answer(ZIP))
     assert server.ranges == [None, *(f"bytes={17_000 * i}-" for i in range(1, 12))]
