@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -17,6 +16,7 @@ import lmdb
 
 from shards.common.errors import UserError
 from shards.common.files import sync_directory
+from shards.common.locks import Lock, NoLocksError
 from shards.common.workers import Tick, map_in_order
 from shards.demo.bedroom import render_bedroom
 
@@ -63,22 +63,51 @@ def _render_chunk(seed: int, indices: range, tick: Tick) -> list[Record]:
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `target` at the end, and removed if the block raises."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
+    """Yield a temporary folder that is renamed to `target` at the end.
+
+    It is removed if the block raises; what a killed process left, at the next start.
+    """
+    temporary = target.with_name(f".{target.name}.partial")
     _refuse_existing(target)
+    with _claim(target):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        except OSError as error:
+            raise _unwritable(target, error) from None
+        try:
+            yield temporary
+            _refuse_existing(target)  # again: rename would replace an empty folder
+            temporary.rename(target)
+            sync_directory(target.parent)
+        except lmdb.Error as error:
+            raise UserError(f"cannot write {target} ({error}): make room or choose another folder") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _claim(target: Path) -> Iterator[None]:
+    """Lock the temporary folder of `target`; raises UserError if another process has locked it."""
+    path = target.with_name(f".{target.name}.lock")
     try:
-        temporary.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(path)
     except OSError as error:
-        raise UserError(f"cannot write to {target.parent} ({error.strerror}): choose another folder") from None
-    try:
-        yield temporary
-        _refuse_existing(target)  # again: rename would replace an empty folder
-        temporary.rename(target)
-        sync_directory(target.parent)
-    except lmdb.Error as error:
-        raise UserError(f"cannot write {target} ({error}): make room or choose another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise _unwritable(target, error) from None
+    with lock:
+        try:
+            taken = lock.take()
+        except NoLocksError as error:
+            raise _unwritable(target, error) from None
+        if not taken:
+            raise UserError(f"another process is writing {target}: wait for it, or choose another folder")
+        yield
+        path.unlink(missing_ok=True)  # safe: a process that opened it finds `target`
+
+
+def _unwritable(target: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to {target.parent} ({error.strerror}): choose another folder")
 
 
 def _refuse_existing(target: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import signal
 from pathlib import Path
 
 import lmdb
@@ -13,11 +15,13 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from shards.common.errors import UserError
+from shards.common.locks import Lock
 from shards.common.workers import Tick
 from shards.demo import dataset as demo
 from shards.demo.bedroom import render_bedroom
 from shards.demo.dataset import write_demo
-from tests.support.shards_fixtures import encoded
+from tests.support.forks import status_of
+from tests.support.shards_fixtures import encoded, killed_at, output_of
 
 IMAGES = demo.CHUNK + 6  # a full chunk and a part of one
 
@@ -105,4 +109,23 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(demo, "_render_chunk", fail)
     with pytest.raises(RuntimeError, match="no paint left"):
         write_demo(tmp_path, 1, workers=1)
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == [".demo_train_lmdb.lock"]
+
+
+@pytest.mark.parametrize("operation", range(1, 7))
+def test_what_a_kill_left_is_removed_at_the_next_start(operation: int, tmp_path: Path) -> None:
+    words = ["demo", "--out", str(tmp_path), "--images", "1", "--workers", "1"]
+    status = status_of(killed_at, operation, tmp_path, words)
+    assert status in (0, -signal.SIGKILL)
+    if not (tmp_path / "demo_train_lmdb").exists():
+        output_of(*words)
+        assert os.listdir(tmp_path) == ["demo_train_lmdb"]
+
+
+def test_two_processes_do_not_write_one_demo(tmp_path: Path) -> None:
+    with Lock(tmp_path / ".demo_train_lmdb.lock") as lock:
+        assert lock.take()
+        with pytest.raises(UserError, match=r"^another process is writing .*/demo_train_lmdb: wait for it, or choose"):
+            write_demo(tmp_path, 1, workers=1)
+    write_demo(tmp_path, 1, workers=1)
+    assert os.listdir(tmp_path) == ["demo_train_lmdb"]
