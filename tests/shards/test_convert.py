@@ -336,6 +336,18 @@ def test_keys_to_exclude_that_no_entry_has_are_counted_and_named(
     assert f"warning: {tmp_path}/nothing has no keys: nothing is excluded\n" in none.stderr and none.returncode == 0
 
 
+def test_a_line_leaves_out_the_key_with_its_blanks_and_no_other(tmp_path: Path) -> None:
+    names = ("a", "a ", " a", "b")
+    source = write_files(tmp_path / "source", {f"{name}.jpg": encoded(picture(0)) for name in names})
+    (tmp_path / "keys").write_bytes(b"a \r\n")
+    manifest = convert_here(source, tmp_path / "data", "--exclude", tmp_path / "keys")
+    assert list(samples_in(tmp_path / "data")) == [" a", "a", "b"] and manifest.excluded == 1
+    assert manifest.exclude_sha256 == hashlib.sha256(b"a ").hexdigest()
+    (tmp_path / "keys").write_bytes(b"b \nb\n")
+    done = run_shards("convert", source, "--out", tmp_path / "other", "--exclude", tmp_path / "keys")
+    assert "warning: --exclude: no entry has 1 of the 2 keys ('b '); " in done.stderr
+
+
 def test_keys_to_exclude_may_be_beyond_the_limit(tmp_path: Path) -> None:
     source = write_lmdb(tmp_path / "source", numbered(5))
     (tmp_path / "keys").write_text("image0004\n")

@@ -138,8 +138,7 @@ def test_keys_are_excluded_with_or_without_the_number_of_their_source(tmp_path: 
 
 def test_a_list_of_keys_may_have_windows_lines_blanks_and_any_bytes(tmp_path: Path) -> None:
     (tmp_path / "keys").write_bytes(b"one\r\n\n  two\nthree \n\xff\xfe")
-    assert {b"one", b"two", b"three", b"three ", b"\xff\xfe"} <= read_keys(tmp_path / "keys")
-    assert b"" not in read_keys(tmp_path / "keys")
+    assert read_keys(tmp_path / "keys") == {b"one", b"  two", b"three ", b"\xff\xfe"}
 
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE])
@@ -147,7 +146,7 @@ def test_a_list_of_keys_may_have_windows_lines_blanks_and_any_bytes(tmp_path: Pa
 def test_a_list_of_keys_is_read_in_each_encoding_that_says_so(mark: bytes, end: str, tmp_path: Path) -> None:
     encoding = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}.get(mark, "utf-8")
     (tmp_path / "keys").write_bytes(mark + end.join(["a/b", " schön\t", "", "last"]).encode(encoding))
-    found = {b"a/b", "schön".encode(), " schön\t".encode(), b"last"}
+    found = {b"a/b", " schön\t".encode(), b"last"}
     assert read_keys(tmp_path / "keys") == found
 
 

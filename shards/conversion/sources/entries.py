@@ -143,11 +143,11 @@ class Walk:
 
         Call it after the last run. Raises UserError if no entry has any of them, unless the limit ended the walk.
         """
-        listed = {key.strip() or key for key in self._selection.exclude}
-        missing = listed - {key.strip() or key for key in self._found}
+        listed = self._selection.exclude
+        missing = listed - self._found
         if not missing:
             return None
-        shown = ", ".join(map(as_text, sorted(missing)[:_NAMES_SHOWN]))
+        shown = ", ".join(map(_shown, sorted(missing)[:_NAMES_SHOWN]))
         if sum(self.taken) == self._selection.limit:
             return f"--exclude: {len(missing):,} of {len(listed):,} keys are not in the part that --max-images leaves"
         line = (
@@ -164,16 +164,21 @@ def as_text(name: bytes) -> str:
     return printable(name.decode(errors="backslashreplace"))
 
 
+def _shown(key: bytes) -> str:
+    """Return a listed key as text, in quotes if it begins or ends with blanks, which belong to it."""
+    return as_text(key) if key == key.strip() else f"'{as_text(key)}'"
+
+
 def read_keys(path: Path) -> frozenset[bytes]:
-    """Return the keys in a file, one per line; raises UserError if it cannot be read.
+    """Return the keys in a file, one per line, with any blanks; raises UserError if it cannot be read.
 
     The file is UTF-8, with or without a byte order mark, UTF-16 with one, or any bytes.
     """
     try:
-        lines = _without_mark(read_named(path, None)).splitlines()
+        keys = _without_mark(read_named(path, None)).splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return frozenset({*lines, *(line.strip() for line in lines)} - {b""})  # a key may end in a space
+    return frozenset(keys) - {b""}
 
 
 def _without_mark(content: bytes) -> bytes:
