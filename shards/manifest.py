@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shards.common.command_line import Options, build
+from shards.common.command_line import Options, build, shortened
 from shards.common.errors import UserError
 from shards.common.files import publish, read_plain
 
@@ -200,7 +200,7 @@ def read_manifest(directory: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise _damaged(path, error) from None
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        found = f"{content.get('format')!r} version {content.get('format_version')!r}"
+        found = shortened(f"{content.get('format')!r} version {content.get('format_version')!r}")
         raise UserError(f"{path} is {found}; this version reads {FORMAT!r} version {FORMAT_VERSION}: convert again")
     digest, samples = content.pop("digest", None), content.pop("samples", None)
     try:

@@ -286,7 +286,7 @@ def state_of(path: Path) -> tuple[str, int, int]:
     return os.fsencode(path.resolve()).hex(), status.st_size, status.st_mtime_ns
 
 
-def check_room(directory: Path, required_bytes: int, purpose: str, remedy: str = "") -> None:
+def check_room(directory: Path, required_bytes: int, purpose: str, remedy: str = ": make room") -> None:
     """Raise UserError if the disk of `directory`, which may not exist yet, is too full; `purpose` says what for.
 
     A disk that does not tell its space passes.

@@ -95,7 +95,10 @@ def _claimed(sources: Sequence[Source], out: Path, settings: Settings, part: Par
         with claim(out, part, entries * layout.stride + shards * layout.shard_bytes(0)):
             yield None if None in counts else total
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
+        raise UserError(
+            f"cannot write to {out} ({error.strerror or error}): mend that and give the same command again, or "
+            "another --out"
+        ) from None
 
 
 def _write_part(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shards.common.command_line import shortened
 from shards.common.errors import UserError
 from shards.common.messages import warn
 from shards.conversion.output_dir import claim_whole, clean_up, finish
@@ -56,7 +57,8 @@ def existing(out: Path, settings: Mapping[str, Any], sources: Sequence[Mapping[s
     found = _compared(manifest.model_dump(include=set(settings)))
     found["sources"] = [origin.model_dump(include={"kind", "name"}) for origin in manifest.sources]
     wanted = _compared(settings) | {"sources": list(sources)}
-    different = [f"{name}: {found[name]} -> {wanted[name]}" for name in wanted if found[name] != wanted[name]]
+    shown = [{name: shortened(str(value)) for name, value in values.items()} for values in (found, wanted)]
+    different = [f"{name}: {shown[0][name]} -> {shown[1][name]}" for name in wanted if found[name] != wanted[name]]
     if different:
         raise UserError(
             f"{out} already holds another data set ({'; '.join(different)}): give another --out, or remove it first"
@@ -95,7 +97,9 @@ def merge(out: Path) -> Manifest:
         with claim_whole(out) as parts:
             return merge_claimed(out, parts)
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
+        raise UserError(
+            f"cannot write to {out} ({error.strerror or error}): mend that and give the same command again"
+        ) from None
 
 
 def merge_claimed(out: Path, parts: int) -> Manifest:

@@ -35,7 +35,10 @@ def download(name: str, out: Path, address: str = ADDRESS, keep_zip: bool = Fals
                 _bring(folder, file_address(address, f"{name}.zip"), keep_zip)
             discard(_part(folder))
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
+        raise UserError(
+            f"cannot write to {out} ({error.strerror or error}): mend that and give the same command again, or "
+            "another --out"
+        ) from None
     return missing
 
 

@@ -145,7 +145,7 @@ def test_free_space_is_checked_while_a_file_is_written(tmp_path: Path, monkeypat
     monkeypatch.setattr("shutil.disk_usage", lambda _: disk._replace(free=next(free)))
     with raw_server(repeats(OK + b"\r\n", bytes(65536))) as server:
         line = refusal(server.address, tmp_path / "x.part", LIMITS._replace(most_bytes=1 << 30))
-    assert line == f"no room at {tmp_path}: x takes about 131,072 bytes, 1,000 are free"
+    assert line == f"no room at {tmp_path}: x takes about 131,072 bytes, 1,000 are free: make room"
     assert (tmp_path / "x.part").stat().st_size == 1 << 18
 
 

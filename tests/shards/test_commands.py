@@ -125,7 +125,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("convert EMPTY --out OUT", "/empty is empty: it has no entries"),
         ("convert JUNK --out OUT", "/junk/data.mdb is not an LMDB"),
         ("convert ZEROS --out OUT", "/zeros/data.mdb is not an LMDB"),
-        ("convert FILE.PNG --out OUT", "/file.png is a file, not the folder of an LMDB: give the folder that holds"),
+        ("convert FILE.PNG --out OUT", "/file.png is one image: give the folder that holds it"),
         ("convert SOURCE/DATA.MDB --out OUT", "not the folder of an LMDB: give the folder that holds data.mdb"),
         ("convert BEDROOM.ZIP --out OUT", "is a file, not the folder of an LMDB: unzip it first"),
         ("convert ARCHIVES --out OUT", "/archives is not the folder of an LMDB: no data.mdb in it; unzip "),
@@ -137,7 +137,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("convert SOURCE --out FOLDER", "is not empty (it holds shard-000000.tar)"),
         ("convert SOURCE --out SOURCE", "is not empty (it holds data.mdb)"),
         ("convert SOURCE --out FILE.PNG", "is a file: give a folder that is new or empty"),
-        ("convert SOURCE --out FILE.PNG/BELOW", "/file.png/below: Not a directory"),
+        (
+            "convert SOURCE --out FILE.PNG/BELOW",
+            "/file.png/below (Not a directory): mend that and give the same command",
+        ),
         (
             "convert SOURCE --out SHORT --image-size 16 --samples-per-shard 4",
             "the manifest says 7168 bytes: copy it again",

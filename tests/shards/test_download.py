@@ -226,7 +226,7 @@ def test_room_is_needed_for_the_archive_and_its_images(tmp_path: Path, monkeypat
     _, line = refused(tmp_path, Answer(ZIP))
     assert line == (
         f"no room at {tmp_path}: {NAME}.zip, unpacked, takes about {2 * len(ZIP):,} bytes, "
-        f"{2 * len(ZIP) - 1:,} are free"
+        f"{2 * len(ZIP) - 1:,} are free: make room"
     )
     assert not part(tmp_path).exists()
     free = free._replace(free=2 * len(ZIP))
@@ -238,21 +238,27 @@ def test_room_is_checked_again_before_unzipping(tmp_path: Path, monkeypatch: pyt
     free = shutil.disk_usage(tmp_path)._replace(free=(1 << 20) - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)
     _, line = refused(tmp_path, Answer(zeros))
-    assert line == (f"no room at {tmp_path}: the images of {NAME}.zip take 1,048,576 bytes, 1,048,575 are free")
+    assert line == (
+        f"no room at {tmp_path}: the images of {NAME}.zip take 1,048,576 bytes, 1,048,575 are free: make room"
+    )
     assert part(tmp_path).read_bytes() == zeros
 
 
 def test_a_disk_that_fails_is_told_and_what_came_is_kept(tmp_path: Path) -> None:
     with largest_file(100_000):
         _, line = refused(tmp_path, Answer(ZIP))
-    assert line == f"cannot write to {tmp_path}: File too large"
+    assert line.startswith(f"cannot write to {tmp_path} (File too large): mend that and give the same command again")
     assert fetched(tmp_path, Answer(ZIP)).ranges == ["bytes=100000-"]
 
 
 @pytest.mark.parametrize(
     ("held", "out", "message"),
     [
-        ("file", "file", "cannot write to {}/file: File exists"),
+        (
+            "file",
+            "file",
+            "cannot write to {}/file (File exists): mend that and give the same command again, or another --out",
+        ),
         (f"{NAME}/mine", "", f"{{}}/{NAME} is in the way: it holds no data.mdb; remove it"),
         (
             f"{NAME}.zip",

@@ -89,6 +89,12 @@ def test_the_digest_depends_on_every_field() -> None:
     [
         ({"format_version": 1}, "version 1; this version reads .* version 2: convert again"),
         ({"format": "other"}, "is 'other' version 2"),
+        ({"format": "x" * 3_000_000}, r"is 'x+\.\.\.x+' version 2; this version reads"),
+        (
+            {"format_version": list(range(10**6))},
+            r"is 'dist_dcgan-shards' version \[0, .*\.\.\..* 999999\]; this version reads",
+        ),
+        ({"shard 1": {"name": f"shard-{'1' * 10**6}.tar"}}, "shard 1 is named "),
         ({"digest": "0" * 64}, "its digest does not match"),
         ({"digest": None}, "its digest does not match"),
         ({"samples": 15}, "its digest does not match"),
@@ -126,8 +132,9 @@ def test_a_changed_manifest_is_refused(tmp_path: Path, change: dict[str, Any], m
     content["shards"][1] |= change.get("shard 1", {})
     content |= {name: value for name, value in change.items() if name != "shard 1"}
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         read_manifest(tmp_path)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(

@@ -116,4 +116,9 @@ def test_a_newer_decoder_is_no_other_data_set(tmp_path: Path, monkeypatch: pytes
     assert output_of("convert", source, "--out", out, *OPTIONS).startswith("nothing to do: ")
     message = error_of("convert", source, "--out", out, *OPTIONS, "--image-size", 32)
     assert "holds another data set (image_size: 16 -> 32): give" in message
+    manifest = read_manifest(out)
+    named = manifest.sources[0].model_copy(update={"name": "a b " * 10**6})
+    write_manifest(out, manifest.model_copy(update={"sources": (named,)}))
+    before = contents(out)
+    assert len(error_of("convert", source, "--out", out, *OPTIONS)) < 1000
     assert contents(out) == before

@@ -170,6 +170,12 @@ def test_sources_that_have_images_in_common_are_refused(tmp_path: Path, monkeypa
     for line in twice:
         with pytest.raises(UserError, match=r" holds the images of .* a second time: leave one of them out$"):
             open_sources([Path(word) for word in line.split()])
+    for words, line in {
+        "photos photos/2020": "photos/2020 .* of photos a",
+        "photos latest": "latest .* photos/2020 a",
+    }.items():
+        with pytest.raises(UserError, match=f"^{line} second time"):
+            open_sources([Path(word) for word in words.split()])
     assert len(open_sources([Path("photos"), Path("photos/.old"), Path("other"), Path("tars.tar"), Path("lmdb")])) == 5
 
 

@@ -155,8 +155,11 @@ class FolderNames:
         """
         status, real = os.stat(path), os.path.realpath(path)
         above, identity = list(_readers(real)), (status.st_dev, status.st_ino)
-        names = (self._folders[folder] + real[len(folder) :] for folder in above if folder in self._folders)
-        other = next(names, self._above.get(real) or self._identities.get(identity))
+        reader = next((folder for folder in above if folder in self._folders), None)
+        other = self._above.get(real) or self._identities.get(identity)
+        if reader is not None:
+            other = self._folders[reader] + real[len(reader) :]
+            other = self._folders[reader] if other == path else other  # a folder's own name would say nothing
         self._folders[real] = self._identities[identity] = path
         self._above |= dict.fromkeys(above, path)
         return os.fsdecode(other or b"")

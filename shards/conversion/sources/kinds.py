@@ -59,7 +59,11 @@ def _open(path: Path) -> Source:
     if not path.exists():
         raise UserError(f"no source at {path}: no such file or directory")
     if path.is_file():
-        return TarSource(path) if is_tar_name(path) or _is_tar(path) else _open_lmdb(path)
+        if is_tar_name(path) or _is_tar(path):
+            return TarSource(path)
+        if is_image_name(os.fsencode(path)):
+            raise UserError(f"{path} is one image: give the folder that holds it")
+        return _open_lmdb(path)
     if not path.is_dir():
         raise UserError(f"{path} is neither a file nor a folder: give an LMDB, a tar, or a folder of images or tars")
     if any(any(path.glob(pattern)) for pattern in (DATA_NAME, f"*/{DATA_NAME}", "*_lmdb.zip")):
