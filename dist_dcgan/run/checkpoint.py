@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dist_dcgan.run.directory import locked
 from dist_dcgan.run.tensor_file import require_size, serialised
+from dist_dcgan.run.values import checked_values
 from shards.common.command_line import Options, build, nearest, parse_flags, run
 from shards.common.errors import UserError
 from shards.common.files import (
@@ -156,16 +157,17 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any
 
 
 def load_checkpoint(path: Path, most_bytes: int = _MOST_TENSORS_BYTES) -> Checkpoint:
-    """Return the checkpoint at `path`; raises ValueError with the reason if it is not sound, or larger."""
+    """Return the checkpoint at `path`; raises ValueError with the reason if it is not sound, or larger.
+
+    Its values are of the types that training writes (`values.py`), and its step that of its name.
+    """
     try:
         content = json.loads(read_plain(path / _VALUES, _MOST_VALUES_BYTES))
         if content.pop("sha256", None) != _json_sha256(content):
             raise ValueError(f"{_VALUES} does not match its checksum")
         if content["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {content['format_version']}, this version reads {FORMAT_VERSION}")
-        values = content["values"]
-        if not (isinstance(values, dict) and isinstance(values["step"], int)):
-            raise ValueError(f"{_VALUES} has no step")
+        values = checked_values(content["values"], _step_of(path))
         return Checkpoint(_read_tensors(path / _TENSORS, content["tensors_sha256"], most_bytes), values)
     except _UNSOUND as error:
         raise ValueError(f"incomplete or foreign: {error!r}") from None

@@ -66,7 +66,7 @@ def test_a_checkpoint_of_others_cannot_speak_for_the_command(tmp_path: Path, cap
     seal(run_dir / "checkpoints" / "step-00000002" / "values.json", {"format_version": HOSTILE})
     for command in ("inspect", "verify", "prune"):
         found = printed(checkpoint.main, [command, run_dir], capfd)
-        assert "step-00000001: DAMAGED, values.json has no step" in found
+        assert "step-00000001: DAMAGED, step: input should be a valid integer, got 'x\\r\\nerror: the disk" in found
         assert "step-00000003: sound, step 3" in found
         assert "step-00000002: DAMAGED, format version x\\r\\nerror: the disk is full" in found
 

@@ -48,7 +48,7 @@ def tensors_of(step: int) -> dict[str, torch.Tensor]:
 
 
 def values_of(step: int) -> dict[str, object]:
-    return {"step": step, "scaler_g": {"scale": 1.5}}
+    return {"step": step, "best_kid": 1.5}
 
 
 def save(directory: Path, step: int, retention: Retention = THREE) -> Path:
@@ -59,7 +59,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     tensors, values = load_checkpoint(save(tmp_path, 7))
     assert torch.equal(tensors["a"], torch.full((2, 3, 4, 4), 7.0))
     assert (tensors["b"].item(), tensors["b"].dtype) == (7, torch.int64)
-    assert values == {"step": 7, "scaler_g": {"scale": 1.5}}
+    assert values == {"step": 7, "best_kid": 1.5}
 
 
 @pytest.mark.parametrize(

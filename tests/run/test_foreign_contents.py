@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -28,9 +29,9 @@ from tests.support.mistakes import refusal
 __all__ = ["finished", "run_dir"]
 
 
-def signed(values: object) -> bytes:
-    """A checkpoint's JSON whose checksum is right, over the tensors of step 2."""
-    content: dict[str, Any] = {"format_version": 3, "tensors_sha256": "", "values": values}
+def signed(values: object, tensors_sha256: str = "") -> bytes:
+    """A checkpoint's JSON whose checksum is right."""
+    content: dict[str, Any] = {"format_version": 3, "tensors_sha256": tensors_sha256, "values": values}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return json.dumps(content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()
 
@@ -145,7 +146,7 @@ def test_a_generator_without_end_is_not_read(run_dir: Path, monkeypatch: pytest.
         lambda tensors, values: values.pop("wandb_run_id"),
         lambda tensors, values: values.pop("manifest_digest"),
         lambda tensors, values: values.pop("config"),
-        lambda tensors, values: values.update(watchdog=[]),
+        lambda tensors, values: values.pop("watchdog"),
         lambda tensors, values: tensors.update(more=torch.zeros(1)),
         lambda tensors, values: tensors.update({"generator.layers.0.weight": torch.zeros(1)}),
     ],
@@ -159,6 +160,87 @@ def test_a_sound_checkpoint_of_something_else_is_one_line(
     save_checkpoint(run_dir / "checkpoints", tensors, values, Retention(1))
     message = refusal(train.main, *command(demo_shards, run_dir, 4))
     assert message.startswith(f"the newest checkpoint in {run_dir}/checkpoints is none of this run: ")
+
+
+BAD_VALUES = [
+    ("step", True),
+    ("step", -3),
+    ("step", 3),
+    ("step", 10**30),
+    ("skipped_steps", "a"),
+    ("skipped_steps", -1),
+    ("skipped_steps", 10**30),
+    ("global_batch", 0),
+    ("wandb_run_id", 7),
+    ("best_kid", "a"),
+    ("best_kid", float("nan")),
+    ("best_kid_extractor", []),
+    ("precision", None),
+    ("manifest_digest", 1),
+    ("config", []),
+    ("watchdog", []),
+    ("watchdog.level", "a"),
+    ("watchdog.level.fading", "a"),
+    ("watchdog.since", {}),
+    ("watchdog.named.fading", 1),
+    ("watchdog.trend", "a"),
+    ("watchdog.trend.steps", "a"),
+    ("watchdog.trend.gradient", True),
+    ("watchdog.trend.more", 1.0),
+    ("scaler_g.scale", "a"),
+    ("scaler_g.scale", 1e300),
+    ("scaler_d._growth_tracker", 2**31),
+    ("precision", "fp16"),  # without a scale of D
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES)
+def test_values_that_training_never_writes_are_damage(
+    key: str, value: object, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_value(run_dir, key, value)
+    assert "1 of the 1 checkpoints" in refusal(checkpoint.main, "verify", run_dir)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step-00000002: DAMAGED, ") and len(line) < 600
+
+
+def test_training_passes_over_values_that_it_never_writes(
+    demo_shards: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_value(run_dir, "watchdog.trend.steps", "a")
+    message = refusal(train.main, *command(demo_shards, run_dir, 4))
+    assert message.startswith(f"none of the 1 checkpoints in {run_dir}/checkpoints is sound")
+    assert "passed over: watchdog.trend.steps: input should be a valid integer, got 'a'" in capsys.readouterr().err
+
+
+def replace_value(run_dir: Path, key: str, value: object) -> None:
+    """Replace a value of the checkpoint of step 2, with the checksum that goes with it."""
+    path = run_dir / "checkpoints" / "step-00000002" / "values.json"
+    content = json.loads(path.read_bytes())
+    if value == "fp16":
+        del content["values"]["scaler_d"]
+    *outer, name = key.split(".")
+    reduce(dict.__getitem__, outer, content["values"])[name] = value
+    path.write_bytes(signed(content["values"], content["tensors_sha256"]))
+
+
+def test_older_and_newer_checkpoints_of_the_format_are_loaded(
+    demo_shards: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_dir / "checkpoints" / "step-00000002" / "values.json"
+    content = json.loads(path.read_bytes())
+    values = content["values"]
+    del values["best_kid_extractor"], values["precision"], values["watchdog"]["trend"]
+    values |= {"scaler_g": {}, "scaler_d": {}, "added_later": [1], "best_kid": 1}
+    for part in ("level", "since"):
+        values["watchdog"][part]["a rule of another version"] = 7
+    values["watchdog"]["named"]["a rule of another version"] = True
+    path.write_bytes(signed(values, content["tensors_sha256"]))
+    assert load_newest(run_dir / "checkpoints").values == values  # type: ignore[union-attr]
+    checkpoint.main(["verify", str(run_dir)])
+    train.main(command(demo_shards, run_dir, 4))
+    assert "passed over" not in capsys.readouterr().err
+    assert load_newest(run_dir / "checkpoints").values["step"] == 4  # type: ignore[union-attr]
 
 
 def test_names_that_are_no_steps_are_no_checkpoints(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dist_dcgan.config import Config
 from dist_dcgan.data.loader import flip
 from dist_dcgan.distributed.world import process_group
 from dist_dcgan.random_streams import stream_seed
+from dist_dcgan.run import values
 from dist_dcgan.training import steps
 from dist_dcgan.training.ema import ema_decay, recompute_statistics, sample_images, update_ema
 from dist_dcgan.training.steps import train_step
@@ -128,6 +129,15 @@ def test_the_registry_holds_every_parameter_buffer_and_moment(state: TrainState)
     parameters = [name for name, _ in state.generator.named_parameters()]
     assert {f"optimizer_g.{name}.{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")} <= names
     assert {f"generator_ema.{name}" for name in state.generator.state_dict()} <= names
+
+
+def test_what_a_checkpoint_may_hold_beside_tensors_is_what_the_registry_writes(state: TrainState) -> None:
+    written = state.values() | {"manifest_digest": "", "config": {}}
+    known = values._Values.model_validate(written)
+    assert written.keys() == values._Values.model_fields.keys()
+    assert known.model_dump(by_alias=True) == written and not known.model_extra
+    assert written["watchdog"]["trend"].keys() == values._Trend.model_fields.keys()
+    assert written["scaler_g"].keys() == known.scaler_g.model_dump(by_alias=True).keys()
 
 
 def test_the_average_forgets_the_first_weights_of_a_short_run() -> None:
