@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dist_dcgan.run.history import reported_reading
 from dist_dcgan.training.ema import draw_latents, recompute_statistics
 from shards.common.command_line import build
 from shards.common.errors import UserError
+from shards.common.messages import warn
 from shards.common.plain_yaml import read_yaml
 from shards.common.progress import Progress
 
@@ -68,7 +69,7 @@ class Trained:
 
 
 def load_trained(path: Path, best: bool, device: torch.device | None = None) -> Trained:
-    """Return the generator of an exported folder, or of a run: its export, or a checkpoint that is newer.
+    """Return the generator of an exported folder, or of a run: its export, or a checkpoint that is newer or sound.
 
     A run exports its generator at its end and when it is stopped; one that is being trained, or that died, has
     checkpoints only. Without `device` it is the GPU, if there is one. Raises UserError if there is neither export nor
@@ -88,7 +89,15 @@ def _loaded(path: Path, best: bool, device: torch.device) -> tuple[nn.Module, di
         return load_generator(path / MODEL, path / MODEL_DESCRIPTION)
     if best:
         return load_generator(run.best)
-    return _of_newest_checkpoint(run, device) if _is_outdated(run) else load_generator(run.generator)
+    if _is_outdated(run):
+        return _of_newest_checkpoint(run, device)
+    try:
+        return load_generator(run.generator)
+    except UserError as error:
+        if not list_checkpoints(run.checkpoints):
+            raise
+        warn(f"{error}: the newest checkpoint is taken")
+        return _of_newest_checkpoint(run, device)
 
 
 def parse_seeds(text: str, flag: str) -> list[int]:
@@ -111,11 +120,14 @@ def _same_everywhere() -> AbstractContextManager[None]:
 
 
 def _is_outdated(run: RunDirectory) -> bool:
-    """Return whether there is a checkpoint of a later step than the export."""
+    """Return whether there is a checkpoint, and no export or an earlier one; what is wrong with it, loading it says."""
     checkpoints = list_checkpoints(run.checkpoints)
-    if not checkpoints:
-        return False
-    return not os.path.lexists(run.generator) or read_description(run.generator)["step"] < _step_of(checkpoints[-1])
+    if not checkpoints or not os.path.lexists(run.generator):
+        return bool(checkpoints)
+    with suppress(UserError):
+        step: int = read_description(run.generator)["step"]
+        return step < _step_of(checkpoints[-1])
+    return False
 
 
 def _step_of(checkpoint: Path) -> int:

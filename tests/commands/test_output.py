@@ -23,6 +23,7 @@ from dist_dcgan.run.export import export_generator
 from shards.__main__ import main as tools
 from shards.common.command_line import run as run_command
 from tests.support.commands import environment, module, run, train_command
+from tests.support.exports import describe
 from tests.support.http_server import signed_server
 from tests.support.shards_fixtures import numbered, write_files, write_lmdb
 
@@ -80,8 +81,7 @@ def exported(run_dir: Path) -> Path:
 
 def test_a_generator_of_others_cannot_speak_for_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = exported(tmp_path / HOSTILE)
-    description = json.loads(path.with_suffix(".json").read_text()) | {"step": HOSTILE}
-    path.with_suffix(".json").write_text(json.dumps(description))
+    describe(path, step=HOSTILE)
     found = printed(sample.main, [path.parent, "--seeds", 0, "--out", tmp_path / f"{HOSTILE}.png"], capfd)
     assert "step: input should be a valid integer, got 'x\\r\\nerror: the disk is full\\x1b[2J" in found
     evaluate.show({"kid": 0.5}, {"generator": f"run, step {HOSTILE}", "data": HOSTILE}, as_json=False)

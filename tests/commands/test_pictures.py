@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -23,7 +23,8 @@ from dist_dcgan.run.history import read_log
 from dist_dcgan.trained import Trained, load_trained
 from shards.common.files import final_name
 from tests.support.commands import module, start, succeed
-from tests.support.mistakes import refusal
+from tests.support.exports import as_older_version, describe
+from tests.support.mistakes import flip_bit, refusal
 from tests.support.pictures import CPU, by_seed, pixels
 from tests.support.shards_fixtures import contents
 from tests.support.waiting import wait_until
@@ -230,9 +231,37 @@ def test_a_run_that_died_is_drawn_from_its_newest_checkpoint(
 def test_a_run_that_goes_on_is_drawn_as_it_is_now(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "goes_on"
     shutil.copytree(finished, run_dir)
-    description = json.loads((run_dir / "generator_ema.json").read_text())
-    (run_dir / "generator_ema.json").write_text(json.dumps(description | {"step": 3}))  # of an earlier stop
+    describe(run_dir / "generator_ema.safetensors", step=3)  # of an earlier stop
     assert load_trained(run_dir, False, CPU).description["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: os.truncate(path, path.stat().st_size // 2), "bytes, .* by the header"),
+        (lambda path: flip_bit(path, -1), "do not match their checksum"),
+        (lambda path: (as_older_version(path), flip_bit(path, -1)), "do not match their checksum"),
+        (lambda path: (as_older_version(path), path.with_suffix(".json").unlink()), "No such file"),
+    ],
+)
+def test_an_export_that_is_not_sound_makes_way_for_the_newest_checkpoint(
+    damage: Callable[[Path], object],
+    message: str,
+    finished: Path,
+    trained: Trained,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = tmp_path / "damaged"
+    shutil.copytree(finished, run_dir)
+    damage(run_dir / "generator_ema.safetensors")
+    found = load_trained(run_dir, False, CPU)
+    assert found.description["step"] == 6 and torch.equal(by_seed(found, range(4)), by_seed(trained, range(4)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: exported generator ") and line.endswith(": the newest checkpoint is taken")
+    assert re.search(message, line)
+    shutil.rmtree(run_dir / "checkpoints")
+    assert re.search(message, refusal(sample.main, run_dir, "--out", tmp_path / "x.png"))
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_before_memory_is_taken(

@@ -25,10 +25,12 @@ from dist_dcgan.preflight.results import Check, Finding, Subject, attempt
 from dist_dcgan.run import checkpoint
 from dist_dcgan.run.checkpoint import Retention, list_checkpoints, load_newest, save_checkpoint
 from dist_dcgan.run.directory import RunDirectory, record_saved
-from dist_dcgan.run.export import export_generator, load_generator
+from dist_dcgan.run.export import export_generator, load_generator, read_description
 from dist_dcgan.training import reporting
 from dist_dcgan.training.stopping import StepAgreement
+from shards.common.files import file_sha256
 from tests.support.commands import metrics
+from tests.support.exports import as_older_version
 from tests.support.mistakes import refusal
 from tests.support.shards_fixtures import contents
 
@@ -318,6 +320,45 @@ def test_a_dump_that_cannot_be_written_does_not_hide_why_training_is_stopped(mon
     assert reporting._details(RunDirectory(Path("run")), state, []) == (
         "the details cannot be written: No space left on device"
     )
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_kill_between_the_names_of_an_export_leaves_a_sound_generator(
+    number: int, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_dir / "generator_ema.safetensors"
+    generator, description = load_generator(path)
+    for parameter in generator.parameters():
+        parameter.mul_(2)
+    real, calls = os.replace, mock.Mock()
+
+    def replace(*names: Any, **folders: Any) -> None:
+        calls()
+        if calls.call_count == number:
+            raise KeyboardInterrupt
+        real(*names, **folders)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        export_generator(path, generator, from_command_line(["--width", "4"])[0], 64, 9)
+    found, described = load_generator(path)
+    assert calls.call_count == number and described["step"] in (description["step"], 9)
+    factor = 1 if described["step"] == 9 else 2
+    assert torch.equal(next(found.parameters()) * factor, next(generator.parameters()))
+    assert read_description(path)["step"] == described["step"]
+
+
+def test_an_export_of_an_older_version_is_read_again_while_it_is_replaced(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_dir / "generator_ema.safetensors"
+    as_older_version(path)
+    assert load_generator(path)[1]["sha256"] == file_sha256(path)
+    description = path.with_suffix(".json")
+    whole = description.read_text()
+    description.write_text(whole.replace('"sha256": "', '"sha256": "0'))
+    monkeypatch.setattr("time.sleep", lambda _: description.write_text(whole))
+    assert load_generator(path)[1]["step"] == 2
 
 
 @pytest.mark.parametrize("number", [1, 2])

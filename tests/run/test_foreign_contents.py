@@ -24,6 +24,7 @@ from shards.common.errors import UserError
 from shards.common.files import content_sha256
 from tests.run.test_disks import command, finished, run_dir
 from tests.run.test_disks import save as save_one
+from tests.support.exports import as_older_version, describe, embed
 from tests.support.mistakes import refusal
 
 __all__ = ["finished", "run_dir"]
@@ -127,6 +128,7 @@ def test_a_run_reads_no_more_than_its_state_may_take(
 
 def test_a_generator_without_end_is_not_read(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = run_dir / "generator_ema.safetensors"
+    as_older_version(path)
     size = path.stat().st_size
     monkeypatch.setattr("dist_dcgan.run.export.content_sha256", never)
     for change, message in (
@@ -269,30 +271,38 @@ def test_names_that_are_no_steps_are_no_checkpoints(tmp_path: Path) -> None:
 def test_a_description_of_another_generator_is_refused_before_memory_is_taken(
     changes: dict[str, Any], message: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = run_dir / "generator_ema.json"
-    description = json.loads(path.read_bytes())
+    path = run_dir / "generator_ema.safetensors"
+    description = json.loads(path.with_suffix(".json").read_bytes())
     if "architecture" in changes:
         changes = {"architecture": description["architecture"] | changes["architecture"]}
-    path.write_text(json.dumps(description | changes))
+    older = run_dir / "older.safetensors"
+    for suffix in (".safetensors", ".json"):
+        shutil.copyfile(path.with_suffix(suffix), older.with_suffix(suffix))
+    as_older_version(older)
+    older.with_suffix(".json").write_text(json.dumps(description | changes))
+    describe(path, **changes)
     monkeypatch.setattr("dist_dcgan.run.export.load_file", lambda _: pytest.fail("weights are loaded"))
-    with pytest.raises(UserError, match=message) as caught:
-        load_generator(run_dir / "generator_ema.safetensors")
-    assert "\n" not in str(caught.value)
+    for file in (path, older):
+        with pytest.raises(UserError, match=message) as caught:
+            load_generator(file)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"[" * 200_000, b"[]", b"7", b"", b"{}"])
 def test_what_is_no_description_is_refused(content: bytes, run_dir: Path) -> None:
-    (run_dir / "generator_ema.json").write_bytes(content)
+    path = run_dir / "generator_ema.safetensors"
+    as_older_version(path)
+    path.with_suffix(".json").write_bytes(content)
     with pytest.raises(UserError, match="cannot be used: "):
-        load_generator(run_dir / "generator_ema.safetensors")
+        load_generator(path)
+    embed(path, content.decode())
+    with pytest.raises(UserError, match="cannot be used: "):
+        load_generator(path)
 
 
 def test_weights_of_other_shapes_are_refused_by_their_header(run_dir: Path) -> None:
     path = run_dir / "generator_ema.safetensors"
-    weights = save({"layers.0.weight": torch.zeros(3)})
-    path.write_bytes(weights)
-    description = json.loads(path.with_suffix(".json").read_bytes())
-    description["sha256"] = hashlib.sha256(weights).hexdigest()
-    path.with_suffix(".json").write_text(json.dumps(description))
+    path.write_bytes(save({"layers.0.weight": torch.zeros(3)}))
+    as_older_version(path)
     with pytest.raises(UserError, match="not of the architecture"):
         load_generator(path)

@@ -26,6 +26,7 @@ from dist_dcgan.training.compile_cache import use_own_cache
 from shards.common.errors import UserError
 from tests.run.test_disks import command, finished, names, run_dir
 from tests.run.test_disks import save as save_one
+from tests.support.exports import as_older_version
 from tests.support.hostile import foreign_link, secret
 from tests.support.mistakes import refusal
 from tests.support.shards_fixtures import contents, within
@@ -218,6 +219,8 @@ def test_a_fifo_in_place_of_a_generator_its_description_or_a_configuration_hangs
     with within(60):
         message = refusal(train.main, "--config", tmp_path / "fifo", "--data", demo_shards)
         assert message == f"cannot read configuration {tmp_path}/fifo: [Errno 22] not a plain file: '{tmp_path}/fifo'"
+        shutil.rmtree(run_dir / "checkpoints")
+        as_older_version(run_dir / "generator_ema.safetensors")
         for name in ("generator_ema.json", "generator_ema.safetensors"):
             (run_dir / name).unlink()
             os.mkfifo(run_dir / name)
