@@ -83,11 +83,14 @@ def load_trained(path: Path, best: bool, device: torch.device | None = None) -> 
 
 def _loaded(path: Path, best: bool, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     run = RunDirectory(path)
+    if not path.is_dir():
+        raise UserError(f"no folder {path}: name that of a run, or of an export")
     if (path / MODEL).is_file():
         if best:
             raise UserError(f"{path} holds one exported model: leave out --best")
         return load_generator(path / MODEL, path / MODEL_DESCRIPTION)
     if best:
+        _require_best(run)
         return load_generator(run.best)
     if _is_outdated(run):
         return _of_newest_checkpoint(run, device)
@@ -98,6 +101,14 @@ def _loaded(path: Path, best: bool, device: torch.device) -> tuple[nn.Module, di
             raise
         warn(f"{error}: the newest checkpoint is taken")
         return _of_newest_checkpoint(run, device)
+
+
+def _require_best(run: RunDirectory) -> None:
+    if not os.path.lexists(run.best):
+        raise UserError(
+            f"no score has been taken in {run.path}, and so no generator is the best: leave out --best (scores need "
+            "the extra `eval`, and are taken every --quality.every-images)"
+        )
 
 
 def parse_seeds(text: str, flag: str) -> list[int]:

@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[2]
     [
         ("train", ["--dta", "x"], "unknown option --dta; did you mean --data? (--help lists them all)"),
         ("doctor", ["--dta", "x"], "unknown option --dta; did you mean --data? (--help lists them all)"),
-        ("evaluate", ["nowhere"], "no exported generator at nowhere/generator_ema.safetensors"),
-        ("sample", ["nowhere", "--out", "x.png"], "no exported generator at nowhere/generator_ema.safetensors"),
+        ("evaluate", ["nowhere"], "no folder nowhere: name that of a run, or of an export"),
+        ("sample", ["nowhere", "--out", "x.png", "--best"], "no folder nowhere: name that of a run, or of an export"),
     ],
 )
 def test_every_command_gives_a_mistake_one_line_and_leaves_nothing(

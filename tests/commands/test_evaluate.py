@@ -151,7 +151,7 @@ def tiles_of(sheet: Path, rows: int, columns: int) -> Tensor:
         (["--nearest", "3"], "--nearest K and --out X.png belong together: give both or none"),
         (["--out", "new.png"], "--nearest K and --out X.png belong together: give both or none"),
         (["--nearest", "3", "--out", "sheet.png"], "sheet.png exists: name another with --out"),
-        (["--best"], "no exported generator at run/generator_best.safetensors"),
+        (["--best"], "no score has been taken in run, and so no generator is the best: leave out --best (scores need"),
         (["--data", "small"], "the generator draws 64 pixels, small holds 16: name the data set"),
         (["--extractor", "inception", "--weights", "sheet.png"], "weights sheet.png "),
     ],
