@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,20 @@ def _loaded(path: Path, best: bool, device: torch.device) -> tuple[nn.Module, di
     if best:
         _require_best(run)
         return load_generator(run.best)
-    if _is_outdated(run):
-        return _of_newest_checkpoint(run, device)
+    return _latest(run, device)
+
+
+def _latest(run: RunDirectory, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the generator of the export, or of a later checkpoint; with a warning, of the other if one is unusable."""
+    exported, stored = partial(load_generator, run.generator), partial(_of_newest_checkpoint, run, device)
+    outdated = _is_outdated(run)
     try:
-        return load_generator(run.generator)
+        return stored() if outdated else exported()
     except UserError as error:
-        if not list_checkpoints(run.checkpoints):
+        if not (os.path.lexists(run.generator) and list_checkpoints(run.checkpoints)):
             raise
-        warn(f"{error}: the newest checkpoint is taken")
-        return _of_newest_checkpoint(run, device)
+        warn(f"{error}: {'the earlier export' if outdated else 'the newest checkpoint'} is taken")
+    return exported() if outdated else stored()
 
 
 def _require_best(run: RunDirectory) -> None:

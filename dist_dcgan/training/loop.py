@@ -31,7 +31,7 @@ from dist_dcgan.run.directory import (
     require_new,
     require_same_run,
 )
-from dist_dcgan.run.export import export_generator
+from dist_dcgan.run.export import export_generator, is_finite
 from dist_dcgan.run.saver import Saver, make_schedule
 from dist_dcgan.run.starts import how_it_ended, new_start, place, record_start
 from dist_dcgan.training.ema import recompute_statistics
@@ -145,8 +145,9 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
             require_new(run)
         else:
             record_saved(run, found.values["step"])
-            tell(f"going on after step {found.values['step']} of {run.path}")
-        record(run, state.config)
+            tell(how_it_goes_on(run, found.values["step"], state.plan.total_steps))
+        if found is None or found.values["step"] <= state.plan.total_steps:
+            record(run, state.config)
         return None if found is None else found.values, asdict(wandb_run)
 
     values, fields = from_rank_zero(read, state.world.slow_group)  # gigabytes, and other jobs may read as well
@@ -156,6 +157,14 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
         state.load_values(values)
     state.wandb_run_id = wandb_run.run_id
     return wandb_run
+
+
+def how_it_goes_on(run: RunDirectory, step: int, total_steps: int) -> str:
+    """Return what becomes of a run that has `step` steps if `total_steps` are asked for."""
+    if step > total_steps:
+        return f"{run.path} has {step} steps already, and --max-steps asks for {total_steps}: nothing is trained"
+    done = ", which is the last: nothing is left to train" if step == total_steps else ""
+    return f"going on after step {step} of {run.path}{done}"
 
 
 def warn_of_other_precision(values: Mapping[str, Any], precision: str) -> None:
@@ -209,19 +218,35 @@ def finish(state: TrainState, run: RunDirectory, saver: Saver, manifest: Manifes
     """On rank 0, wait for the last checkpoint, export the averaged generator and draw the curves.
 
     Also write a marker file if the run was stopped before its last step. Raises UserError if a file that is due cannot
-    be written: of a stopped run the checkpoint and the marker, as the same command goes on from them.
+    be written: of a stopped run the checkpoint and the marker, as the same command goes on from them. A finished run
+    without a generator that is finite is a UserError, too.
     """
     saver.wait()
     stopped = state.step < state.plan.total_steps
     if stopped:
         record_stopped(run, state.step)
+    failure = export(state, run, manifest)
+    draw_curves(run.metrics, run.curves)
+    tell(f"to see how it went: python -m dist_dcgan.report {shlex.quote(str(run.path))}")
+    if failure and not stopped:
+        raise UserError(failure)
+    if failure:
+        warn(failure)
+
+
+def export(state: TrainState, run: RunDirectory, manifest: Manifest) -> str | None:
+    """Export the averaged generator; return None, or the reason why it is not exported, and an earlier export stays."""
     recompute_statistics(state.generator_ema, state.config, state.world.device, state.dtype)
+    if not is_finite(state.generator_ema):
+        return (
+            f"the averaged generator of step {state.step} is not exported to {run.generator}, as its weights are not "
+            "finite: begin again with another --run-dir, and a smaller --optimizer.lr-g and --optimizer.lr-d"
+        )
     try:
         export_generator(run.generator, state.generator_ema, state.config, manifest.image_size, state.step)
     except OSError as error:
-        failure = f"the generator cannot be exported to {run.generator}: {error.strerror or error}"
-        if not stopped:
-            raise UserError(f"{failure}: mend that, and the same command exports it") from None
-        warn(failure)
-    draw_curves(run.metrics, run.curves)
-    tell(f"to see how it went: python -m dist_dcgan.report {shlex.quote(str(run.path))}")
+        reason = error.strerror or error
+        return (
+            f"the generator cannot be exported to {run.generator}: {reason}: mend that, and the same command exports it"
+        )
+    return None

@@ -12,7 +12,6 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -25,12 +24,10 @@ from dist_dcgan.preflight.results import Check, Finding, Subject, attempt
 from dist_dcgan.run import checkpoint
 from dist_dcgan.run.checkpoint import Retention, list_checkpoints, load_newest, save_checkpoint
 from dist_dcgan.run.directory import RunDirectory, record_saved
-from dist_dcgan.run.export import export_generator, load_generator, read_description
+from dist_dcgan.run.export import load_generator
 from dist_dcgan.training import reporting
 from dist_dcgan.training.stopping import StepAgreement
-from shards.common.files import file_sha256
 from tests.support.commands import metrics
-from tests.support.exports import as_older_version
 from tests.support.mistakes import refusal
 from tests.support.shards_fixtures import contents
 
@@ -305,6 +302,22 @@ def test_of_a_stopped_run_the_marker_must_be_written_and_the_export_need_not(
     assert message.startswith(f"{run_dir}/STOPPED cannot be written: No space left on device: the same command goes on")
 
 
+def test_fewer_steps_than_a_run_has_train_nothing_and_leave_its_configuration(
+    demo_shards: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run_dir / "config.yaml").read_bytes()
+    (run_dir / "generator_ema.safetensors").unlink()
+    train.main(command(demo_shards, run_dir, 1))
+    said = capsys.readouterr().err.splitlines()
+    assert f"{run_dir} has 2 steps already, and --max-steps asks for 1: nothing is trained" in said
+    assert (run_dir / "config.yaml").read_bytes() == before
+    assert load_generator(run_dir / "generator_ema.safetensors")[1]["step"] == 2
+    assert [row["step"] for row in metrics(run_dir)] == [1, 2]
+    train.main(command(demo_shards, run_dir, 2))
+    said = capsys.readouterr().err.splitlines()
+    assert f"going on after step 2 of {run_dir}, which is the last: nothing is left to train" in said
+
+
 def test_a_picture_that_cannot_be_written_is_one_line(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,68 +333,3 @@ def test_a_dump_that_cannot_be_written_does_not_hide_why_training_is_stopped(mon
     assert reporting._details(RunDirectory(Path("run")), state, []) == (
         "the details cannot be written: No space left on device"
     )
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_kill_between_the_names_of_an_export_leaves_a_sound_generator(
-    number: int, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = run_dir / "generator_ema.safetensors"
-    generator, description = load_generator(path)
-    for parameter in generator.parameters():
-        parameter.mul_(2)
-    real, calls = os.replace, mock.Mock()
-
-    def replace(*names: Any, **folders: Any) -> None:
-        calls()
-        if calls.call_count == number:
-            raise KeyboardInterrupt
-        real(*names, **folders)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt):
-        export_generator(path, generator, from_command_line(["--width", "4"])[0], 64, 9)
-    found, described = load_generator(path)
-    assert calls.call_count == number and described["step"] in (description["step"], 9)
-    factor = 1 if described["step"] == 9 else 2
-    assert torch.equal(next(found.parameters()) * factor, next(generator.parameters()))
-    assert read_description(path)["step"] == described["step"]
-
-
-def test_an_export_of_an_older_version_is_read_again_while_it_is_replaced(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = run_dir / "generator_ema.safetensors"
-    as_older_version(path)
-    assert load_generator(path)[1]["sha256"] == file_sha256(path)
-    description = path.with_suffix(".json")
-    whole = description.read_text()
-    description.write_text(whole.replace('"sha256": "', '"sha256": "0'))
-    monkeypatch.setattr("time.sleep", lambda _: description.write_text(whole))
-    assert load_generator(path)[1]["step"] == 2
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_an_export_that_fails_leaves_the_pair_that_was_there(
-    number: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "generator_best.safetensors"
-    for suffix in (".safetensors", ".json"):
-        shutil.copyfile(finished / f"generator_ema{suffix}", path.with_suffix(suffix))
-    generator, _ = load_generator(path)
-    for parameter in generator.parameters():
-        parameter.mul_(2)
-    before = contents(tmp_path)
-    real, calls = os.fsync, mock.Mock()
-
-    def fsync(descriptor: int) -> None:
-        calls()
-        if calls.call_count == number:
-            full()
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    made = from_command_line(["--width", "4"])[0]
-    with pytest.raises(OSError, match="No space left"):
-        export_generator(path, generator, made, 64, 9)
-    assert contents(tmp_path) == before
