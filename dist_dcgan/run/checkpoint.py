@@ -186,18 +186,22 @@ def load_newest(directory: Path, most_bytes: int = _MOST_TENSORS_BYTES) -> Check
     """Return the newest sound checkpoint in `directory`, None if there are no checkpoints.
 
     Warns of each damaged or larger one that it skips; raises UserError if none is sound, so that a run does not begin
-    again.
+    again. Lists them anew if they change meanwhile, as in training.
     """
     found = list_checkpoints(directory)
-    for path in reversed(found):
-        try:
-            return load_checkpoint(path, most_bytes)
-        except ValueError as error:
-            warn(f"checkpoint {path} is passed over: {error}")
-    if found:
-        raise UserError(
-            f"none of the {len(found)} checkpoints in {directory} is sound: mend them, or name another --run-dir"
-        )
+    while found:
+        for path in reversed(found):
+            try:
+                return load_checkpoint(path, most_bytes)
+            except ValueError as error:
+                if not os.path.lexists(path):  # training has saved another, and removed it
+                    break
+                warn(f"checkpoint {path} is passed over: {error}")
+        before, found = found, list_checkpoints(directory)
+        if found == before:
+            raise UserError(
+                f"none of the {len(found)} checkpoints in {directory} is sound: mend them, or name another --run-dir"
+            )
     return None
 
 
@@ -240,6 +244,10 @@ def main(argv: Sequence[str]) -> None:
         "verify": (_Folder, _verify),
         "prune": (_Prune, _prune),
     }
+    if argv and argv[0] in ("-h", "--help"):
+        for line in str(__doc__).strip().splitlines():
+            say(line)
+        return
     if not argv or argv[0] not in commands:
         word = argv[0] if argv else "no command"
         raise UserError(f"unknown command: {word}{nearest(word, commands)} (usage: {'|'.join(commands)} RUN_DIR)")

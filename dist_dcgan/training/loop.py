@@ -162,7 +162,7 @@ def resume(state: TrainState, run: RunDirectory, digest: str) -> WandbRun:
 def how_it_goes_on(run: RunDirectory, step: int, total_steps: int) -> str:
     """Return what becomes of a run that has `step` steps if `total_steps` are asked for."""
     if step > total_steps:
-        return f"{run.path} has {step} steps already, and --max-steps asks for {total_steps}: nothing is trained"
+        return f"{run.path} has {step} steps already, and {total_steps} are asked for: nothing is trained"
     done = ", which is the last: nothing is left to train" if step == total_steps else ""
     return f"going on after step {step} of {run.path}{done}"
 

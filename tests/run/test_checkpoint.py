@@ -319,6 +319,23 @@ def test_an_unfinished_checkpoint_is_none_and_is_swept_by_the_next(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
+def test_one_that_training_replaces_between_listing_and_reading_is_looked_for_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1)
+    real = load_checkpoint
+
+    def late(path: Path, most_bytes: int) -> checkpoint.Checkpoint:
+        if path.name == "step-00000001":
+            save(tmp_path, 2, Retention(1))
+        return real(path, most_bytes)
+
+    monkeypatch.setattr(checkpoint, "load_checkpoint", late)
+    found = load_newest(tmp_path)
+    assert found is not None and found.values["step"] == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_a_pickle_in_its_place_does_not_run(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -341,6 +358,15 @@ def test_inspect_lists_what_is_sound(tmp_path: Path, capsys: pytest.CaptureFixtu
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step-00000001: sound, step 1, 2 tensors")
     assert lines[1].startswith("step-00000002: DAMAGED, values.json does not match its checksum")
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--help", "-h"):
+        checkpoint.main([flag])
+        lines = capsys.readouterr().out.splitlines()
+        for word in ("inspect", "verify", "prune"):
+            assert sum(line.startswith(f"python -m dist_dcgan.run.checkpoint {word} RUN_DIR  ") for line in lines) == 1
+    assert "unknown command: --hlp" in refusal(checkpoint.main, "--hlp")
 
 
 def test_verify_fails_if_one_is_damaged_and_prune_keeps_the_newest_sound_one(tmp_path: Path) -> None:

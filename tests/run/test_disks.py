@@ -309,7 +309,7 @@ def test_fewer_steps_than_a_run_has_train_nothing_and_leave_its_configuration(
     (run_dir / "generator_ema.safetensors").unlink()
     train.main(command(demo_shards, run_dir, 1))
     said = capsys.readouterr().err.splitlines()
-    assert f"{run_dir} has 2 steps already, and --max-steps asks for 1: nothing is trained" in said
+    assert f"{run_dir} has 2 steps already, and 1 are asked for: nothing is trained" in said
     assert (run_dir / "config.yaml").read_bytes() == before
     assert load_generator(run_dir / "generator_ema.safetensors")[1]["step"] == 2
     assert [row["step"] for row in metrics(run_dir)] == [1, 2]
