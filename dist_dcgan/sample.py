@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dist_dcgan.distributed.world import SLOW_SECONDS, World, process_group, run
 from dist_dcgan.drawing import check_out, reported_as, save_png, tile
 from dist_dcgan.trained import BATCH, CHANGED_MEANWHILE, Trained, load_trained, parse_seeds
 from shards.common.command_line import Options, UserPath, build, parse_flags
-from shards.common.errors import UserError
+from shards.common.errors import OneRankError, UserError
 from shards.common.files import final_name, publish, read_plain, remove_leftovers
 from shards.common.messages import say
 from shards.common.progress import Progress
@@ -87,7 +88,7 @@ def save_separately(trained: Trained, seeds: Sequence[int], folder: Path, scale:
     missing = [seed for seed in own if not (folder / _name(seed)).exists()]
     written = len(own) - len(missing)
     with (
-        reported_as(folder, "--separate"),
+        _written_by(world, folder),
         Progress(len(own), "images", start=written, shown=world.rank == 0) as progress,
     ):
         for first in range(0, len(missing), BATCH):
@@ -99,6 +100,18 @@ def save_separately(trained: Trained, seeds: Sequence[int], folder: Path, scale:
     from_rank_zero(lambda: None, world.slow_group)  # when all have come so far
     if world.rank == 0:
         say(f"{len(set(seeds)):,} images of step {trained.description['step']} in {folder}")
+
+
+@contextmanager
+def _written_by(world: World, folder: Path) -> Iterator[None]:
+    """Raise a OneRankError, or a UserError of the only rank, if the disk fails: that of another node may be full."""
+    try:
+        with reported_as(folder, "--separate"):
+            yield
+    except UserError as error:
+        if world.world_size == 1:
+            raise
+        raise OneRankError(f"{world}: {error}") from None
 
 
 def _name(seed: int) -> str:

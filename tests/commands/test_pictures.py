@@ -17,10 +17,12 @@ import torch
 
 from dist_dcgan import arithmetic, drawing, evaluate, export, sample, timelapse, walk
 from dist_dcgan import trained as trained_module
+from dist_dcgan.distributed.world import World
 from dist_dcgan.run.checkpoint import Checkpoint, load_newest
 from dist_dcgan.run.directory import RunDirectory
 from dist_dcgan.run.history import read_log
 from dist_dcgan.trained import Trained, load_trained
+from shards.common.errors import OneRankError, UserError
 from shards.common.files import final_name
 from tests.support.commands import module, start, succeed
 from tests.support.exports import as_older_version, describe
@@ -69,6 +71,18 @@ def test_separate_images_are_continued_on_any_number_of_ranks(finished: Path, tr
     assert contents(first) == contents(second) and len(contents(first)) == 51
     found = torch.from_numpy(np.stack([pixels(first / f"seed-{seed:08d}.png") for seed in range(50)]))
     assert torch.equal(found.permute(0, 3, 1, 2), by_seed(trained, range(50)))
+
+
+def test_a_disk_that_fails_on_one_rank_is_told_by_that_rank(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "save_png", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    reason = f"cannot write --separate {tmp_path}/images: No space left on device"
+    with pytest.raises(OneRankError, match=f"^rank 1 of 2 on .*: {reason}$"):
+        sample.save_separately(trained, range(4), tmp_path / "images", 1, World(1, 1, 2, CPU))
+    with pytest.raises(UserError, match=f"^{reason}$") as caught:
+        sample.save_separately(trained, range(4), tmp_path / "images", 1, World(0, 0, 1, CPU))
+    assert not isinstance(caught.value, OneRankError)
 
 
 @pytest.mark.slow
