@@ -84,8 +84,8 @@ def main(argv: Sequence[str]) -> None:
         def draw(slots: range) -> Tensor:
             return to_pixels(sample_images(generator, config, slots, world.device, stream="evaluation"))
 
-        real = real_features(reader, extractor, options.reals, world)
-        fake = extract(draw, options.fakes, extractor, world)
+        real = real_features(reader, extractor, options.reals, world, "real images")
+        fake = extract(draw, options.fakes, extractor, world, "generated images")
 
         def report() -> None:
             name = f"{options.run_dir}, {'best' if options.best else 'latest'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -23,6 +24,7 @@ from dist_dcgan.random_streams import permutation, stream_seed
 from shards.common.errors import OneRankError, UserError
 from shards.common.files import name_of, open_plain, publish, remove_leftovers
 from shards.common.messages import warn
+from shards.common.progress import Progress
 
 _ORPHANED_SECONDS = 3600.0  # other runs may be writing the same features
 
@@ -30,29 +32,31 @@ Images: TypeAlias = Callable[[range], Tensor]
 """Returns the images at the given positions of a set, uint8 (N, 3, size, size) on any device."""
 
 
-def extract(images: Images, count: int, extractor: Extractor, world: World) -> Tensor:
+def extract(images: Images, count: int, extractor: Extractor, world: World, label: str = "") -> Tensor:
     """Return features of the first `count` images, float32 (count, D) on the CPU; (0, D) on ranks other than 0.
 
     Every rank calls it and extracts a contiguous share. They gather each batch over `World.slow_group`, as a rank may
-    have to fetch or check many shards for it.
+    have to fetch or check many shards for it. If there is a `label`, rank 0 shows progress on a terminal.
     """
     share = -(-count // world.world_size)
     mine = range(min(world.rank * share, count), min((world.rank + 1) * share, count))
     shares = torch.zeros(world.world_size if world.is_main else 0, share, extractor.dimensions)
-    for first in range(0, share, extractor.batch):
-        part = mine[first : first + extractor.batch]
-        features = torch.zeros(min(extractor.batch, share - first), extractor.dimensions)
-        if part:
-            features[: len(part)] = extractor.features(images(part).to(world.device)).cpu()
-        received = [gathered[first : first + len(features)] for gathered in shares]
-        if world.world_size == 1:
-            received[0].copy_(features)
-        else:
-            dist.gather(features, received or None, group=world.slow_group)
+    with Progress(count, label, shown=bool(label) and world.is_main and sys.stderr.isatty()) as progress:
+        for first in range(0, share, extractor.batch):
+            part = mine[first : first + extractor.batch]
+            features = torch.zeros(min(extractor.batch, share - first), extractor.dimensions)
+            if part:
+                features[: len(part)] = extractor.features(images(part).to(world.device)).cpu()
+            received = [gathered[first : first + len(features)] for gathered in shares]
+            if world.world_size == 1:
+                received[0].copy_(features)
+            else:
+                dist.gather(features, received or None, group=world.slow_group)
+            progress.advance(min(len(features) * world.world_size, count - first * world.world_size))
     return shares.flatten(0, 1)[:count]
 
 
-def real_features(reader: ShardReader, extractor: Extractor, count: int, world: World) -> Tensor:
+def real_features(reader: ShardReader, extractor: Extractor, count: int, world: World, label: str = "") -> Tensor:
     """Return features of `count` images of a data set (all if it has fewer) as `extract` does.
 
     The images depend only on the data set and the count. Rank 0 caches the result in a file named by the data set's
@@ -75,7 +79,7 @@ def real_features(reader: ShardReader, extractor: Extractor, count: int, world: 
         except UserError as error:  # only this rank reads the damaged shard, so it must report it
             raise OneRankError(f"{world}: {error}") from error
 
-    features = extract(read, len(chosen), extractor, world)
+    features = extract(read, len(chosen), extractor, world, label)
     if world.is_main:
         _write_cache(path, features)
     return features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,23 @@ def test_features_of_a_data_set_are_those_of_one_process_and_rank_zeros_cache_se
         check([share[name] for share in ranks], expected)
     assert [place for share in ranks for place in share["real"].places] == list(range(REALS))
     assert [share["real, cached"].places for share in ranks] == [[]] * len(ranks)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "rank", "label"), [(True, 0, "x"), (False, 0, "x"), (True, 1, "x"), (True, 0, "")]
+)
+def test_progress_is_shown_by_rank_zero_on_a_terminal_if_it_is_asked_for(
+    terminal: bool, rank: int, label: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr("torch.distributed.gather", lambda *_, **__: None)
+    for world_size, count in ((2, 7), (1 + rank, 8)):
+        extract(numbered_images, count, mosaic_extractor(), World(rank, rank, world_size, torch.device("cpu")), label)
+        said = capsys.readouterr().err
+        if terminal and rank == 0 and label:
+            assert said.split("\r")[-1].startswith("x: 100%|") and f"| {count}/{count} [" in said
+        else:
+            assert said == ""
 
 
 def check(shares: list[Share], expected: np.ndarray) -> None:
