@@ -246,6 +246,8 @@ def _run_command(argv: Sequence[str]) -> None:
         sys.exit(0 if word else 2)
     if word not in COMMANDS:
         raise UserError(f"unknown command {word}{nearest(word, COMMANDS)} (--help lists them all)")
+    if [flag.partition("=")[0] for flag in argv].count("--exclude") > 1:
+        raise UserError("--exclude is given twice, and only one would count: put all keys into one file")
     command = COMMANDS[word]
     options = build(command.options, parse_flags(command.options, argv[1:], f"{PROG} {word}"))
     if command.function is not verify_command:  # the others leave files

@@ -252,14 +252,14 @@ def test_a_run_that_goes_on_is_drawn_as_it_is_now(finished: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: os.truncate(path, path.stat().st_size // 2), "bytes, .* by the header"),
-        (lambda path: flip_bit(path, -1), "do not match their checksum"),
-        (lambda path: (as_older_version(path), flip_bit(path, -1)), "do not match their checksum"),
-        (lambda path: (as_older_version(path), path.with_suffix(".json").unlink()), "No such file"),
+        ([lambda path: os.truncate(path, path.stat().st_size // 2)], "bytes, .* by the header"),
+        ([lambda path: flip_bit(path, -1)], "do not match their checksum"),
+        ([as_older_version, lambda path: flip_bit(path, -1)], "do not match their checksum"),
+        ([as_older_version, lambda path: path.with_suffix(".json").unlink()], "No such file"),
     ],
 )
 def test_an_export_that_is_not_sound_makes_way_for_the_newest_checkpoint(
-    damage: Callable[[Path], object],
+    damage: list[Callable[[Path], None]],
     message: str,
     finished: Path,
     trained: Trained,
@@ -268,7 +268,8 @@ def test_an_export_that_is_not_sound_makes_way_for_the_newest_checkpoint(
 ) -> None:
     run_dir = tmp_path / "damaged"
     shutil.copytree(finished, run_dir)
-    damage(run_dir / "generator_ema.safetensors")
+    for harm in damage:
+        harm(run_dir / "generator_ema.safetensors")
     found = load_trained(run_dir, False, CPU)
     assert found.description["step"] == 6 and torch.equal(by_seed(found, range(4)), by_seed(trained, range(4)))
     (line,) = capsys.readouterr().err.splitlines()

@@ -117,6 +117,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("convert SOURCE --out OUT --max-rejected 2", "max_rejected: input should be less"),
         ("convert SOURCE --out OUT --part 3/2", "--part 3/2: the first number counts from 1"),
         ("convert SOURCE --out OUT --exclude nowhere", "cannot read nowhere: No such file or directory"),
+        ("convert SOURCE --out OUT --exclude a --exclude=b", "--exclude is given twice"),
         ("convert SOURCE", "the following arguments are required: --out"),
         ("convert --out OUT", "the following arguments are required: SOURCES"),
         ("convert SOURCE nowhere --out OUT", "no source at nowhere: no such file or directory"),
