@@ -199,19 +199,21 @@ def mended_table() -> str:
 
 
 def stored_table() -> str:
-    """Return G's gradient and diversity at the end of trials of the same recipe, and what was named, by their data."""
+    """Return G's gradient and diversity at the end of a recipe, by its data and by what is hidden from D."""
+    stores = ("photos32", *JPEGS, "cifar")
     rows: list[list[str]] = []
     for line in read_rows(FOLDER / "widths.jsonl"):
         trial, medians = Trial(**line["trial"]), line["medians"]
         name, _, width = trial.recipe.rpartition(" at ")
-        if name == FASTER and int(width) in WIDTHS and trial.data in ("photos32", *JPEGS, "cifar") and trial.seed == 0:
+        if name in (FASTER, *HIDING) and int(width) in WIDTHS and trial.data in stores and trial.seed == 0:
             relative = medians["diversity/fake"] / medians["diversity/real"]
             updates = line["kid"][-1][0] // trial.batch
             named = "; ".join(f"**{mode}**" for mode in line["named"]) or "-"
             cells = [f"{updates:,}", f"{medians['grad_norm/g']:.0f}", f"{relative:.2f}", named, _scores(line)]
-            rows.append([trial.data, width, *cells])
-    rows.sort(key=lambda row: -int(row[1]))
-    return tables.table(["data", "width", "updates", "G's gradient", "diversity", "watchdog", "1000 KID"], rows)
+            rows.append([trial.data, width, name.removeprefix(FASTER).removeprefix(", ") or "-", *cells])
+    rows.sort(key=lambda row: (-int(row[1]), stores.index(row[0]), row[2]))
+    head = ["data", "width", "hidden from D", "updates", "G's gradient", "diversity", "watchdog", "1000 KID"]
+    return tables.table(head, rows)
 
 
 def evidence() -> dict[str, list[dict[str, float]]]:
