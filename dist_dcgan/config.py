@@ -105,8 +105,6 @@ class NoiseOptions(Options):
 
     sigma: float = Field(0.0, ge=0)
     """Standard deviation, for images in [-1, 1]; 0 turns it off. It helped on small JPEGs (tests/stability)."""
-    on: Literal["image", "colour"] = "image"
-    """colour: less its mean over the three colours, so that D sees lightness as it is."""
 
 
 class OptimizerOptions(Options):

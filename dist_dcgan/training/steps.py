@@ -132,10 +132,7 @@ def _with_noise(state: TrainState, images: Tensor, stream: str) -> Tensor:
         return images
     count, channels, height, width = images.shape
     noise = normal(state.inputs.keys[stream], state.slots, channels * height * width, images.device)
-    noise = noise.view(count, height, width, channels)
-    if state.config.noise.on == "colour":
-        noise = noise - noise.mean(3, keepdim=True)
-    return images + noise.permute(0, 3, 1, 2).to(state.dtype) * sigma
+    return images + noise.view(count, height, width, channels).permute(0, 3, 1, 2).to(state.dtype) * sigma
 
 
 def _update(state: TrainState, optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler, network: nn.Module) -> Tensor:

@@ -88,7 +88,7 @@ def configuration(recipe: Recipe, trial: Trial, data: Path) -> Config:
             "seed": trial.seed,
             "precision": trial.precision,
             "loss": recipe.loss if recipe.loss in ("logits", "sigmoid_bce") else "logits",
-            "noise": {"sigma": recipe.sigma, "on": recipe.noise_on},
+            "noise": {"sigma": recipe.sigma},
             "optimizer": {"lr_g": recipe.lr_g, "lr_d": recipe.lr_d, "beta2": recipe.beta2},
         }
     )

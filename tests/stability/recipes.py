@@ -20,8 +20,8 @@ class Recipe:
     lr_d: float = 2e-4
     sigma: float = 0.0
     """Instance noise on D's inputs, where images span [-1, 1]."""
-    noise_on: Literal["image", "colour"] = "image"
-    """Whether that noise has a mean over the three colours."""
+    sigma_on_colour: bool = False
+    """Take from that noise its mean over the three colours, so that D sees lightness as it is."""
     sigma_zero_at: int | None = None
     """Step at which the noise has faded to nothing, linearly; None keeps it."""
     lr_by_fan_in: Literal["", "d", "gd"] = ""
@@ -127,7 +127,7 @@ FACTORS = {
         {"lr_g": 4e-4, "lr_d": 4e-4, "sigma": 0.05}, "lives on CIFAR-10; on photographs level with it", 16
     ),
     "rates 4e-4, batch 16, noise 0.05 on colour": Factor(
-        {"lr_g": 4e-4, "lr_d": 4e-4, "sigma": 0.05, "noise_on": "colour"},
+        {"lr_g": 4e-4, "lr_d": 4e-4, "sigma": 0.05, "sigma_on_colour": True},
         "lives on small JPEGs as with noise of 0.05, and costs less: D sees edges as they are",
         16,
     ),

@@ -210,7 +210,7 @@ def _with_noise(state: TrainState, recipe: Recipe, images: Tensor, stream: str) 
     count, channels, height, width = images.shape
     key = stream_seed(state.config.seed, stream, state.step)
     noise = normal(key, state.slots, channels * height * width).view(count, height, width, channels)
-    if recipe.noise_on == "colour":
+    if recipe.sigma_on_colour:
         noise = noise - noise.mean(3, keepdim=True)
     return images + noise.permute(0, 3, 1, 2).to(state.dtype) * sigma
 
