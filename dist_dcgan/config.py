@@ -191,7 +191,7 @@ class DistributedOptions(Options):
     """Communication between ranks."""
 
     timeout_seconds: float = _changeable(60.0, gt=0, le=_MOST)
-    """Timeout of a collective, which ends the run; it also limits the wait for rank 0's checkpoints and grids."""
+    """Timeout of a collective, which ends the run; it also limits the wait for rank 0's grids and metrics."""
     batchnorm: Literal["auto", "native", "direct", "portable"] = _changeable("auto")
     """Cross-rank batch norm. native: torch's SyncBatchNorm (CUDA only); direct: its CUDA kernels without its host
     synchronisations; portable: plain torch, any device; auto: direct on CUDA, else portable."""

@@ -184,8 +184,10 @@ def _clear_frames(error: BaseException | None) -> None:
 
     NCCL waits for ever for the end of CUDA graphs that have recorded its calls before it destroys a communicator.
     """
-    while error is not None:
+    cleared: list[BaseException] = []
+    while error is not None and error not in cleared:
         traceback.clear_frames(error.__traceback__)
+        cleared.append(error)
         error = error.__cause__ or error.__context__
 
 
