@@ -170,9 +170,9 @@ def passed_over(bench: Bench, folder: Path, damage: Callable[[Path], None]) -> s
 def of_another_configuration(bench: Bench, folder: Path) -> str:
     """It is refused with what differs, and stays."""
     outcome = interrupted(bench, folder)
-    flags = ("--seed", 1, "--max-steps", 4)
+    flags = ("--seed", 1, "--max-steps", 11)
     other = golden(bench.work, bench.data, flags=flags)
-    shutil.copytree(other.run_dir / "checkpoints" / "step-00000004", folder / "run" / "checkpoints" / "step-00000011")
+    shutil.copytree(other.run_dir / "checkpoints" / "step-00000011", folder / "run" / "checkpoints" / "step-00000011")
     outcome.starts += run(folder, bench.data, most_starts=1).starts
     assert outcome.starts[-1].code != 0
     assert outcome.starts[-1].output.count("is of another configuration (seed: 1 -> 0)") == 1
