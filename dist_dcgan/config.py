@@ -24,7 +24,7 @@ from shards.common.redaction import public_address
 # Not by importlib.resources: it takes a folder `dist_dcgan` in the working directory for the package.
 _PRESETS = Path(__file__).parent / "presets"
 _MOST = 10_000_000
-"""Of sizes and seconds: beyond it torch's numbers overflow."""
+"""Of sizes and seconds: nobody means more, and far beyond it torch's numbers overflow."""
 
 
 def _changeable(default: Any, **constraints: Any) -> Any:
